@@ -1,0 +1,321 @@
+"""The configuration of a run: frozen dataclasses, their defaults and every check that needs no JAX.
+
+A config file under `configs/` holds what differs from these defaults. Nothing here imports JAX, so a
+config can be read and refused before a device is touched. Sizes in tokens unless said otherwise.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+def _require(ok: bool, message: str) -> None:
+  if not ok:
+    raise ValueError(message)
+
+
+def _require_positive(section: str, config, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    _require(value > 0, f"{section}.{name}={value} must be positive")
+
+
+def _require_choice(name: str, value, choices) -> None:
+  _require(value in choices, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+  """What JAX must know before it starts."""
+
+  cpu_devices: int | None = None  # split the CPU into this many devices; None leaves JAX's choice
+
+  def __post_init__(self):
+    if self.cpu_devices is not None:
+      _require_positive("runtime", self, "cpu_devices")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; their product is the number of devices used."""
+
+  data: int = 1  # rows of the batch
+  fsdp: int = 1  # rows of the batch, parameters sharded
+  context: int = 1  # the sequence
+  tensor: int = 1  # heads and MLP hidden
+
+  def __post_init__(self):
+    _require_positive("mesh", self, "data", "fsdp", "context", "tensor")
+    for name in ("fsdp", "tensor"):
+      size = getattr(self, name)
+      _require(
+        size == 1, f"mesh.{name}={size} is not supported yet: set it to 1, use data and context"
+      )
+
+  @property
+  def shape(self) -> tuple[int, int, int, int]:
+    return (self.data, self.fsdp, self.context, self.tensor)
+
+  @property
+  def size(self) -> int:
+    return self.data * self.fsdp * self.context * self.tensor
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+  """A decoder of the Llama / Qwen3 kind."""
+
+  vocab_size: int = 256
+  num_layers: int = 4
+  d_model: int = 96
+  d_ff: int = 288
+  num_heads: int = 4
+  num_kv_heads: int = 4
+  head_dim: int | None = None  # None: d_model // num_heads
+  rope_theta: float = 10000.0
+  norm_eps: float = 1e-6
+  qk_norm: bool = False  # RMSNorm on every query and key head, as Qwen3 has it
+  tie_embeddings: bool = True
+  param_dtype: str = "float32"
+  dtype: str = "float32"  # of the computation
+  state_dtype: str = "float32"  # of fast weights and their prefix sums
+  remat: bool = True  # recompute each layer in the backward pass
+
+  def __post_init__(self):
+    _require_positive(
+      "model", self, "vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads"
+    )
+    _require_positive("model", self, "rope_theta", "norm_eps")
+    for name in ("param_dtype", "dtype", "state_dtype"):
+      _require_choice(f"model.{name}", getattr(self, name), DTYPES)
+    _require(
+      self.num_heads % self.num_kv_heads == 0,
+      f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}",
+    )
+    if self.head_dim is None:
+      _require(
+        self.d_model % self.num_heads == 0,
+        f"model.num_heads={self.num_heads} does not divide model.d_model={self.d_model}: "
+        "give model.head_dim",
+      )
+    _require(
+      self.head_size > 0 and self.head_size % 2 == 0,
+      f"model.head_dim={self.head_size} must be even and positive (rotary embedding pairs channels)",
+    )
+
+  @property
+  def head_size(self) -> int:
+    return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+  """Which tokens a token sees: the last `window` ones, or in `full_layers` all earlier ones."""
+
+  window: int | None = None  # None: full attention in every layer
+  full_layers: tuple[int, ...] = ()  # layers with full attention although `window` is set
+  implementation: str | None = None  # None: the best available
+
+  def __post_init__(self):
+    if self.window is not None:
+      _require_positive("attention", self, "window")
+    _require_choice("attention.implementation", self.implementation, (None, "xla", "cudnn"))
+
+
+@dataclass(frozen=True)
+class TTTConfig:
+  """Which MLPs have fast weights, and how these learn (docs of `ttt_jax.inplace_ttt`)."""
+
+  layers: tuple[int, ...] = ()  # layers whose down projection is a fast weight
+  chunk_size: int = 512
+  target: str = "input_embed"  # "input_embed": token embeddings; "hidden_states": the MLP's input
+  normalize_target: bool = True  # RMS-normalise the target's source over the model width
+  conv_width: int = 5  # centred; looks (conv_width - 1) / 2 tokens ahead
+  projection: bool = True
+  # "next_token": convolution 1 at t+1, projection the identity, learns from the first step.
+  # "identity": convolution 0, projection the identity: the model starts exactly as without TTT.
+  init: str = "next_token"
+  inner_lr: float = 0.3
+  inner_lr_scale: str = "1/F"  # "fixed": inner_lr as it is; "1/F": inner_lr / d_ff
+  learn_inner_lr: bool = True  # multiply by exp(10 s), s learned per layer from 0
+  decay: float | None = None  # the state's factor per chunk, in (0, 1]; None: 1, as in the paper
+  clip_norm: float | None = None  # Frobenius norm a chunk's update is rescaled to; None: no clip
+  implementation: str | None = None
+  collective: str | None = None
+
+  def __post_init__(self):
+    _require_positive("ttt", self, "chunk_size", "conv_width", "inner_lr")
+    _require(self.conv_width % 2 == 1, f"ttt.conv_width={self.conv_width} must be odd (centred)")
+    _require_choice("ttt.target", self.target, ("input_embed", "hidden_states"))
+    _require_choice("ttt.init", self.init, ("next_token", "identity"))
+    _require_choice("ttt.inner_lr_scale", self.inner_lr_scale, ("1/F", "fixed"))
+    _require(
+      not (self.init == "next_token" and self.conv_width < 3),
+      f"ttt.init='next_token' needs ttt.conv_width >= 3, got {self.conv_width}",
+    )
+    if self.decay is not None:
+      _require(0 < self.decay <= 1, f"ttt.decay={self.decay} must be in (0, 1]")
+    if self.clip_norm is not None:
+      _require_positive("ttt", self, "clip_norm")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+  """Where the text comes from. Every row holds `seq_len` tokens of one or more documents."""
+
+  # A directory or glob of .txt, .md, .py, .jsonl files, each also .gz; None: the Python standard
+  # library's own sources.
+  path: str | None = None
+  seq_len: int = 4096
+  heldout_fraction: float = 0.05  # of the documents, chosen by a hash of their path
+
+  def __post_init__(self):
+    _require_positive("data", self, "seq_len")
+    _require(
+      0 < self.heldout_fraction < 1,
+      f"data.heldout_fraction={self.heldout_fraction} must lie between 0 and 1",
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+  """AdamW with warm-up and cosine decay to `learning_rate * final_lr_ratio`."""
+
+  steps: int = 400
+  batch_size: int = 1  # rows per step, over all devices
+  learning_rate: float = 4e-3
+  final_lr_ratio: float = 0.1
+  warmup_steps: int = 20
+  weight_decay: float = 0.1  # not on norms, convolutions, inner rates
+  beta1: float = 0.9
+  beta2: float = 0.95
+  clip_grad_norm: float = 1.0
+  log_every: int = 10
+
+  def __post_init__(self):
+    _require_positive(
+      "train", self, "steps", "batch_size", "learning_rate", "clip_grad_norm", "log_every"
+    )
+    _require(self.warmup_steps >= 0, f"train.warmup_steps={self.warmup_steps} must not be negative")
+    _require(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay} must not be negative")
+    for name in ("beta1", "beta2"):
+      value = getattr(self, name)
+      _require(0 <= value < 1, f"train.{name}={value} must be in [0, 1)")
+    _require(
+      0 <= self.final_lr_ratio <= 1,
+      f"train.final_lr_ratio={self.final_lr_ratio} must be in [0, 1]",
+    )
+    _require(
+      self.warmup_steps < self.steps,
+      f"train.warmup_steps={self.warmup_steps} must be below train.steps={self.steps}",
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+  every: int = 100  # steps
+  keep: int = 2  # the newest ones
+
+  def __post_init__(self):
+    _require_positive("checkpoint", self, "every", "keep")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+  """Loss by position on held-out documents of at least `seq_len` tokens."""
+
+  baseline: bool = False  # also train a twin without TTT on the same batches
+  seq_len: int | None = None  # None: data.seq_len
+  documents: int = 32
+  buckets: int = 8
+  prompt_tokens: int = 512  # of the sample text
+  sample_tokens: int = 200
+  temperature: float = 0.7
+
+  def __post_init__(self):
+    if self.seq_len is not None:
+      _require_positive("eval", self, "seq_len")
+    _require_positive("eval", self, "documents", "buckets", "prompt_tokens", "sample_tokens")
+    _require(self.temperature >= 0, f"eval.temperature={self.temperature} must not be negative")
+
+
+def check_layers(model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig) -> None:
+  """Raises ValueError if a layer index does not exist or is named twice."""
+  for name, layers in (
+    ("ttt.layers", ttt.layers),
+    ("attention.full_layers", attention.full_layers),
+  ):
+    for layer in layers:
+      _require(
+        0 <= layer < model.num_layers,
+        f"{name}={list(layers)} names layer {layer}, but model.num_layers={model.num_layers}: "
+        f"use 0 to {model.num_layers - 1}",
+      )
+    _require(len(set(layers)) == len(layers), f"{name}={list(layers)} names a layer twice")
+
+
+def check_rows(name: str, seq_len: int, context: int, ttt: TTTConfig) -> None:
+  """Raises ValueError unless `context` shards of whole chunks make up a row of `seq_len` tokens."""
+  _require(
+    seq_len % context == 0,
+    f"mesh.context={context} does not divide {name}={seq_len}: the row is cut into equal shards",
+  )
+  if ttt.layers:
+    unit = context * ttt.chunk_size
+    _require(
+      seq_len % unit == 0,
+      f"{name}={seq_len} is not a multiple of mesh.context * ttt.chunk_size = "
+      f"{context} * {ttt.chunk_size} = {unit}: shards hold whole chunks; "
+      f"use {name}={max(1, round(seq_len / unit)) * unit} or another chunk size",
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+  """Everything a run needs; `ttt-jax train FILE` reads one."""
+
+  name: str = "run"
+  run_dir: str | None = None  # None: runs/NAME
+  seed: int = 0
+  runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+  mesh: MeshConfig = field(default_factory=MeshConfig)
+  model: ModelConfig = field(default_factory=ModelConfig)
+  attention: AttentionConfig = field(default_factory=AttentionConfig)
+  ttt: TTTConfig = field(default_factory=TTTConfig)
+  data: DataConfig = field(default_factory=DataConfig)
+  train: TrainConfig = field(default_factory=TrainConfig)
+  checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+  eval: EvalConfig = field(default_factory=EvalConfig)
+
+  def __post_init__(self):
+    check_layers(self.model, self.attention, self.ttt)
+    check_rows("data.seq_len", self.data.seq_len, self.mesh.context, self.ttt)
+    check_rows("eval.seq_len", self.eval_seq_len, self.mesh.context, self.ttt)
+    rows = self.mesh.data * self.mesh.fsdp
+    _require(
+      self.train.batch_size % rows == 0,
+      f"train.batch_size={self.train.batch_size} is not a multiple of mesh.data * mesh.fsdp = {rows}",
+    )
+    if self.attention.window is not None:
+      _require(
+        self.attention.window <= self.data.seq_len,
+        f"attention.window={self.attention.window} is larger than data.seq_len="
+        f"{self.data.seq_len}: use a smaller window, or none for full attention",
+      )
+    _require(
+      self.eval_seq_len >= self.eval.buckets,
+      f"eval.buckets={self.eval.buckets} is more than eval.seq_len={self.eval_seq_len}",
+    )
+
+  @property
+  def eval_seq_len(self) -> int:
+    return self.data.seq_len if self.eval.seq_len is None else self.eval.seq_len
+
+  @property
+  def resolved_run_dir(self) -> str:
+    return f"runs/{self.name}" if self.run_dir is None else self.run_dir
+
+  def without_ttt(self) -> "Config":
+    """The twin without fast weights, everything else equal."""
+    return dataclasses.replace(self, ttt=dataclasses.replace(self.ttt, layers=()))

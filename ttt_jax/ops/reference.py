@@ -1,0 +1,131 @@
+"""The same mathematics, token by token and without tricks: the law that every implementation is held to.
+
+Memory is `[T, T]`; use it at float64 in tests and nowhere else. Written from the oracle
+
+    o_t = z_t (W + inner_lr * sum over s with chunk(s) < chunk(t) and document(s) = document(t) of z_s^T v_s)
+
+with a decay per chunk in between, a clip factor per chunk, and the incoming state for the first document.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def inplace_ttt_reference(
+  z: Float[Array, "B T F"],
+  v: Float[Array, "B T D"],
+  w_down: Float[Array, "F D"],
+  *,
+  chunk_size: int,
+  inner_lr: float | Float[Array, ""],
+  state: Float[Array, "B F D"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  decay: float | Float[Array, ""] | None = None,
+  clip_norm: float | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B F D"]]:
+  """What `ttt_jax.inplace_ttt` computes, in the dtype of its inputs; returns y and S."""
+  b, t, f = z.shape
+  if state is None:
+    state = jnp.zeros((b, f, v.shape[-1]), z.dtype)
+  if segment_ids is None:
+    segment_ids = jnp.ones((b, t), jnp.int32)
+  rows = [
+    _row(
+      z[i],
+      v[i],
+      w_down,
+      state[i],
+      segment_ids[i],
+      chunk_size,
+      inner_lr,
+      jnp.ones((), z.dtype) if decay is None else decay,
+      clip_norm,
+    )
+    for i in range(b)
+  ]
+  return jnp.stack([y for y, _ in rows]), jnp.stack([s for _, s in rows])
+
+
+def _row(z, v, w_down, state, segment_ids, chunk_size, inner_lr, decay, clip_norm):
+  t = z.shape[0]
+  token = jnp.arange(t)
+  chunk = token // chunk_size
+  chunks = t // chunk_size
+  starts = jnp.concatenate([jnp.zeros(1, bool), segment_ids[1:] != segment_ids[:-1]])
+  document = jnp.cumsum(starts)
+  real = segment_ids != 0
+
+  # The update of chunk c is made of the tokens of its last document; its norm decides its factor.
+  factor = jnp.ones(t, z.dtype)
+  if clip_norm is not None:
+    for c in range(chunks):
+      last = document[(c + 1) * chunk_size - 1]
+      member = (chunk == c) & (document == last) & real
+      u = inner_lr * jnp.einsum("tf,td->fd", jnp.where(member[:, None], z, 0), v)
+      norm = jnp.where(jnp.any(u != 0), jnp.sqrt(jnp.sum(jnp.where(jnp.any(u != 0), u, 1) ** 2)), 0)
+      factor = jnp.where(
+        (chunk == c) & (norm > clip_norm), clip_norm / jnp.maximum(norm, clip_norm), factor
+      )
+
+  def seen_from(at_chunk, at_document, at_real):
+    """How much of token s's update is in the state of a later chunk's token: `[queries, T]`."""
+    steps = at_chunk[:, None] - 1 - chunk[None, :]
+    visible = (
+      (steps >= 0)
+      & (chunk < chunks)[None, :]
+      & (at_document[:, None] == document[None, :])
+      & at_real[:, None]
+      & real[None, :]
+    )
+    return jnp.where(visible, decay ** jnp.maximum(steps, 0).astype(z.dtype) * factor[None, :], 0)
+
+  def incoming(at_chunk, at_document, at_real):
+    """How much of the incoming state is left there: `[queries]`."""
+    return jnp.where((at_document == 0) & at_real, decay ** at_chunk.astype(z.dtype), 0)
+
+  weights = seen_from(chunk, document, real)
+  fast = inner_lr * (weights * jnp.einsum("tf,sf->ts", z, z)) @ v
+  fast += incoming(chunk, document, real)[:, None] * (z @ state)
+  y = z @ w_down + fast
+
+  if chunks == 0:
+    return y, state
+  end = jnp.array([chunks * chunk_size - 1])
+  at = (jnp.array([chunks]), document[end], real[end])
+  s = inner_lr * jnp.einsum("s,sf,sd->fd", seen_from(*at)[0], z, v) + incoming(*at)[0] * state
+  return y, s
+
+
+def ntp_targets_reference(
+  x: Float[Array, "B T D"],
+  conv: Float[Array, "width D"],
+  projection: Float[Array, "D D"] | None,
+  *,
+  chunk_size: int,
+  segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
+  """What `ttt_jax.ntp_targets` computes, as one `[T, T]` mask per tap."""
+  b, t, _ = x.shape
+  if segment_ids is None:
+    segment_ids = jnp.ones((b, t), jnp.int32)
+  token = jnp.arange(t)
+  chunk = token // chunk_size
+  starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+  document = jnp.cumsum(starts, axis=1)
+  allowed = (
+    (chunk[:, None] == chunk[None, :])[None]
+    & (document[:, :, None] == document[:, None, :])
+    & (segment_ids != 0)[:, :, None]
+  )
+  v = jnp.zeros_like(x)
+  for k in range(conv.shape[0]):
+    tap = allowed & (token[None, :] == token[:, None] + k - conv.shape[0] // 2)[None]
+    v += jnp.einsum("bts,bsd,d->btd", tap.astype(x.dtype), x, conv[k])
+  return v if projection is None else jnp.einsum("btd,de->bte", v, projection)
+
+
+def value_and_cotangents(function, arguments: dict[str, Array], cotangents):
+  """`function(**arguments)` and the gradients of its outputs' sum weighted by `cotangents`."""
+  value, pull_back = jax.vjp(lambda kwargs: function(**kwargs), arguments)
+  return value, pull_back(cotangents)[0]
