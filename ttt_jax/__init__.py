@@ -7,6 +7,7 @@ on arrays and run on a sequence split over devices inside `jax.shard_map`.
 
 from ttt_jax.ops.context import exclusive_prefix as exclusive_prefix
 from ttt_jax.ops.fast_weight import FastWeightState as FastWeightState
+from ttt_jax.ops.fast_weight import FastWeightStats as FastWeightStats
 from ttt_jax.ops.fast_weight import inplace_ttt as inplace_ttt
 from ttt_jax.ops.target import ntp_targets as ntp_targets
 from ttt_jax.ops.update import Update as Update
@@ -14,6 +15,7 @@ from ttt_jax.ops.update import combine as combine
 
 __all__ = [
   "FastWeightState",
+  "FastWeightStats",
   "Update",
   "combine",
   "exclusive_prefix",

@@ -6,7 +6,7 @@ from a state S that is carried from chunk to chunk; `scan.py` holds the ways to 
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from ttt_jax.ops.context import (
   vary_over,
   varying_axes,
 )
+from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.ops.segments import check_segment_ids, chunk_facts
 
 _IMPLEMENTATIONS = {"associative": scan.associative, "sequential": scan.sequential}
@@ -42,22 +43,41 @@ class FastWeightState:
   pending: int = 0
 
 
+class FastWeightStats(NamedTuple):
+  """How large the fast weight's parts are, as Frobenius norms; without gradient.
+
+  RMSNorm hides a blow-up behind a finite loss: compare `update` and `state` with `|W|`, and `fast`
+  with `slow`.
+
+  Attributes:
+    update: of every chunk's update, after clipping.
+    state: of S after this device's last chunk.
+    fast: of the part of y that S contributes.
+    slow: of the part of y that W contributes.
+  """
+
+  update: Float[Array, "*B N"]
+  state: Float[Array, "*B"]
+  fast: Float[Array, "*B"]
+  slow: Float[Array, "*B"]
+
+
 def inplace_ttt(
   z: Float[Array, "*B T F"],
   v: Float[Array, "*B T D"],
   w_down: Float[Array, "F D"],
   *,
   chunk_size: int,
-  inner_lr: float | Float[Array, ""],
+  inner_lr: float | int | Float[Array, ""],
   state: FastWeightState | None = None,
   segment_ids: Int[Array, "*B T"] | None = None,
-  decay: float | Float[Array, ""] | None = None,
-  clip_norm: float | None = None,
+  decay: float | int | Float[Array, ""] | None = None,
+  clip_norm: float | int | None = None,
   context_axis: str | None = None,
   implementation: str | None = None,
   collective: str | None = None,
   state_dtype: Any = None,
-  return_update_norms: bool = False,
+  return_stats: bool = False,
 ):
   """Reads every chunk with the fast weight made by the chunks before it.
 
@@ -96,11 +116,11 @@ def inplace_ttt(
       states, also forward-mode and higher derivatives). None chooses `"sequential"`.
     collective: how shards exchange their updates, see `exclusive_prefix`; None chooses.
     state_dtype: dtype of S and of all sums of updates, `promote_types(z.dtype, float32)` by default.
-    return_update_norms: also return the norms `[*B, N]` (no gradient) of the updates after clipping.
+    return_stats: also return `FastWeightStats`, of this device's tokens.
 
   Returns:
     `(y, state)`, with y `[*B, T, D]` in z's dtype and the state after the last full chunk of the
-    whole sequence, on every shard; `(y, state, update_norms)` if asked, N counting this shard's chunks.
+    whole sequence, on every shard; `(y, state, stats)` if asked.
     Products accumulate in `promote_types(dtype, float32)`.
 
   Raises:
@@ -116,9 +136,9 @@ def inplace_ttt(
   *lead, t, f = z.shape
   d = v.shape[-1]
   dtype = z.dtype
-  state_dtype = jnp.dtype(state_dtype or jnp.promote_types(dtype, jnp.float32))
+  state_dtype = jnp.dtype(state_dtype or accumulation_dtype(dtype))
   _check_state(state, (*lead, f, d), state_dtype, context_axis)
-  accumulate = jnp.promote_types(dtype, jnp.float32)
+  accumulate = accumulation_dtype(dtype)
   n, tail = divmod(t, chunk_size)
 
   z = z.reshape(-1, t, f)
@@ -166,14 +186,22 @@ def inplace_ttt(
       if facts is not None:
         tail_reads = jnp.where(facts.tail_reads[..., None], tail_reads, jnp.zeros_like(tail_reads))
       reads = jnp.concatenate([reads, tail_reads], axis=1)
+    stats = FastWeightStats(
+      update=norms.reshape(*lead, n),
+      state=_norm(s).reshape(lead),
+      fast=_norm(reads).reshape(lead),
+      slow=_norm(y).reshape(lead),
+    )
     y = (y + reads).astype(dtype).reshape(*lead, t, d)
     if context_axis is not None:
       s = last_shard(s, context_axis)
 
   state = FastWeightState(S=s.reshape(*lead, f, d), pending=tail)
-  if return_update_norms:
-    return y, state, lax.stop_gradient(norms).reshape(*lead, n)
-  return y, state
+  return (y, state, lax.stop_gradient(stats)) if return_stats else (y, state)
+
+
+def _norm(x: Float[Array, "B X Y"]) -> Float[Array, "B"]:
+  return jnp.linalg.norm(lax.stop_gradient(x), axis=(1, 2))
 
 
 def _choose(implementation: str | None):

@@ -2,7 +2,7 @@
 
 Memory is `[T, T]`; use it at float64 in tests and nowhere else. Written from the oracle
 
-    o_t = z_t (W + inner_lr * sum over s with chunk(s) < chunk(t) and document(s) = document(t) of z_s^T v_s)
+    o_t = z_t (W + inner_lr * sum of z_s^T v_s over s with chunk(s) < chunk(t), document(s) = document(t))
 
 with a decay per chunk in between, a clip factor per chunk, and the incoming state for the first document.
 """
@@ -18,11 +18,11 @@ def inplace_ttt_reference(
   w_down: Float[Array, "F D"],
   *,
   chunk_size: int,
-  inner_lr: float | Float[Array, ""],
+  inner_lr: float | int | Float[Array, ""],
   state: Float[Array, "B F D"] | None = None,
   segment_ids: Int[Array, "B T"] | None = None,
-  decay: float | Float[Array, ""] | None = None,
-  clip_norm: float | None = None,
+  decay: float | int | Float[Array, ""] | None = None,
+  clip_norm: float | int | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B F D"]]:
   """What `ttt_jax.inplace_ttt` computes, in the dtype of its inputs; returns y and S."""
   b, t, f = z.shape

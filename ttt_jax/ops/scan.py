@@ -15,10 +15,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ttt_jax.ops.context import exchange, exclusive_prefix, vary_over, varying_axes
+from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.ops.update import Update, apply_update, combine, scale
+
+# The name under which `jax.checkpoint` policies can save the state that came in from other shards,
+# so that rematerialisation recomputes the chunks but exchanges nothing again.
+INCOMING_STATE = "ttt_incoming_state"
 
 
 def read(z: Float[Array, "B C F"], s: Float[Array, "B F D"]) -> Float[Array, "B C D"]:
@@ -28,9 +34,7 @@ def read(z: Float[Array, "B C F"], s: Float[Array, "B F D"]) -> Float[Array, "B 
 
 def _matmul(subscripts: str, x: Array, y: Array) -> Array:
   """A product of operands of one dtype, accumulated and returned in at least float32."""
-  return jnp.einsum(
-    subscripts, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
-  )
+  return jnp.einsum(subscripts, x, y, preferred_element_type=accumulation_dtype(x.dtype))
 
 
 def _clip(u: Float[Array, "*B F D"], clip_norm: float | None):
@@ -50,7 +54,7 @@ def associative(
   s_in: Float[Array, "B F D"],
   keep: Float[Array, "B N"],
   lr: Float[Array, ""],
-  decay: float | Float[Array, ""] | None,
+  decay: float | int | Float[Array, ""] | None,
   *,
   clip_norm: float | None,
   context_axis: str | None,
@@ -58,7 +62,7 @@ def associative(
 ) -> tuple[Float[Array, "B N C D"], Float[Array, "B F D"], Float[Array, "B N"]]:
   """`jax.lax.associative_scan` over the chunks; every chunk's state is in memory at once."""
   if z.shape[1] == 0:
-    return jnp.zeros(v.shape, jnp.promote_types(z.dtype, jnp.float32)), s_in, keep
+    return jnp.zeros(v.shape, accumulation_dtype(z.dtype)), s_in, keep
   u = lr * _matmul("bncf,bncd->bnfd", z, v)
   u, r, norm = _clip(u.astype(s_in.dtype), clip_norm)
   keep = keep if decay is None else keep * decay
@@ -66,6 +70,7 @@ def associative(
   total = Update(upto.keep[:, -1], upto.delta[:, -1])
   if context_axis is not None:
     s_in = apply_update(exclusive_prefix(total, context_axis, collective=collective), s_in)
+    s_in = checkpoint_name(s_in, INCOMING_STATE)
   s_end = apply_update(total, s_in)
   # Exclusive: chunk i reads the state made by chunks 0 to i-1, the incoming one for i = 0.
   after = scale(upto.keep, jnp.broadcast_to(s_in[:, None], u.shape)) + upto.delta
@@ -80,7 +85,7 @@ def sequential(
   s_in: Float[Array, "B F D"],
   keep: Float[Array, "B N"],
   lr: Float[Array, ""],
-  decay: float | Float[Array, ""] | None,
+  decay: float | int | Float[Array, ""] | None,
   *,
   clip_norm: float | None,
   context_axis: str | None,
@@ -139,6 +144,7 @@ def _sequential_fwd(z, v, s_in, keep, lr, decay, static):
         delta=lax.fori_loop(0, n, lambda i, s: step(i, s)[0], jnp.zeros_like(s_in)),
       )
     s_in = apply_update(exchange(total, context_axis, collective, False), s_in)
+    s_in = checkpoint_name(s_in, INCOMING_STATE)
 
   def body(i, carry):
     s, reads, norms = carry
@@ -146,7 +152,7 @@ def _sequential_fwd(z, v, s_in, keep, lr, decay, static):
     s, norm = step(i, s)
     return s, reads, _put(norms, norm, i)
 
-  reads = _zeros(v.shape, jnp.promote_types(z.dtype, jnp.float32), z)
+  reads = _zeros(v.shape, accumulation_dtype(z.dtype), z)
   with jax.named_scope("chunks"):
     s_end, reads, norms = lax.fori_loop(0, n, body, (s_in, reads, jnp.zeros_like(keep)))
   return (reads, s_end, norms), (z, v, s_in, keep, lr, decay)
@@ -193,7 +199,7 @@ def _sequential_bwd(static, saved, cotangents):
     dz = _put(dz, _matmul("bcd,bfd->bcf", dr_i, s.astype(z.dtype)), i)
     u, _, _ = _update(z_i, _chunk(v, i), lr, clip_norm, s.dtype)
     if learn_decay:
-      d_decay += jnp.sum(read(z_i, tangent) * dr_i.astype(jnp.promote_types(z.dtype, jnp.float32)))
+      d_decay += jnp.sum(read(z_i, tangent) * dr_i.astype(accumulation_dtype(z.dtype)))
       tangent = scale(_chunk(keep, i), decay * tangent + s)
     s = apply_update(Update(_chunk(factors, i), u), s)
     return s, tangent, dz, d_decay

@@ -79,7 +79,7 @@ def same_document(segment_ids: Int[Array, "*B T"], offset: int) -> Bool[Array, "
   return (document >= 0) & (document == shift(document, offset, axis=-1, fill=-1))
 
 
-def shift(x: Shaped[Array, "*S"], offset: int, *, axis: int, fill: float) -> Shaped[Array, "*S"]:
+def shift(x: Shaped[Array, "*S"], offset: int, *, axis: int, fill: int) -> Shaped[Array, "*S"]:
   """Index t of `axis` gets what t + offset has, or `fill` where there is none."""
   axis %= x.ndim
   size = x.shape[axis]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.ops.segments import check_segment_ids, same_document, shift
 
 
@@ -44,7 +45,7 @@ def ntp_targets(
     check_segment_ids(segment_ids, x.shape[:-1])
   t, d = x.shape[-2:]
   width = conv.shape[0]
-  accumulate = jnp.promote_types(x.dtype, jnp.float32)
+  accumulate = accumulation_dtype(x.dtype)
   with jax.named_scope("ntp_targets"):
     chunk = jnp.arange(t) // chunk_size
     mixed = jnp.zeros(x.shape, accumulate)

@@ -1,0 +1,78 @@
+"""Grouped-query attention: projections, positions and norms around `ttt_jax.ops.attention`."""
+
+from functools import partial
+
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from ttt_jax.config import AttentionConfig, ModelConfig
+from ttt_jax.nn.layers import RMSNorm, normal_init, project, rotate
+from ttt_jax.ops.attention import attention
+from ttt_jax.sharding import over_shards
+
+
+class Attention(nnx.Module):
+  """`softmax(q k^T / sqrt(K)) v` over the tokens a token sees: its document's last `window` ones."""
+
+  def __init__(
+    self,
+    model: ModelConfig,
+    config: AttentionConfig,
+    *,
+    window: int | None,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+  ):
+    d, h, g, k = model.d_model, model.num_heads, model.num_kv_heads, model.head_size
+    self.query = normal_init(rngs.params(), (d, h, k), param_dtype, fan_in=d)
+    self.key = normal_init(rngs.params(), (d, g, k), param_dtype, fan_in=d)
+    self.value = normal_init(rngs.params(), (d, g, k), param_dtype, fan_in=d)
+    gain = (
+      2 * model.num_layers
+    ) ** -0.5  # keeps the residual stream's variance independent of depth
+    self.out = normal_init(rngs.params(), (h, k, d), param_dtype, fan_in=h * k, gain=gain)
+    norm = partial(RMSNorm, k, eps=model.norm_eps, param_dtype=param_dtype)
+    self.query_norm = norm() if model.qk_norm else None
+    self.key_norm = norm() if model.qk_norm else None
+    self.window = window
+    self.implementation = config.implementation
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    rotary: tuple[Float[Array, "T half"], Float[Array, "T half"]],
+    documents: Int[Array, "B T"] | None,
+  ) -> Float[Array, "B T D"]:
+    q = project("btd,dhk->bthk", x, self.query, x.dtype)
+    k = project("btd,dgk->btgk", x, self.key, x.dtype)
+    v = project("btd,dgk->btgk", x, self.value, x.dtype)
+    if self.query_norm is not None:
+      q, k = self.query_norm(q), self.key_norm(k)
+    q, k = rotate(q, *rotary), rotate(k, *rotary)
+    heads = ("batch", "sequence", None, None)
+    mixed = over_shards(
+      self._attend,
+      q,
+      k,
+      v,
+      documents,
+      dims=(heads, heads, heads, None if documents is None else ("batch", "sequence")),
+      out_dims=heads,
+    )
+    return project("bthk,hkd->btd", mixed, self.out, x.dtype)
+
+  def _attend(self, q, k, v, documents, *, context_axis):
+    window = self.window
+    if window is not None and context_axis is None:
+      window = min(window, q.shape[1])  # a window beyond the sequence sees all of it
+    return attention(
+      q,
+      k,
+      v,
+      window=window,
+      segment_ids=documents,
+      context_axis=context_axis,
+      implementation=self.implementation,
+    )

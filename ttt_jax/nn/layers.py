@@ -1,0 +1,85 @@
+"""The small parts of a decoder: normalisation, embedding, rotary positions, initialisers."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from ttt_jax.ops.numerics import accumulation_dtype
+
+
+def normal_init(
+  key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, *, fan_in: int, gain: float = 1.0
+) -> nnx.Param:
+  """A parameter drawn from a normal distribution of variance `gain^2 / fan_in`."""
+  return nnx.Param(jax.random.normal(key, shape, dtype) * (gain * fan_in**-0.5))
+
+
+def rms_normalize(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
+  """`x / sqrt(mean(x^2) + eps)` over the last axis, computed in float32 or wider."""
+  wide = x.astype(accumulation_dtype(x.dtype))
+  mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+  return (wide * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """`rms_normalize(x) * scale`."""
+
+  def __init__(self, size: int, *, eps: float, param_dtype: DTypeLike):
+    self.scale = nnx.Param(jnp.ones((size,), param_dtype))
+    self.eps = eps
+
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    scale = self.scale[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return rms_normalize(x, self.eps) * scale
+
+
+class Embed(nnx.Module):
+  """A table of token embeddings, also usable as the output head."""
+
+  def __init__(
+    self,
+    vocab_size: int,
+    d_model: int,
+    *,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+  ):
+    self.table = normal_init(rngs.params(), (vocab_size, d_model), param_dtype, fan_in=d_model)
+    self.dtype = dtype
+
+  def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    return self.table[...].astype(self.dtype)[tokens]
+
+  def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """`x table^T`, accumulated and returned in float32 or wider."""
+    return project("btd,vd->btv", x, self.table, accumulation_dtype(self.dtype))
+
+
+def project(subscripts: str, x: Array, kernel: nnx.Param, out_dtype: DTypeLike) -> Array:
+  """A product with a parameter in x's dtype, accumulated in float32 or wider."""
+  accumulate = accumulation_dtype(x.dtype)
+  y = jnp.einsum(subscripts, x, kernel[...].astype(x.dtype), preferred_element_type=accumulate)
+  return y.astype(out_dtype)
+
+
+def rotary_angles(
+  positions: Int[Array, "T"], head_dim: int, theta: float
+) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
+  """cos and sin of `position * theta^(-2 i / head_dim)`, formed in float32 as the published models do."""
+  exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+  angles = positions.astype(jnp.float32)[:, None] / (theta**exponents)[None, :]
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+  x: Float[Array, "B T H K"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]
+) -> Float[Array, "B T H K"]:
+  """Rotary position embedding of channel pairs (i, i + K/2), the layout of Llama and Qwen checkpoints."""
+  wide = accumulation_dtype(x.dtype)
+  first, second = jnp.split(x.astype(wide), 2, axis=-1)
+  cos, sin = (a.astype(wide)[None, :, None, :] for a in (cos, sin))
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return rotated.astype(x.dtype)

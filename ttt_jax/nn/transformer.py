@@ -1,0 +1,265 @@
+"""A decoder of the Llama / Qwen3 kind in which any MLP can have fast weights.
+
+Layers of one kind pattern are stacked and scanned: `plan_groups` finds the shortest program for any
+choice of layers, so that compile time follows the number of distinct layers, not the depth.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+
+from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig, check_layers
+from ttt_jax.nn.attention import Attention
+from ttt_jax.nn.layers import Embed, RMSNorm, normal_init, project, rms_normalize, rotary_angles
+from ttt_jax.nn.mlp import Mlp, MlpStats, TttMlp
+from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.ops.scan import INCOMING_STATE
+from ttt_jax.ops.segments import check_segment_ids, number_documents
+from ttt_jax.sharding import constrain, over_shards, positions
+
+
+class LayerKind(NamedTuple):
+  """What tells layers apart: parameters of one kind have equal shapes and can be stacked."""
+
+  ttt: bool
+  window: int | None
+
+
+class Group(NamedTuple):
+  """`repeats` times the layers of `pattern`, one after another."""
+
+  pattern: tuple[LayerKind, ...]
+  repeats: int
+
+
+def layer_kinds(
+  model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig
+) -> tuple[LayerKind, ...]:
+  """The kind of each layer, from the first to the last."""
+  return tuple(
+    LayerKind(
+      ttt=layer in ttt.layers,
+      window=None if layer in attention.full_layers else attention.window,
+    )
+    for layer in range(model.num_layers)
+  )
+
+
+def plan_groups(kinds: tuple[LayerKind, ...]) -> tuple[Group, ...]:
+  """Cuts the layers into repeated patterns so that as few layers as possible are written out.
+
+  `best[j]` is the cheapest plan for the first j layers, by layers written out, then by groups:
+  its last group covers layers i to j-1 with some period p that divides j - i.
+  """
+  best: list[tuple[int, int, tuple[Group, ...]]] = [(0, 0, ())]
+  for j in range(1, len(kinds) + 1):
+    plans = []
+    for i in range(j):
+      length = j - i
+      for p in (p for p in range(1, length + 1) if length % p == 0):
+        pattern = kinds[i : i + p]
+        if kinds[i:j] == pattern * (length // p):
+          cost, groups, plan = best[i]
+          plans.append((cost + p, groups + 1, (*plan, Group(pattern, length // p))))
+          break  # a longer period of the same layers writes out more
+    best.append(min(plans, key=lambda plan: plan[:2]))
+  return best[-1][2]
+
+
+class Block(nnx.Module):
+  """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+  def __init__(
+    self,
+    kind: LayerKind,
+    model: ModelConfig,
+    attention: AttentionConfig,
+    ttt: TTTConfig,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    param_dtype = jnp.dtype(model.param_dtype)
+    norm = partial(RMSNorm, model.d_model, eps=model.norm_eps, param_dtype=param_dtype)
+    self.attention_norm = norm()
+    self.attention = Attention(
+      model,
+      attention,
+      window=kind.window,
+      dtype=jnp.dtype(model.dtype),
+      param_dtype=param_dtype,
+      rngs=rngs,
+    )
+    self.mlp_norm = norm()
+    if kind.ttt:
+      self.mlp = TttMlp(model, ttt, param_dtype=param_dtype, rngs=rngs)
+    else:
+      self.mlp = Mlp(model, param_dtype=param_dtype, rngs=rngs)
+
+  def __call__(self, x, embeddings, rotary, documents, *, update: bool):
+    """The block's output, and its `MlpStats` if it updated a fast weight, else None."""
+    with jax.named_scope("attention"):
+      x = x + self.attention(self.attention_norm(x), rotary, documents)
+    with jax.named_scope("mlp"):
+      h = self.mlp_norm(x)
+      stats = None
+      if update and isinstance(self.mlp, TttMlp):
+        source = embeddings if self.mlp.ttt.target == "input_embed" else h
+        if self.mlp.ttt.normalize_target:
+          source = rms_normalize(source, self.mlp_norm.eps)
+        y, stats = self.mlp.learn(h, source, documents)
+      else:
+        y = self.mlp(h)
+      x = constrain(x + y, "batch", "sequence", None)
+    return x, stats
+
+
+class Transformer(nnx.Module):
+  """Token embeddings, blocks, a final norm and a tied or untied head.
+
+  `groups[g][p]` holds the blocks at place p of group g's pattern, stacked on a leading axis of
+  `repeats`; `layer_of` says which layers these are.
+  """
+
+  def __init__(
+    self,
+    model: ModelConfig,
+    attention: AttentionConfig | None = None,
+    ttt: TTTConfig | None = None,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    attention = AttentionConfig() if attention is None else attention
+    ttt = TTTConfig() if ttt is None else ttt
+    check_layers(model, attention, ttt)
+    self.model, self.attention, self.ttt = model, attention, ttt
+    self.plan = plan_groups(layer_kinds(model, attention, ttt))
+    param_dtype = jnp.dtype(model.param_dtype)
+
+    # A layer's parameters depend on the seed and its index only: a model with and one without fast
+    # weights start from the same values.
+    layer_keys = jax.random.split(rngs.params(), model.num_layers)
+
+    def make(kind, key):
+      return Block(kind, model, attention, ttt, rngs=nnx.Rngs(params=key))
+
+    groups = []
+    start = 0
+    for pattern, repeats in self.plan:
+      keys = layer_keys[start : start + len(pattern) * repeats].reshape(repeats, len(pattern))
+      groups.append(
+        nnx.List(jax.vmap(partial(make, kind))(keys[:, p]) for p, kind in enumerate(pattern))
+      )
+      start += len(pattern) * repeats
+    self.groups = nnx.List(groups)
+    self.embed = Embed(
+      model.vocab_size,
+      model.d_model,
+      dtype=jnp.dtype(model.dtype),
+      param_dtype=param_dtype,
+      rngs=rngs,
+    )
+    self.norm = RMSNorm(model.d_model, eps=model.norm_eps, param_dtype=param_dtype)
+    if model.tie_embeddings:
+      self.head = None
+    else:
+      self.head = normal_init(
+        rngs.params(), (model.d_model, model.vocab_size), param_dtype, fan_in=model.d_model
+      )
+
+  def __call__(
+    self,
+    tokens: Int[Array | np.ndarray, "B T"],
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+    *,
+    update: bool = True,
+    return_stats: bool = False,
+  ):
+    """The logits `[B, T, V]` of every token's successor, in float32 or wider.
+
+    Args:
+      tokens: rows of tokens.
+      segment_ids: documents of packed rows: neighbouring documents differ, 0 is padding. No logit
+        depends on another document.
+      update: whether the fast weights learn along the row; False reads with W throughout.
+      return_stats: also return the `MlpStats` of the TTT layers, stacked in the order of the layers
+        (None where none updates).
+
+    Raises:
+      ValueError: tokens or segment_ids of the wrong shape or dtype.
+    """
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+      raise ValueError(
+        f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, expected integers [B, T]"
+      )
+    tokens, documents = jnp.asarray(tokens), None
+    if segment_ids is not None:
+      segment_ids = jnp.asarray(segment_ids)
+      check_segment_ids(segment_ids, tokens.shape)
+      rows = ("batch", "sequence")
+      documents = over_shards(number_documents, segment_ids, dims=(rows,), out_dims=rows)
+    rotary = rotary_angles(positions(tokens.shape[1]), self.model.head_size, self.model.rope_theta)
+    with jax.named_scope("embed"):
+      embeddings = constrain(self.embed(tokens), "batch", "sequence", None)
+
+    policy = jax.checkpoint_policies.save_only_these_names(INCOMING_STATE)
+
+    def run(block, x, embeddings, documents):
+      return block(x, embeddings, rotary, documents, update=update)
+
+    if self.model.remat:
+      run = jax.checkpoint(run, policy=policy)
+
+    def superblock(x, blocks):
+      collected = []
+      for block in blocks:
+        x, stats = run(block, x, embeddings, documents)
+        if stats is not None:
+          collected.append(stats)
+      return x, jax.tree.map(lambda *s: jnp.stack(s), *collected) if collected else None
+
+    x = embeddings
+    collected = []
+    for group in self.groups:
+      x, stats = jax.lax.scan(superblock, x, list(group))
+      if stats is not None:
+        collected.append(stats)
+
+    with jax.named_scope("head"):
+      x = self.norm(x)
+      if self.head is None:
+        logits = self.embed.attend(x)
+      else:
+        wide = accumulation_dtype(x.dtype)
+        logits = project("btd,dv->btv", x, self.head, wide)
+    if not return_stats:
+      return logits
+    if not collected:
+      return logits, None
+    # [repeats, places] of each group, in the order of the layers.
+    return logits, jax.tree.map(lambda *s: jnp.concatenate([a.reshape(-1) for a in s]), *collected)
+
+  def layers(self) -> list[tuple[int, int, int]]:
+    """For every layer its place in the parameters: group, place in the pattern, repeat."""
+    return [
+      (g, p, r)
+      for g, (pattern, repeats) in enumerate(self.plan)
+      for r in range(repeats)
+      for p in range(len(pattern))
+    ]
+
+
+def count_parameters(model: nnx.Module) -> int:
+  return sum(x.size for x in jax.tree.leaves(model))
+
+
+def ttt_layers(model: Transformer) -> tuple[int, ...]:
+  """The layers with fast weights, in the order of the stacked `MlpStats`."""
+  return tuple(sorted(model.ttt.layers))
+
+
+__all__ = ["Group", "LayerKind", "MlpStats", "Transformer", "layer_kinds", "plan_groups"]

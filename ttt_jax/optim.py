@@ -1,0 +1,46 @@
+"""AdamW with warm-up, cosine decay and clipping, from optax."""
+
+from typing import Any
+
+import jax
+import optax
+
+from ttt_jax.config import TrainConfig
+
+# Parameters that weight decay would only pull away from where they do nothing: scales towards 0,
+# the target's convolution and the inner rate.
+_NO_DECAY = ("scale", "conv", "log_rate")
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+  """Linear from 0 over `warmup_steps`, then a cosine down to `final_lr_ratio` at `steps`."""
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0,
+    peak_value=config.learning_rate,
+    warmup_steps=config.warmup_steps,
+    decay_steps=config.steps,
+    end_value=config.learning_rate * config.final_lr_ratio,
+  )
+
+
+def decays(params: Any) -> Any:
+  """A pytree like `params`: whether weight decay applies."""
+
+  def applies(path, _):
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return not any(name in _NO_DECAY for name in names)
+
+  return jax.tree_util.tree_map_with_path(applies, params)
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_grad_norm),
+    optax.adamw(
+      learning_rate(config),
+      b1=config.beta1,
+      b2=config.beta2,
+      weight_decay=config.weight_decay,
+      mask=decays,
+    ),
+  )

@@ -1,0 +1,64 @@
+"""The pictures of a run, drawn with matplotlib from `summary.json` and `metrics.jsonl`."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Columns of the table by position: label, colour, marker. Dark to light in the order of interest.
+_CURVES = {
+  "loss": ("fast weights updating", "#0b4f9e", "o"),
+  "loss_updates_off": ("same model, updates off", "#d1620b", "s"),
+  "loss_baseline": ("twin trained without fast weights", "#5c5c5c", "^"),
+}
+
+
+def _axes(title: str, x: str, y: str):
+  figure, axes = plt.subplots(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+  axes.set_title(title, loc="left", fontsize=11)
+  axes.set_xlabel(x)
+  axes.set_ylabel(y)
+  axes.grid(alpha=0.25)
+  axes.spines[["top", "right"]].set_visible(False)
+  return figure, axes
+
+
+def plot_by_position(summary: dict[str, Any], path: Path) -> None:
+  """Held-out loss against position in the document, one curve per way of reading."""
+  table = summary["heldout_by_position"]
+  figure, axes = _axes(
+    f"Held-out loss along a document ({summary['heldout_documents']} documents, "
+    f"{summary['steps']} steps)",
+    "position in the document (tokens)",
+    "loss (nats per token)",
+  )
+  middle = [(row["from"] + row["to"]) / 2 for row in table]
+  for column, (label, color, marker) in _CURVES.items():
+    if table[0][column] is not None:
+      losses = [row[column] for row in table]
+      axes.plot(middle, losses, color=color, marker=marker, markersize=5, label=label)
+  axes.set_xlim(0, table[-1]["to"])
+  axes.legend(frameon=False)
+  figure.savefig(path)
+  plt.close(figure)
+
+
+def plot_training(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+  """Training loss against the step, a running mean over its noisy trace, one colour per run."""
+  figure, axes = _axes("Training loss", "step", "loss (nats per token)")
+  for (name, records), color in zip(runs.items(), ("#0b4f9e", "#5c5c5c")):
+    steps = [r["step"] for r in records if r["loss"] is not None]
+    losses = [r["loss"] for r in records if r["loss"] is not None]
+    axes.plot(steps, losses, color=color, alpha=0.25, linewidth=1)
+    smooth, mean = [], None
+    for loss in losses:
+      mean = loss if mean is None else 0.8 * mean + 0.2 * loss
+      smooth.append(mean)
+    axes.plot(steps, smooth, color=color, label=name)
+  if len(runs) > 1:
+    axes.legend(frameon=False)
+  figure.savefig(path)
+  plt.close(figure)

@@ -1,0 +1,144 @@
+"""A whole run: corpus, mesh, training, its twin, evaluation, and what they leave in the run directory."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from ttt_jax.checkpoint import Checkpoints
+from ttt_jax.config import Config
+from ttt_jax.data import load_corpus
+from ttt_jax.evaluate import evaluate
+from ttt_jax.nn.transformer import Transformer, count_parameters
+from ttt_jax.plots import plot_by_position, plot_training
+from ttt_jax.rundir import open_run, read_metrics, write_json
+from ttt_jax.sharding import make_mesh
+from ttt_jax.train import abstract_state, model_summary, train
+
+BASELINE = "baseline"  # the twin's directory inside the run's
+
+
+def run_training(config: Config, console: Console | None = None) -> dict[str, Any] | None:
+  """Trains the model of a config (and its twin), evaluates, draws; returns the summary.
+
+  The same call again goes on from the last checkpoint. Returns None if it was interrupted.
+  """
+  console = Console() if console is None else console
+  mesh = make_mesh(config.mesh)
+  corpus = load_corpus(config.data, seed=config.seed)
+  run_dir = open_run(config.resolved_run_dir, config)
+  console.print(corpus.report(), highlight=False)
+  console.print(f"{_devices(mesh)}; run directory {run_dir}", highlight=False)
+
+  result = train(config, corpus, mesh, run_dir)
+  baseline = None
+  if result.finished and config.eval.baseline:
+    twin = train(config.without_ttt(), corpus, mesh, run_dir / BASELINE, title="twin without TTT")
+    result = result if twin.finished else twin
+    baseline = twin.state.model
+  if not result.finished:
+    console.print(
+      f"stopped after step {int(result.state.step)}, saved: the same command goes on from there"
+    )
+    return None
+  return _evaluate_and_report(config, result.state.model, baseline, corpus, mesh, run_dir, console)
+
+
+def run_evaluation(config: Config, console: Console | None = None) -> dict[str, Any]:
+  """Evaluates the newest checkpoint of a run again, with the config's `eval` section.
+
+  Raises:
+    ValueError: there is no run or no checkpoint there, or it is another model's.
+  """
+  console = Console() if console is None else console
+  mesh = make_mesh(config.mesh)
+  run_dir = Path(config.resolved_run_dir)
+  corpus = load_corpus(config.data, seed=config.seed)
+  model = load_model(config, mesh, run_dir)
+  baseline = None
+  if config.eval.baseline:
+    baseline = load_model(config.without_ttt(), mesh, run_dir / BASELINE)
+  return _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console)
+
+
+def load_model(config: Config, mesh: Mesh, run_dir: Path) -> Transformer:
+  """The model of a run's newest checkpoint."""
+  if not (run_dir / "checkpoints").is_dir():
+    raise ValueError(f"run_dir={str(run_dir)!r} has no checkpoints: train there first")
+  abstract = {"model": abstract_state(config, mesh).model}
+  with Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    return checkpoints.restore(abstract, partial=True)[1]["model"]
+
+
+def _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console) -> dict[str, Any]:
+  console.print("evaluating on held-out documents ...")
+  runs = {
+    "with fast weights" if config.ttt.layers else "model": read_metrics(run_dir / "metrics.jsonl")
+  }
+  if baseline is not None:
+    runs["twin without"] = read_metrics(run_dir / BASELINE / "metrics.jsonl")
+  records = next(iter(runs.values()))
+  summary = {
+    "name": config.name,
+    "steps": records[-1]["step"],
+    "params": count_parameters(model),
+    "params_baseline": None if baseline is None else count_parameters(baseline),
+    "devices": mesh.size,
+    "device_kind": mesh.devices.flat[0].device_kind,
+    "mesh": dict(mesh.shape),
+    "jax_version": jax.__version__,
+    "tokens": records[-1]["tokens"],
+    "tokens_per_second": _speed(records),
+    "tokens_per_second_baseline": _speed(runs["twin without"]) if baseline is not None else None,
+    "skipped": dict(corpus.skipped),
+    **evaluate(config, model, baseline, corpus.heldout, mesh),
+  }
+  write_json(run_dir / "summary.json", summary)
+  plot_by_position(summary, run_dir / "loss_by_position.png")
+  plot_training(runs, run_dir / "training_loss.png")
+  _print_summary(config, model, summary, run_dir, console)
+  return summary
+
+
+def _speed(records: list[dict[str, Any]]) -> float | None:
+  """The median over the logged intervals."""
+  speeds = [r["tokens_per_second"] for r in records if r["tokens_per_second"]]
+  return statistics.median(speeds) if speeds else None
+
+
+def _devices(mesh: Mesh) -> str:
+  kind = mesh.devices.flat[0].device_kind
+  axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+  return f"{mesh.size} {kind} device{'s' if mesh.size > 1 else ''}" + (f" ({axes})" if axes else "")
+
+
+def _print_summary(config, model, summary, run_dir, console) -> None:
+  table = Table(title=f"held-out loss, nats per token ({summary['heldout_documents']} documents)")
+  columns = {"loss": "updates on", "loss_updates_off": "updates off", "loss_baseline": "twin"}
+  columns = {k: v for k, v in columns.items() if summary["heldout_by_position"][0][k] is not None}
+  table.add_column("position", justify="right")
+  for title in columns.values():
+    table.add_column(title, justify="right")
+  for row in summary["heldout_by_position"]:
+    table.add_row(f"{row['from']} - {row['to']}", *(f"{row[k]:.3f}" for k in columns))
+  overall = {"loss": "heldout_loss", **{k: f"heldout_{k}" for k in columns if k != "loss"}}
+  table.add_row("all", *(f"{summary[overall[k]]:.3f}" for k in columns), style="bold")
+  console.print(model_summary(config, model), highlight=False)
+  console.print(table)
+  console.rule("a held-out document, continued by the model", align="left")
+  console.print(
+    summary["sample"]["prompt"][-200:], style="dim", markup=False, highlight=False, end=""
+  )
+  console.print(summary["sample"]["continuation"], style="bold", markup=False, highlight=False)
+  console.rule()
+  names = ("summary.json", "loss_by_position.png", "training_loss.png", "metrics.jsonl")
+  console.print("written: " + ", ".join(str(run_dir / name) for name in names), highlight=False)
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+  return json.loads((run_dir / "summary.json").read_text())

@@ -1,0 +1,232 @@
+"""Training: one jitted step over the mesh, and the loop that feeds, logs, saves and can be stopped."""
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from ttt_jax.checkpoint import Checkpoints
+from ttt_jax.config import Config
+from ttt_jax.data import Corpus, training_rows
+from ttt_jax.loss import mean_loss
+from ttt_jax.nn.transformer import Transformer, count_parameters, ttt_layers
+from ttt_jax.optim import learning_rate, make_optimizer
+from ttt_jax.progress import TrainingProgress
+from ttt_jax.rundir import MetricsLog
+from ttt_jax.sharding import sharding
+
+
+class TrainState(NamedTuple):
+  """Everything a step reads and replaces."""
+
+  model: Transformer
+  opt_state: Any
+  step: Int[Array, ""]  # steps done
+
+
+class Batch(NamedTuple):
+  tokens: Int[Array, "B T"]
+  labels: Int[Array, "B T"]
+  segment_ids: Int[Array, "B T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+  """How a call of `train` ended."""
+
+  state: TrainState
+  finished: bool  # False: it was interrupted, and saved
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+  """Fresh parameters and optimiser state, made on the mesh."""
+
+  def make() -> TrainState:
+    model = make_model(config)
+    return TrainState(model, make_optimizer(config.train).init(model), jnp.zeros((), jnp.int32))
+
+  return jax.jit(make, out_shardings=NamedSharding(mesh, PartitionSpec()))()
+
+
+def make_model(config: Config) -> Transformer:
+  """The model of a config, from its seed."""
+  return Transformer(config.model, config.attention, config.ttt, rngs=nnx.Rngs(config.seed))
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of `init_state`, without computing it."""
+  replicated = NamedSharding(mesh, PartitionSpec())
+  shapes = jax.eval_shape(
+    lambda: (lambda m: TrainState(m, make_optimizer(config.train).init(m), jnp.int32(0)))(
+      make_model(config)
+    )
+  )
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
+
+
+def train_step(
+  state: TrainState, batch: Batch, *, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, Any]]:
+  """One step of gradient descent on the mean loss of a batch. Pure; jit it under `jax.set_mesh`."""
+
+  def loss(model: Transformer) -> tuple[Float[Array, ""], Any]:
+    logits, stats = model(batch.tokens, batch.segment_ids, return_stats=True)
+    return mean_loss(logits, batch.labels), stats
+
+  (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.model)
+  with jax.named_scope("optimizer"):
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+    model = optax.apply_updates(state.model, updates)
+  metrics = {"loss": value, "grad_norm": optax.global_norm(grads), "ttt": stats}
+  return TrainState(model, opt_state, state.step + 1), metrics
+
+
+def jit_train_step(config: Config, mesh: Mesh) -> Callable:
+  """`train_step`, compiled for the mesh; the state passed in is donated."""
+  optimizer = make_optimizer(config.train)
+  step = jax.jit(
+    lambda state, batch: train_step(state, batch, optimizer=optimizer),
+    donate_argnums=0,
+    out_shardings=NamedSharding(mesh, PartitionSpec()),
+  )
+
+  def run(state: TrainState, batch: Batch):
+    with jax.set_mesh(mesh):
+      return step(state, batch)
+
+  return run
+
+
+def put_batch(rows: dict[str, Any], mesh: Mesh) -> Batch:
+  """Host rows `[B, T]` on the mesh."""
+  where = sharding(mesh, "batch", "sequence")
+  return Batch(*(jax.device_put(rows[name], where) for name in Batch._fields))
+
+
+def metrics_record(
+  config: Config, step: int, metrics: dict[str, Any], tokens_per_second: float | None
+) -> dict[str, Any]:
+  """One line of `metrics.jsonl`. Loss and norms are those of this step."""
+  record = {
+    "step": step,
+    "loss": float(metrics["loss"]),
+    "tokens": step * config.train.batch_size * config.data.seq_len,
+    "tokens_per_second": tokens_per_second,
+    "grad_norm": float(metrics["grad_norm"]),
+    # The rate this step was taken with: the schedule counts steps from 0.
+    "learning_rate": float(learning_rate(config.train)(step - 1)),
+  }
+  stats = metrics["ttt"]
+  if stats is not None:
+    layers = sorted(config.ttt.layers)
+    record["ttt"] = {
+      str(layer): {name: float(value[i]) for name, value in stats._asdict().items()}
+      for i, layer in enumerate(layers)
+    }
+  return record
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+  """Turns the first Ctrl-C or SIGTERM into a request to stop; a second one acts as usual."""
+  requested = False
+  previous = {}
+
+  def request(number, frame):
+    nonlocal requested
+    requested = True
+    for known, handler in previous.items():
+      signal.signal(known, handler)
+
+  for number in (signal.SIGINT, signal.SIGTERM):
+    previous[number] = signal.signal(number, request)
+  try:
+    yield lambda: requested
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def train(
+  config: Config, corpus: Corpus, mesh: Mesh, run_dir: Path, *, title: str = "training"
+) -> TrainResult:
+  """Trains to `train.steps`, from the newest checkpoint under `run_dir` if there is one.
+
+  Writes `metrics.jsonl` and `checkpoints/` there. Ctrl-C and SIGTERM finish the running step, save
+  and return; the same call again goes on from there, with every logged step in the metrics once.
+
+  Raises:
+    ValueError: a checkpoint that cannot be read or is another model's; nothing is overwritten.
+  """
+  steps = config.train.steps
+  rows = iter(
+    training_rows(
+      corpus.train,
+      seq_len=config.data.seq_len,
+      batch_size=config.train.batch_size,
+      seed=config.seed,
+    )
+  )
+  with Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    if checkpoints.latest_step is None:
+      state = init_state(config, mesh)
+    else:
+      _, arrays, data_state = checkpoints.restore(abstract_state(config, mesh)._asdict())
+      state = TrainState(**arrays)
+      rows.set_state(data_state)
+    done = int(state.step)
+
+    def save() -> None:
+      checkpoints.save(done, arrays=state._asdict(), data_state=rows.get_state())
+
+    log = MetricsLog.open(run_dir / "metrics.jsonl", resume_step=done)
+    step = jit_train_step(config, mesh)
+    tokens_per_step = config.train.batch_size * config.data.seq_len
+    with _stop_on_signal() as stop, TrainingProgress(title, done, steps) as progress, log:
+      # The first step compiles: it counts in no speed.
+      timed_from, timed_steps = None, 0
+      while done < steps and not stop():
+        state, metrics = step(state, put_batch(next(rows), mesh))
+        done += 1
+        timed_steps += 1
+        if done % config.train.log_every == 0 or done == steps or timed_from is None:
+          metrics = jax.device_get(metrics)
+          now = time.perf_counter()
+          speed = None
+          if timed_from is not None:
+            speed = timed_steps * tokens_per_step / (now - timed_from)
+          timed_from, timed_steps = now, 0
+          record = metrics_record(config, done, metrics, speed)
+          if done % config.train.log_every == 0 or done == steps:
+            log.write(record)
+          progress.update(done, record)
+          if not math.isfinite(record["loss"]):
+            progress.warn(f"step {done}: the loss is {record['loss']}")
+        if done % config.checkpoint.every == 0:
+          save()
+      if checkpoints.latest_step != done:
+        save()
+  return TrainResult(state=state, finished=done >= steps)
+
+
+def model_summary(config: Config, model: Transformer) -> str:
+  """One line that says what is trained."""
+  kinds = f"{config.model.num_layers} layers"
+  if config.ttt.layers:
+    kinds += (
+      f", fast weights in {list(ttt_layers(model))}, chunks of {config.ttt.chunk_size} tokens"
+    )
+  if config.attention.window is not None:
+    kinds += f", attention window {config.attention.window}"
+  return f"{count_parameters(model):,} parameters, {kinds}"
