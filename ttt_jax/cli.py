@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from ttt_jax.config import Config
 from ttt_jax.load_config import load_config
@@ -59,9 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
       run_evaluation(config)
   except (ValueError, NotImplementedError) as error:
+    if not _is_ours(error):
+      raise
     print(f"ttt-jax {parsed.command}: {error}", file=sys.stderr)
     return 2
   return 0
+
+
+def _is_ours(error: BaseException) -> bool:
+  """Whether ttt_jax itself raised: its message is for the user, another one's wants a traceback."""
+  innermost = traceback.extract_tb(error.__traceback__)[-1]
+  return Path(innermost.filename).is_relative_to(Path(__file__).parent)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,8 @@ class TTTConfig:
       not (self.init == "next_token" and self.conv_width < 3),
       f"ttt.init='next_token' needs ttt.conv_width >= 3, got {self.conv_width}",
     )
+    _require_choice("ttt.implementation", self.implementation, (None, "associative", "sequential"))
+    _require_choice("ttt.collective", self.collective, (None, "all_gather", "all_to_all"))
     if self.decay is not None:
       _require(0 < self.decay <= 1, f"ttt.decay={self.decay} must be in (0, 1]")
     if self.clip_norm is not None:

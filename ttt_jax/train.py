@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,19 +94,15 @@ def train_step(
 
 
 def jit_train_step(config: Config, mesh: Mesh) -> Callable:
-  """`train_step`, compiled for the mesh; the state passed in is donated."""
-  optimizer = make_optimizer(config.train)
-  step = jax.jit(
-    lambda state, batch: train_step(state, batch, optimizer=optimizer),
+  """`train_step`, compiled for the mesh, to be called (or lowered) under `jax.set_mesh(mesh)`.
+
+  The state passed in is donated.
+  """
+  return jax.jit(
+    partial(train_step, optimizer=make_optimizer(config.train)),
     donate_argnums=0,
     out_shardings=NamedSharding(mesh, PartitionSpec()),
   )
-
-  def run(state: TrainState, batch: Batch):
-    with jax.set_mesh(mesh):
-      return step(state, batch)
-
-  return run
 
 
 def put_batch(rows: dict[str, Any], mesh: Mesh) -> Batch:
@@ -193,7 +190,12 @@ def train(
     log = MetricsLog.open(run_dir / "metrics.jsonl", resume_step=done)
     step = jit_train_step(config, mesh)
     tokens_per_step = config.train.batch_size * config.data.seq_len
-    with _stop_on_signal() as stop, TrainingProgress(title, done, steps) as progress, log:
+    with (
+      jax.set_mesh(mesh),
+      _stop_on_signal() as stop,
+      TrainingProgress(title, done, steps) as progress,
+      log,
+    ):
       # The first step compiles: it counts in no speed.
       timed_from, timed_steps = None, 0
       while done < steps and not stop():

@@ -65,7 +65,7 @@ def test_layers_are_applied_in_order():
     rotary = rotary_angles(jnp.arange(16), MODEL.head_size, MODEL.rope_theta)
     documents = number_documents(segment_ids)
     for g, p, r in model.layers():
-      block = jax.tree.map(lambda a: a[r], model.groups[g][p])
+      block = jax.tree.map(lambda a, r=r: a[r], model.groups[g][p])
       x, _ = block(x, embeddings, rotary, documents, update=True)
     return model.embed.attend(model.norm(x))
 

@@ -1,0 +1,171 @@
+"""The command line as a new user meets it: a process of its own, from config to pictures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ttt_jax.cli import main
+from ttt_jax.rundir import read_metrics
+
+CONFIG = """# ttt-jax train {path}
+name: tiny
+runtime: {{cpu_devices: 4}}
+mesh: {{data: 2, context: 2}}
+model: {{num_layers: 2, d_model: 16, d_ff: 24, num_heads: 2, num_kv_heads: 1}}
+attention: {{window: 8}}
+ttt: {{layers: [1], chunk_size: 16}}
+data: {{seq_len: 128, path: {data}, heldout_fraction: 0.3}}
+train: {{steps: 6, batch_size: 2, warmup_steps: 2, log_every: 2}}
+checkpoint: {{every: 2}}
+eval: {{documents: 3, prompt_tokens: 32, sample_tokens: 8, baseline: true}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+  data = tmp_path / "text"
+  data.mkdir()
+  rng = np.random.default_rng(0)
+  for i in range(12):
+    words = rng.choice(["to", "learn", "while", "reading", "is", "fast"], 60)
+    (data / f"{i}.txt").write_text(" ".join(words))
+  path = tmp_path / "tiny.yaml"
+  path.write_text(CONFIG.format(path=path, data=data))
+  return path
+
+
+def _run(*words, **kwargs):
+  return subprocess.run(
+    [sys.executable, "-m", "ttt_jax.cli", *map(str, words)],
+    capture_output=True,
+    text=True,
+    timeout=300,
+    **kwargs,
+  )
+
+
+@pytest.mark.slow
+def test_train_resume_and_eval(config, tmp_path):
+  run_dir = tmp_path / "run"
+  result = _run("train", config, "--run_dir", run_dir)
+  assert result.returncode == 0, result.stderr
+  assert "step 6/6" in result.stdout
+  assert "updates off" in result.stdout
+
+  summary = json.loads((run_dir / "summary.json").read_text())
+  assert summary["devices"] == 4
+  assert summary["steps"] == 6
+  assert summary["tokens_per_second"] > 0
+  assert summary["params"] > summary["params_baseline"] > 1000
+  table = summary["heldout_by_position"]
+  assert len(table) == 8
+  assert set(table[0]) == {"from", "to", "loss", "loss_updates_off", "loss_baseline"}
+  assert all(np.isfinite(list(row.values())).all() for row in table)
+  for name in ("config.yaml", "loss_by_position.png", "training_loss.png"):
+    assert (run_dir / name).stat().st_size > 100
+  assert [r["step"] for r in read_metrics(run_dir / "metrics.jsonl")] == [2, 4, 6]
+
+  # The same command again has nothing left to train; `eval` reads the checkpoint again.
+  again = _run("train", config, "--run_dir", run_dir)
+  assert again.returncode == 0, again.stderr
+  assert [r["step"] for r in read_metrics(run_dir / "metrics.jsonl")] == [2, 4, 6]
+  assert json.loads((run_dir / "summary.json").read_text())["heldout_by_position"] == table
+  evaluated = _run("eval", config, "--run_dir", run_dir, "--eval.buckets", "16")
+  assert evaluated.returncode == 0, evaluated.stderr
+  assert len(json.loads((run_dir / "summary.json").read_text())["heldout_by_position"]) == 16
+
+  # Another config may not go on in there, and touches nothing.
+  before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")}
+  other = _run("train", config, "--run_dir", run_dir, "--model.d_ff", "32")
+  assert other.returncode == 2
+  assert "model.d_ff" in other.stderr
+  assert "--run_dir" in other.stderr
+  assert "Traceback" not in other.stderr
+  assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_goes_on(config, tmp_path):
+  run_dir = tmp_path / "run"
+  words = ["train", config, "--run_dir", run_dir, "--train.steps", "4000", "--train.log_every", "1"]
+  words += ["--eval.baseline", "false", "--checkpoint.every", "100000"]
+  process = subprocess.Popen(
+    [sys.executable, "-m", "ttt_jax.cli", *map(str, words)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env=os.environ | {"PYTHONUNBUFFERED": "1"},
+  )
+  metrics = run_dir / "metrics.jsonl"
+  deadline = time.monotonic() + 120
+  while not (metrics.exists() and len(read_metrics(metrics)) >= 3):
+    assert time.monotonic() < deadline
+    assert process.poll() is None, process.stdout.read()
+    time.sleep(0.1)
+  process.send_signal(signal.SIGINT)
+  output, _ = process.communicate(timeout=120)
+  assert process.returncode == 0, output
+  assert "the same command goes on from there" in output
+  done = len(read_metrics(metrics))
+  assert 3 <= done < 4000
+  saved = [p.name for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit()]
+  assert saved == [str(done)]
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (["--data.seqlen", "128"], "did you mean data.seq_len"),
+    (["--train.steps", "many"], "train.steps"),
+    (["--mesh.context", "3"], "mesh.context=3"),
+    (["--ttt.layers", "[7]"], "ttt.layers=[7]"),
+    (["--data.path", "/nowhere"], "data.path"),
+    (["--mesh.context", "1024"], "mesh.context"),
+    (["--attention.window", "129"], "attention.window=129"),
+  ],
+)
+def test_a_mistake_is_one_line(config, tmp_path, capsys, words, message):
+  run_dir = tmp_path / "run"
+  # Eight devices are there already, in this process.
+  arguments = [
+    "train",
+    str(config),
+    "--runtime.cpu_devices",
+    "null",
+    "--run_dir",
+    str(run_dir),
+    *words,
+  ]
+  assert main(arguments) == 2
+  error = capsys.readouterr().err
+  assert message in error
+  assert error.startswith("ttt-jax train: ")
+  assert not run_dir.exists()
+
+
+def test_eval_without_a_run(config, tmp_path, capsys):
+  arguments = [
+    "eval",
+    str(config),
+    "--runtime.cpu_devices",
+    "null",
+    "--run_dir",
+    str(tmp_path / "no"),
+  ]
+  assert main(arguments) == 2
+  assert "has no checkpoints" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["eval", "--help"]])
+def test_help(words, capsys):
+  with pytest.raises(SystemExit) as stop:
+    main(words)
+  assert stop.value.code == 0
+  assert "usage: ttt-jax" in capsys.readouterr().out

@@ -1,0 +1,109 @@
+"""Every check that needs no device, and every file under configs/."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import pytest
+
+from ttt_jax.config import AttentionConfig, Config, DataConfig, MeshConfig, ModelConfig, TTTConfig
+from ttt_jax.load_config import load_config
+from ttt_jax.nn.transformer import count_parameters
+from ttt_jax.sharding import make_mesh
+from ttt_jax.train import make_model
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def test_there_are_configs():
+  assert "quickstart.yaml" in [path.name for path in CONFIGS]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_config_parses_and_builds(path):
+  assert path.read_text().startswith(f"# ttt-jax train configs/{path.name}")
+  config = load_config(path)
+  assert config.name == path.stem
+  model = jax.eval_shape(lambda: make_model(config))
+  logits = jax.eval_shape(
+    lambda m: m(jax.numpy.zeros((1, config.data.seq_len), jax.numpy.int32)), model
+  )
+  assert logits.shape == (1, config.data.seq_len, config.model.vocab_size)
+
+
+def test_quickstart_is_what_the_readme_says():
+  config = load_config(CONFIGS[[p.name for p in CONFIGS].index("quickstart.yaml")])
+  model = jax.eval_shape(lambda: make_model(config))
+  assert 500_000 <= count_parameters(model) <= 2_000_000
+  assert config.mesh.size == 8
+  assert config.runtime.cpu_devices == 8
+  assert config.data.seq_len >= 4096
+  assert config.attention.window <= 128
+  assert 64 <= config.ttt.chunk_size <= 512
+
+
+@pytest.mark.parametrize(
+  ("section", "fields", "message"),
+  [
+    (MeshConfig, {"context": 0}, r"mesh\.context=0 must be positive"),
+    (MeshConfig, {"tensor": 2}, r"mesh\.tensor=2 is not supported yet"),
+    (ModelConfig, {"num_heads": 5}, r"model\.num_kv_heads=4 does not divide model\.num_heads=5"),
+    (ModelConfig, {"dtype": "fp8"}, r"model\.dtype='fp8' is not one of 'float32'"),
+    (ModelConfig, {"head_dim": 7}, r"model\.head_dim=7 must be even"),
+    (AttentionConfig, {"window": 0}, r"attention\.window=0 must be positive"),
+    (AttentionConfig, {"implementation": "magic"}, r"attention\.implementation='magic'"),
+    (TTTConfig, {"decay": 1.5}, r"ttt\.decay=1\.5 must be in \(0, 1\]"),
+    (TTTConfig, {"clip_norm": 0.0}, r"ttt\.clip_norm=0\.0 must be positive"),
+    (TTTConfig, {"conv_width": 4}, r"ttt\.conv_width=4 must be odd"),
+    (TTTConfig, {"target": "logits"}, r"ttt\.target='logits' is not one of 'input_embed'"),
+    (TTTConfig, {"implementation": "fast"}, r"ttt\.implementation='fast'"),
+    (TTTConfig, {"collective": "mail"}, r"ttt\.collective='mail'"),
+    (DataConfig, {"heldout_fraction": 1.0}, r"data\.heldout_fraction=1\.0"),
+  ],
+)
+def test_a_field_out_of_range_is_named(section, fields, message):
+  with pytest.raises(ValueError, match=message):
+    section(**fields)
+
+
+@pytest.mark.parametrize(
+  ("sections", "message"),
+  [
+    (
+      {"data": DataConfig(seq_len=1000), "ttt": TTTConfig(layers=(0,))},
+      r"data\.seq_len=1000 is not a multiple of .* = 1 \* 512 = 512.*data\.seq_len=1024",
+    ),
+    (
+      {"mesh": MeshConfig(context=3)},
+      r"mesh\.context=3 does not divide data\.seq_len=4096",
+    ),
+    (
+      {"mesh": MeshConfig(context=8), "ttt": TTTConfig(layers=(0,), chunk_size=1024)},
+      r"data\.seq_len=4096 is not a multiple of .* = 8 \* 1024",
+    ),
+    (
+      {"attention": AttentionConfig(window=4097)},
+      r"attention\.window=4097 is larger than data\.seq_len=4096",
+    ),
+    ({"ttt": TTTConfig(layers=(4,))}, r"ttt\.layers=\[4\] names layer 4.*use 0 to 3"),
+    ({"attention": AttentionConfig(full_layers=(9,))}, r"attention\.full_layers=\[9\]"),
+    ({"mesh": MeshConfig(data=2)}, r"train\.batch_size=1 is not a multiple of .* = 2"),
+  ],
+)
+def test_sections_that_do_not_fit_together(sections, message):
+  with pytest.raises(ValueError, match=message):
+    Config(**sections)
+
+
+def test_more_devices_than_there_are():
+  with pytest.raises(
+    ValueError, match=r"needs 16 devices, but there are 8.*runtime\.cpu_devices=16"
+  ):
+    make_mesh(MeshConfig(context=16))
+
+
+def test_the_twin_differs_in_the_ttt_layers_alone():
+  config = Config(ttt=TTTConfig(layers=(1,)))
+  twin = config.without_ttt()
+  assert twin.ttt.layers == ()
+  assert dataclasses.replace(twin, ttt=config.ttt) == config

@@ -1,0 +1,160 @@
+"""Training as a whole: equal on every mesh, falling loss, counted collectives, stop and resume."""
+
+import dataclasses
+import signal
+
+import jax
+import numpy as np
+import pytest
+from helpers import (
+  MESHES,
+  MODEL,
+  TTT,
+  count_collectives,
+  mesh_of,
+  random_rows,
+  randomized,
+  relative_error,
+)
+
+from ttt_jax.config import AttentionConfig, CheckpointConfig, Config, DataConfig, TrainConfig
+from ttt_jax.data import Corpus, Document
+from ttt_jax.progress import TrainingProgress
+from ttt_jax.rundir import read_metrics
+from ttt_jax.sharding import sharding
+from ttt_jax.train import init_state, jit_train_step, put_batch, train
+
+CONFIG = Config(
+  model=dataclasses.replace(MODEL, vocab_size=256),
+  attention=AttentionConfig(window=5, full_layers=(3,)),
+  ttt=TTT,
+  data=DataConfig(seq_len=64),
+  train=TrainConfig(steps=8, batch_size=2, warmup_steps=2, learning_rate=1e-2, log_every=1),
+  checkpoint=CheckpointConfig(every=3, keep=2),
+)
+# Of parameters after three steps: Adam divides by a gradient's own size, so that an entry whose gradient
+# is all rounding moves by some part of the learning rate.
+STEP_TOLERANCE = 1e-4
+
+
+def _three_steps(mesh):
+  state = init_state(CONFIG, mesh)
+  state = state._replace(model=jax.device_put(randomized(state.model, 7), sharding(mesh)))
+  step = jit_train_step(CONFIG, mesh)
+  losses = []
+  for i in range(3):
+    tokens, segment_ids, labels = random_rows(2, 64, vocab=256, seed=i)
+    rows = {"tokens": tokens, "segment_ids": segment_ids, "labels": labels}
+    with jax.set_mesh(mesh):
+      state, metrics = step(state, put_batch(rows, mesh))
+    losses.append(float(metrics["loss"]))
+  return losses, jax.device_get(state)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  return _three_steps(mesh_of(1, 1))
+
+
+@pytest.mark.parametrize("mesh", list(MESHES)[1:])
+def test_three_steps_on_eight_devices_are_those_of_one(mesh, one_device):
+  expected_losses, expected = one_device
+  losses, state = _three_steps(mesh_of(*MESHES[mesh]))
+  np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+  assert int(state.step) == 3
+  paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(expected.model)]
+  for path, a, b in zip(paths, jax.tree.leaves(state.model), jax.tree.leaves(expected.model)):
+    assert relative_error(a, b) < STEP_TOLERANCE, path
+
+
+def _corpus() -> Corpus:
+  rng = np.random.default_rng(0)
+  words = [bytes(rng.integers(97, 123, 4).astype(np.uint8)) for _ in range(8)]
+  documents = tuple(
+    Document(name=f"{i}.txt", tokens=np.frombuffer(b" ".join(rng.choice(words, 60)), np.uint8))
+    for i in range(12)
+  )
+  return Corpus(train=documents[:10], heldout=documents[10:], skipped={}, source="made up")
+
+
+def _losses(path):
+  return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(path / "metrics.jsonl")]
+
+
+def test_loss_falls(tmp_path):
+  config = dataclasses.replace(
+    CONFIG, train=dataclasses.replace(CONFIG.train, steps=20), mesh=CONFIG.mesh
+  )
+  train(config, _corpus(), mesh_of(1, 1), tmp_path)
+  records = read_metrics(tmp_path / "metrics.jsonl")
+  assert [r["step"] for r in records] == list(range(1, 21))
+  assert np.mean([r["loss"] for r in records[-3:]]) < records[0]["loss"] - 1
+  assert records[-1]["tokens"] == 20 * 2 * 64
+  assert records[0]["learning_rate"] == 0.0
+  assert records[2]["learning_rate"] == pytest.approx(1e-2)
+  assert set(records[-1]["ttt"]) == {"0", "2"}
+  for layer in records[-1]["ttt"].values():
+    assert layer["update_ratio"] > 0
+    assert layer["output_ratio"] > 0
+
+
+def test_stopped_and_resumed_equals_undisturbed(tmp_path, monkeypatch):
+  """Ctrl-C after step 5; the same call again ends with every step once and the same numbers."""
+  corpus, mesh = _corpus(), mesh_of(2, 2)
+  whole = train(CONFIG, corpus, mesh, tmp_path / "whole")
+  assert whole.finished
+
+  update = TrainingProgress.update
+
+  def interrupt(self, done, record):
+    update(self, done, record)
+    if done == 5:
+      signal.raise_signal(signal.SIGINT)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(TrainingProgress, "update", interrupt)
+    stopped = train(CONFIG, corpus, mesh, tmp_path / "parts")
+  assert not stopped.finished
+  assert len(_losses(tmp_path / "parts")) == 5
+
+  resumed = train(CONFIG, corpus, mesh, tmp_path / "parts")
+  assert resumed.finished
+  assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+  for a, b in zip(jax.tree.leaves(resumed.state), jax.tree.leaves(whole.state)):
+    assert np.array_equal(a, b)
+
+
+def test_steps_after_the_last_checkpoint_are_logged_once(tmp_path, monkeypatch):
+  """A run that dies without saving goes on from its last checkpoint, and the log follows."""
+  corpus, mesh = _corpus(), mesh_of(1, 1)
+  update = TrainingProgress.update
+
+  def die(self, done, record):
+    update(self, done, record)
+    if done == 5:
+      raise RuntimeError("power failure")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(TrainingProgress, "update", die)
+    with pytest.raises(RuntimeError, match="power failure"):
+      train(CONFIG, corpus, mesh, tmp_path)
+  assert [step for step, *_ in _losses(tmp_path)] == [1, 2, 3, 4, 5]
+  assert train(CONFIG, corpus, mesh, tmp_path).finished
+  assert [step for step, *_ in _losses(tmp_path)] == list(range(1, 9))
+  train(CONFIG, corpus, mesh, tmp_path / "whole")
+  assert _losses(tmp_path) == _losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("mesh", list(MESHES)[1:])
+def test_collectives_of_a_training_step(mesh):
+  """A new collective is a deliberate change: count them in the compiled step, loop bodies once."""
+  mesh_name, mesh = mesh, mesh_of(*MESHES[mesh])
+  state = init_state(CONFIG, mesh)
+  tokens, segment_ids, labels = random_rows(2, 64, vocab=256)
+  batch = put_batch({"tokens": tokens, "segment_ids": segment_ids, "labels": labels}, mesh)
+  with jax.set_mesh(mesh):
+    compiled = jit_train_step(CONFIG, mesh).lower(state, batch).compile()
+  assert count_collectives(compiled.as_text()) == COLLECTIVES[mesh_name]
+
+
+COLLECTIVES = {"context 8": {}, "data 2 x context 4": {}}
