@@ -5,6 +5,8 @@ depends on no Python class and can be restored onto any mesh. When to save is th
 """
 
 import base64
+import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import SingleDeviceSharding
 
-_FORMAT = "ttt_jax/1"  # in the metadata of every checkpoint of ours
-_ARRAYS = "arrays"  # the one item of a checkpoint
+_FORMAT = "ttt_jax/1"
+_ARRAYS = "arrays"  # Orbax's directory in a checkpoint
+_RECORD = "ttt_jax.json"  # ours: the data state, the arrays' kinds, every file with size and CRC
+_TMP_SUFFIX = ".orbax-checkpoint-tmp"
 _MAX_NAMED = 10  # how many misfits an error spells out
 
 
@@ -27,9 +31,10 @@ class Checkpoints:
 
   def __init__(self, directory: str | Path, *, keep: int):
     self._directory = Path(directory).resolve()
-    self._shown = str(directory)  # in messages: as the user wrote it
+    self._shown = Path(directory)  # in messages: as the user wrote it
     self._keep = keep
     self._writer: ocp.training.Checkpointer | None = None
+    self._saving: tuple[int, dict[str, Any]] | None = None  # the last save's step and record
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -43,12 +48,8 @@ class Checkpoints:
     self.wait()
     if not self._directory.is_dir():
       return []
-    # Orbax's unfinished directories are called 300.orbax-checkpoint-tmp.
-    return sorted(
-      int(path.name)
-      for path in self._directory.iterdir()
-      if path.name.isdecimal() and path.name == str(int(path.name))
-    )
+    names = [path.name for path in self._directory.iterdir()]
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
   @property
   def latest_step(self) -> int | None:
@@ -68,19 +69,17 @@ class Checkpoints:
     """
     if step in self.steps:
       return
+    named = _named_leaves(arrays)
+    record = {
+      "format": _FORMAT,
+      "data_state": _to_json(data_state),
+      "arrays": {name: _kind(leaf) for name, leaf in named.items()},
+    }
+    json.dumps(record)  # a data state that is not JSON-able fails here, not in the background
+    self._saving = (step, record)
     if self._writer is None:
-      self._writer = ocp.training.Checkpointer(
-        self._directory,
-        preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
-        cleanup_tmp_directories=True,
-        lightweight_initialize=True,  # reads no older checkpoint, so a damaged one does no harm
-      )
-    self._writer.save_checkpointables_async(
-      step,
-      {_ARRAYS: dict(_named_leaves(arrays))},
-      force=True,
-      custom_metadata={"format": _FORMAT, "data_state": _to_json(data_state)},
-    )
+      self._writer = self._open_writer()
+    self._writer.save_checkpointables_async(step, {_ARRAYS: named}, force=True)
 
   def restore(
     self, abstract_arrays: Any, step: int | None = None, *, partial: bool = False
@@ -103,70 +102,141 @@ class Checkpoints:
     step = steps[-1] if step is None else step
     if step not in steps:
       raise ValueError(
-        f"there is no checkpoint of step {step} in {self._shown}, but of {', '.join(map(str, steps))}"
+        f"there is no checkpoint of step {step} in {self._shown}, only of {', '.join(map(str, steps))}"
       )
     path = self._directory / str(step)
     try:
-      metadata = ocp.checkpointables_metadata(path)
-      custom = metadata.custom_metadata or {}
-      if custom.get("format") != _FORMAT or _ARRAYS not in metadata.metadata:
-        raise ValueError("it has no metadata of ttt_jax")
-      data_state = _from_json(custom["data_state"])
-      saved = metadata.metadata[_ARRAYS]
-    except Exception as error:
+      record = _read_record(path)
+    except (OSError, ValueError) as error:
       raise self._unreadable(step, steps, error) from error
 
-    wanted = {name: _abstract(leaf) for name, leaf in _named_leaves(abstract_arrays)}
-    misfits = _misfits(saved, wanted, partial=partial)
+    wanted = _named_leaves(abstract_arrays)
+    misfits = _misfits(record["arrays"], wanted, partial=partial)
     if misfits:
-      more = len(misfits) - _MAX_NAMED
+      rest = len(misfits) - _MAX_NAMED
+      lines = misfits[:_MAX_NAMED] + ([f"and {rest} more"] if rest > 0 else [])
       raise ValueError(
-        f"checkpoint {step} in {self._shown} is of another model or optimizer, {len(misfits)} "
-        f"array{'s do' if len(misfits) > 1 else ' does'} not fit:\n  "
-        + "\n  ".join(misfits[:_MAX_NAMED] + ([f"and {more} more"] if more > 0 else []))
+        f"checkpoint {step} in {self._shown} is of another model or optimizer: {len(misfits)} "
+        f"array{'s do' if len(misfits) > 1 else ' does'} not fit\n  "
+        + "\n  ".join(lines)
         + "\nuse the config it was trained with, or another run_dir"
       )
+    targets = {
+      name: _abstract(wanted[name]) if name in wanted else ocp.PLACEHOLDER
+      for name in record["arrays"]
+    }
     try:
-      names = {name: wanted.get(name, ocp.PLACEHOLDER) for name in saved}
-      arrays = ocp.load_checkpointables(path, {_ARRAYS: names})[_ARRAYS]
+      arrays = ocp.load_checkpointables(path, {_ARRAYS: targets})[_ARRAYS]
     except (jax.errors.JaxRuntimeError, MemoryError):
-      raise  # out of memory, say: no fault of the checkpoint
+      raise  # no room for it, say: not the checkpoint's fault
     except Exception as error:
       raise self._unreadable(step, steps, error) from error
-    return (
-      step,
-      jax.tree.unflatten(jax.tree.structure(abstract_arrays), [arrays[name] for name in wanted]),
-      data_state,
+    restored = jax.tree.unflatten(
+      jax.tree.structure(abstract_arrays), [arrays[name] for name in wanted]
     )
+    return step, restored, _from_json(record["data_state"])
 
   def wait(self) -> None:
-    """Returns when the last `save` is complete; raises what went wrong with it."""
+    """Returns when the last `save` is complete.
+
+    Raises:
+      ValueError: it could not be written, say because the disk is full.
+    """
     if self._writer is not None:
-      self._writer.wait()
+      try:
+        self._writer.wait()
+      except (OSError, ValueError) as error:
+        raise ValueError(
+          f"checkpoint {self._saving[0]} could not be written to {self._shown}, the earlier ones are "
+          f"as they were: {_reason(error)}"
+        ) from error
 
   def close(self) -> None:
-    """Waits for the last `save`."""
-    if self._writer is not None:
-      self._writer.close()
-      self._writer = None
+    """Waits for the last `save`, with the errors of `wait`."""
+    try:
+      self.wait()
+    finally:
+      if self._writer is not None:
+        writer, self._writer = self._writer, None
+        writer.close()
+
+  def _open_writer(self) -> ocp.training.Checkpointer:
+    context = ocp.Context()
+    # A lambda, since Orbax deep-copies its options, and with a bound method its object.
+    context.asynchronous.post_finalization_callback = lambda: self._write_record()
+    return ocp.training.Checkpointer(
+      self._directory,
+      context=context,
+      preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+      cleanup_tmp_directories=True,
+    )
+
+  def _write_record(self) -> None:
+    """Orbax's call when all arrays are written, just before it renames the directory."""
+    step, record = self._saving
+    path = self._directory / f"{step}{_TMP_SUFFIX}"
+    files = {
+      file.relative_to(path).as_posix(): [file.stat().st_size, _crc(file)]
+      for file in sorted((path / _ARRAYS).rglob("*"))
+      if file.is_file()
+    }
+    (path / _RECORD).write_text(json.dumps({**record, "files": files}, indent=1))
 
   def _unreadable(self, step: int, steps: list[int], error: Exception) -> ValueError:
     earlier = [s for s in steps if s < step]
     then = f"to go on from step {earlier[-1]}" if earlier else "to start from step 0"
-    reason = (str(error) or type(error).__name__).splitlines()[0]
     return ValueError(
       f"checkpoint {step} in {self._shown} is damaged or was not written by this version of ttt_jax "
-      f"({reason[:200]}): delete {Path(self._shown) / str(step)} {then}, or choose another run_dir"
+      f"({_reason(error)}): delete {self._shown / str(step)} {then}, or choose another run_dir"
     )
 
 
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
-  leaves = [
-    (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-    for path, leaf in jax.tree.leaves_with_path(tree)
-  ]
-  assert len(dict(leaves)) == len(leaves), "two leaves with one path"
-  return leaves
+def _reason(error: Exception) -> str:
+  """The first line of a message; Orbax's and TensorStore's go on for pages."""
+  return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+  """The record of a checkpoint whose files are all as they were written, else OSError or ValueError.
+
+  Orbax would find most damage too, but says so in hundreds of lines, and cannot tell flipped bits.
+  """
+  try:
+    record = json.loads((path / _RECORD).read_text())
+  except FileNotFoundError:
+    raise ValueError(f"it has no {_RECORD}") from None
+  except ValueError:
+    raise ValueError(f"{_RECORD} is not JSON") from None
+  if not isinstance(record, dict) or record.get("format") != _FORMAT:
+    raise ValueError(f"{_RECORD} is not of the format {_FORMAT}")
+  for name, (size, crc) in record["files"].items():
+    file = path / name
+    if not file.is_file():
+      raise ValueError(f"{name} is missing")
+    if file.stat().st_size != size:
+      raise ValueError(f"{name} has {file.stat().st_size} bytes instead of {size}")
+    if _crc(file) != crc:
+      raise ValueError(f"{name} has changed")
+  return record
+
+
+def _crc(file: Path) -> int:
+  crc = 0
+  with file.open("rb") as stream:
+    while chunk := stream.read(1 << 20):
+      crc = zlib.crc32(chunk, crc)
+  return crc
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+  leaves = jax.tree.leaves_with_path(tree)
+  named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+  assert len(named) == len(leaves), "two leaves with one name"
+  return named
+
+
+def _kind(x: Any) -> str:
+  return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -174,22 +244,18 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _misfits(saved: dict[str, Any], wanted: dict[str, Any], *, partial: bool) -> list[str]:
+def _misfits(saved: dict[str, str], wanted: dict[str, Any], *, partial: bool) -> list[str]:
   """A line for every array that is missing, too many, or of another shape or dtype."""
-
-  def kind(x: Any) -> str:
-    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
-
   lines = []
   for name, leaf in wanted.items():
     if name not in saved:
-      lines.append(f"{name}: {kind(leaf)} expected, missing in the checkpoint")
-    elif kind(saved[name]) != kind(leaf):
-      lines.append(f"{name}: {kind(leaf)} expected, {kind(saved[name])} in the checkpoint")
+      lines.append(f"{name}: {_kind(leaf)} expected, missing in the checkpoint")
+    elif saved[name] != _kind(leaf):
+      lines.append(f"{name}: {_kind(leaf)} expected, {saved[name]} in the checkpoint")
   if not partial:
     lines += [
-      f"{name}: not expected, {kind(leaf)} in the checkpoint"
-      for name, leaf in saved.items()
+      f"{name}: {kind} in the checkpoint, not expected"
+      for name, kind in saved.items()
       if name not in wanted
     ]
   return lines

@@ -1,0 +1,194 @@
+"""The directory of a run: its config, its metrics, and files written whole or not at all.
+
+A run directory belongs to one config, so that a command repeated there resumes what was begun and
+anything else is refused before a file is touched. Checkpoints live beside, in `checkpoint.py`.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ttt_jax.config import Config
+from ttt_jax.load_config import config_difference, dump_config, flatten, read_yaml
+
+CONFIG_FILE = "config.yaml"
+
+# They say where a run goes on, not what it computes: never compared.
+_NOT_COMPARED = ("run_dir", "runtime")
+# Fields and sections that a resumed run may change: how long, on what, how often, how judged.
+MAY_CHANGE = ("train.steps", "train.log_every", "mesh", "checkpoint", "eval")
+
+
+def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = MAY_CHANGE) -> Path:
+  """Makes the directory of a new run or returns that of the run to resume; holds its `config.yaml`.
+
+  Args:
+    path: the directory.
+    config: what is to run there. If a resumed run's config differs in `may_change`, the new one is
+      recorded.
+    may_change: fields and sections in which the config of a resumed run may differ.
+
+  Raises:
+    ValueError: the directory is not a run's, or is another config's. Nothing has been changed.
+  """
+  path = Path(path)
+  file = path / CONFIG_FILE
+  if path.exists() and not path.is_dir():
+    raise ValueError(f"run_dir={str(path)!r} is a file: give another --run_dir")
+  if not file.exists():
+    # A start killed at once leaves at most the unfinished config.
+    if path.is_dir() and {p.name for p in path.iterdir()} - {_tmp(file).name}:
+      raise ValueError(
+        f"run_dir={str(path)!r} is not empty and not a run of ttt_jax (it has no {CONFIG_FILE}): "
+        "give another --run_dir"
+      )
+    try:
+      path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise ValueError(f"run_dir={str(path)!r} cannot be made: {error.strerror}") from error
+    _write_whole(file, dump_config(config))
+    return path
+
+  recorded, current = _read_config(file), dataclasses.asdict(config)
+  refused = config_difference(_without(recorded, may_change), _without(current, may_change))
+  if refused:
+    raise ValueError(
+      f"run_dir={str(path)!r} holds a run of another config:\n  "
+      + "\n  ".join(refused)
+      + f"\nto resume it use its own config, {file}; to start this one give another --run_dir"
+    )
+  if config_difference(_without(recorded, ()), _without(current, ())):
+    _write_whole(file, dump_config(config))
+  return path
+
+
+def write_json(path: str | Path, data: Any) -> None:
+  """Writes a JSON file whole or not at all; NaN and infinities become null."""
+  _write_whole(Path(path), json.dumps(_jsonable(data), indent=2, allow_nan=False) + "\n")
+
+
+class MetricsLog:
+  """`metrics.jsonl`: one JSON object per line, each with its `step`; a context manager."""
+
+  def __init__(self, path: str | Path):
+    """Appends to the file as it is; a run that may have been killed uses `open`."""
+    self._path = Path(path)
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    self._file = self._path.open("a", encoding="utf-8")
+
+  @classmethod
+  def open(cls, path: str | Path, resume_step: int) -> "MetricsLog":
+    """The log of a run that goes on after `resume_step`, so that every step stands in it once.
+
+    Records of later steps, which will come again, and a line a killed process left torn are dropped.
+    """
+    path = Path(path)
+    if path.exists():
+      text = path.read_text(encoding="utf-8", errors="replace")
+      kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
+      lines = "".join(_line(record) for record in kept)
+      if lines != text:
+        _write_whole(path, lines)
+    return cls(path)
+
+  def __enter__(self) -> "MetricsLog":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self.close()
+
+  def write(self, record: dict[str, Any]) -> None:
+    """Appends a record, on disk for others to read at once; NaN and infinities become null."""
+    self._file.write(_line(record))
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+  """The records of a `metrics.jsonl`, without a last line that a killed process left torn.
+
+  Raises:
+    ValueError: another line is no record.
+  """
+  path = Path(path)
+  lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+  records = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError:
+      record = None
+    if isinstance(record, dict) and isinstance(record.get("step"), int):
+      records.append(record)
+    elif number < len(lines):
+      raise ValueError(f"{path}, line {number} is not a record of metrics: {line[:80]!r}")
+  return records
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+  """The recorded config, with every field there: a file cut short must not pass for defaults."""
+  tree = read_yaml(file)
+  missing = [name for name, _ in flatten(dataclasses.asdict(Config())) if not _has(tree, name)]
+  if missing:
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    raise ValueError(
+      f"{file} is damaged or of another version of ttt_jax, it lacks {', '.join(missing[:3])}{more}: "
+      "give another --run_dir"
+    )
+  return tree
+
+
+def _has(tree: Any, name: str) -> bool:
+  for key in name.split("."):
+    if not isinstance(tree, dict) or key not in tree:
+      return False
+    tree = tree[key]
+  return True
+
+
+def _without(tree: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+  """The fields by dotted name, less those in `names`, in a section of `names`, or not compared."""
+  dropped = (*_NOT_COMPARED, *names)
+  return {
+    name: value
+    for name, value in flatten(tree)
+    if not any(name == drop or name.startswith(f"{drop}.") for drop in dropped)
+  }
+
+
+def _line(record: dict[str, Any]) -> str:
+  return json.dumps(_jsonable(record), allow_nan=False) + "\n"
+
+
+def _jsonable(value: Any) -> Any:
+  """`value` of Python types that JSON has, None for what is not finite."""
+  if isinstance(value, dict):
+    return {str(key): _jsonable(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_jsonable(item) for item in value]
+  if isinstance(value, np.ndarray | np.generic):
+    return _jsonable(value.tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def _tmp(path: Path) -> Path:
+  return path.with_name(f".{path.name}.tmp")
+
+
+def _write_whole(path: Path, text: str) -> None:
+  """Replaces a file in one step, so that a kill or a full disk leaves the old one or the new."""
+  tmp = _tmp(path)
+  with tmp.open("w", encoding="utf-8") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(tmp, path)
