@@ -60,7 +60,7 @@ _COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatt
 
 def count_collectives(compiled_text: str) -> dict[str, int]:
   """How often each collective is executed by a compiled program, a loop's body counted once."""
-  found = re.findall(rf"= [^=]*?\b({_COLLECTIVES})(?:-start)?\(", compiled_text)
+  found = re.findall(rf"^.* = .*? ({_COLLECTIVES})(?:-start)?\(", compiled_text, re.MULTILINE)
   return dict(collections.Counter(found))
 
 

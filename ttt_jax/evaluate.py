@@ -30,7 +30,7 @@ def _losses(model: Transformer, tokens: Int[Array, "B T"], *, update: bool) -> F
 
 def losses_by_token(
   model: Transformer, rows: Int[np.ndarray, "B T"], mesh: Mesh, *, update: bool = True
-) -> Float[np.ndarray, "B T-1"]:
+) -> Float[np.ndarray, "B S"]:
   """Nats per token: entry t of a row is the loss of predicting its token t + 1 from those up to t.
 
   Rows are read as many at a time as the mesh has places for, their length split over `context`.
@@ -47,13 +47,10 @@ def losses_by_token(
   return np.concatenate(results)
 
 
-def by_position(losses: Float[np.ndarray, "B T-1"], buckets: int) -> list[tuple[int, int, float]]:
+def by_position(losses: Float[np.ndarray, "B S"], buckets: int) -> list[tuple[int, int, float]]:
   """Mean loss in equal parts of the document: (first position, one past the last, loss)."""
   edges = np.linspace(0, losses.shape[1], buckets + 1).round().astype(int)
-  return [
-    (int(low), int(high), float(losses[:, low:high].mean()))
-    for low, high in pairwise(edges)
-  ]
+  return [(int(low), int(high), float(losses[:, low:high].mean())) for low, high in pairwise(edges)]
 
 
 def heldout_by_position(

@@ -152,7 +152,9 @@ def test_zero_convolution_gives_the_logits_of_the_plain_model_bit_for_bit(dtype,
   with_ttt = Transformer(config, ATTENTION, ttt, rngs=nnx.Rngs(3))
   plain = Transformer(config, ATTENTION, TTTConfig(), rngs=nnx.Rngs(3))
   tokens, segment_ids, _ = random_rows(2, 30)
-  forward = jax.jit(lambda model, *rows: model(*rows))
+  # By default XLA may skip a rounding to bfloat16 inside a fusion, and these are other programs.
+  exact = {"xla_allow_excess_precision": False}
+  forward = jax.jit(lambda model, *rows: model(*rows), compiler_options=exact)
   for rows in ((tokens,), (tokens, segment_ids)):
     assert np.array_equal(forward(with_ttt, *rows), forward(plain, *rows))
 

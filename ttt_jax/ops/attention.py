@@ -104,7 +104,7 @@ def _local(q, k, v, segment_ids, start, window, context_axis):
 
 def _full(q, k, v, segment_ids, start, context_axis):
   """Blocks of queries at their global positions against all keys."""
-  b, t, h, _ = q.shape
+  t = q.shape[1]
   q_segments = segment_ids
   if context_axis is not None:
     with jax.named_scope("gather_keys_and_values"):
