@@ -6,7 +6,9 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_disable_most_optimizations", True)  # of XLA: tests compile more than they run
+jax.config.update(
+  "jax_disable_most_optimizations", True
+)  # of XLA: tests compile more than they run
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -24,6 +24,7 @@ from ttt_jax.rundir import read_metrics
 from ttt_jax.sharding import sharding
 from ttt_jax.train import init_state, jit_train_step, put_batch, train
 
+
 @pytest.fixture(autouse=True, scope="module")
 def standard_promotion():
   """Optax raises a float to an integer power, which strict promotion forbids."""

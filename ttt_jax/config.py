@@ -136,7 +136,7 @@ class TTTConfig:
   # "next_token": convolution 1 at t+1, projection the identity, learns from the first step.
   # "identity": convolution 0, projection the identity: the model starts exactly as without TTT.
   init: str = "next_token"
-  inner_lr: float = 0.3
+  inner_lr: float = 0.05
   inner_lr_scale: str = "1/F"  # "fixed": inner_lr as it is; "1/F": inner_lr / d_ff
   learn_inner_lr: bool = True  # multiply by exp(10 s), s learned per layer from 0
   decay: float | None = None  # the state's factor per chunk, in (0, 1]; None: 1, as in the paper

@@ -172,8 +172,7 @@ def _attend(
     seen &= distance < window
   same = q_segments[:, :, None] == k_segments[:, None, :]
   mask = (seen[None] & same)[:, None]
-  with jax.numpy_dtype_promotion("standard"):  # the library mixes dtypes on purpose
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
 
 def _map_blocks(block, inputs, at_once):

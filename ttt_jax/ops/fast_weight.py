@@ -167,17 +167,19 @@ def inplace_ttt(
     decay = vary_over(decay.astype(state_dtype), axes)
 
   with jax.named_scope("fast_weight"):
-    reads, s, norms = fast(
-      z_full,
-      v_full,
-      s,
-      keep,
-      lr,
-      decay,
-      clip_norm=None if clip_norm is None else float(clip_norm),
-      context_axis=context_axis,
-      collective=collective,
-    )
+    reads, norms = jnp.zeros(v_full.shape, accumulate), keep
+    if n:
+      reads, s, norms = fast(
+        z_full,
+        v_full,
+        s,
+        keep,
+        lr,
+        decay,
+        clip_norm=None if clip_norm is None else float(clip_norm),
+        context_axis=context_axis,
+        collective=collective,
+      )
     if facts is not None:
       reads = jnp.where(facts.reads[..., None], reads, jnp.zeros_like(reads))
     reads = reads.reshape(b, n * chunk_size, d)

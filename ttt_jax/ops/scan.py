@@ -3,7 +3,7 @@
     R_i     = Z_i S_i
     S_{i+1} = keep_i decay S_i + r_i U_i        U_i = lr Z_i^T V_i,  r_i = min(1, tau / |U_i|_F)
 
-Both functions take z `[B, N, C, F]` and v `[B, N, C, D]` of the full chunks, the incoming state
+Both functions take z `[B, N, C, F]` and v `[B, N, C, D]` of the N > 0 full chunks, the incoming state
 `[B, F, D]`, keep `[B, N]` (0 where a document ends, else 1), and return R, the state after this
 device's last chunk, and the norms of `r_i U_i`. With `context_axis` the incoming state is that of the
 whole sequence, and each device first receives what the shards before it add to it. Which tokens read
@@ -61,8 +61,6 @@ def associative(
   collective: str | None,
 ) -> tuple[Float[Array, "B N C D"], Float[Array, "B F D"], Float[Array, "B N"]]:
   """`jax.lax.associative_scan` over the chunks; every chunk's state is in memory at once."""
-  if z.shape[1] == 0:
-    return jnp.zeros(v.shape, accumulation_dtype(z.dtype)), s_in, keep
   u = lr * _matmul("bncf,bncd->bnfd", z, v)
   u, r, norm = _clip(u.astype(s_in.dtype), clip_norm)
   keep = keep if decay is None else keep * decay

@@ -1,0 +1,469 @@
+"""The contract: every implementation, collective, number of shards and dtype against the float64 law."""
+
+import dataclasses
+from functools import partial
+
+import contract
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import COLLECTIVES, IMPLEMENTATIONS, assert_close, expected, make_case, packed, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, PartitionSpec
+
+import ttt_jax
+from ttt_jax import FastWeightState, inplace_ttt
+
+BOTH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@pytest.fixture(scope="module")
+def laws():
+  """Cases and their law by (packed, dtype): decay, clip and an incoming state take part in all."""
+  cache = {}
+
+  def get(is_packed, dtype):
+    if (is_packed, dtype) not in cache:
+      case = make_case(
+        dtype=dtype,
+        segment_ids=packed(2, 24) if is_packed else None,
+        decay="learned",
+        clip_norm=2.0,
+        state=True,
+      )
+      cache[is_packed, dtype] = case, expected(case)
+    return cache[is_packed, dtype]
+
+  return get
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "one document"])
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("collective", COLLECTIVES)
+@BOTH
+def test_contract(implementation, collective, shards, is_packed, dtype, laws):
+  case, law = laws(is_packed, dtype)
+  how = {"implementation": implementation, "collective": collective, "shards": shards}
+  assert_close(run(case, dtype=dtype, **how), law, dtype)
+
+
+def test_contract_cases_clip_some_chunks_and_not_others(laws):
+  for is_packed in (True, False):
+    case, _ = laws(is_packed, "float32")
+    arrays = {k: jnp.asarray(x, jnp.float32) for k, x in case.arrays.items() if k != "state"}
+    *_, stats = inplace_ttt(
+      **arrays, chunk_size=3, segment_ids=contract._ids(case), clip_norm=2.0, return_stats=True
+    )
+    clipped = np.isclose(stats.update, 2.0, rtol=1e-6)
+    assert 2 < clipped.sum() < clipped.size - 2
+
+
+OPTIONS = {
+  "plain": {},
+  "decay": {"decay": 0.75},
+  "learned decay": {"decay": "learned"},
+  "clip": {"clip_norm": 2.0},
+  "all clipped": {"clip_norm": 0.01},
+  "state": {"state": True},
+  "ragged": {"tokens": 26},
+  "ragged, packed, all": {
+    "tokens": 25,
+    "segment_ids": packed(2, 25, seed=3),
+    "decay": "learned",
+    "clip_norm": 2.0,
+    "state": True,
+  },
+  "shorter than a chunk": {"tokens": 2, "state": True},
+  "one full chunk": {"tokens": 3},
+  "chunks of one token": {"tokens": 5, "chunk_size": 1},
+  "one row": {"batch": 1, "state": True},
+  "padding before, between and behind": {
+    "segment_ids": [[0] * 4 + [1] * 7 + [0] * 5 + [2] * 6 + [0] * 2, [1] * 20 + [0] * 4],
+    "state": True,
+  },
+  "an id used again": {"segment_ids": [[1] * 5 + [2] * 5 + [1] * 14, [1, 2] * 12], "state": True},
+  "documents of one token": {"segment_ids": [list(range(1, 25))] * 2, "state": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@BOTH
+def test_one_device(implementation, options):
+  case = make_case(**OPTIONS[options])
+  assert_close(run(case, shards=None, implementation=implementation), expected(case))
+
+
+SHARDED = {
+  # 8 shards of one chunk of one token
+  "a very short shard": {"tokens": 8, "chunk_size": 1, "segment_ids": packed(2, 8, 3)},
+  "a document that spans five shards": {
+    "segment_ids": [[1] * 4 + [2] * 17 + [3] * 3, [1] * 2 + [2] * 15 + [3] * 7]
+  },
+  "a border on a chunk's and a shard's edge": {
+    "segment_ids": [[1] * 12 + [2] * 12, [1] * 6 + [2] * 18]
+  },
+  "shards without a document start": {"segment_ids": [[1] * 24, [1] * 23 + [2]]},
+  "documents of one token": {"segment_ids": [list(range(1, 25))] * 2},
+  "an id used again on the next shard": {
+    "segment_ids": [[1] * 3 + [2] * 3 + [1] * 18, [1, 2] * 12]
+  },
+  "padding": {"segment_ids": [[0] * 5 + [1] * 7 + [0] * 12, [0] * 24]},
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("collective", COLLECTIVES)
+@BOTH
+def test_eight_shards(implementation, collective, name):
+  case = make_case(**SHARDED[name], decay="learned", state=True)
+  how = {"implementation": implementation, "collective": collective}
+  assert_close(run(case, shards=8, **how), expected(case))
+
+
+@BOTH
+def test_float64(implementation):
+  case = make_case(segment_ids=packed(2, 24), decay="learned", clip_norm=2.0, state=True)
+  law = expected(case)
+  with jax.enable_x64(True):
+    for shards in (None, 4):
+      actual = run(case, dtype="float64", shards=shards, implementation=implementation)
+      assert_close(actual, law, "float64")
+
+
+@BOTH
+def test_without_tracking_of_varying_axes(implementation):
+  """`check_vma=False`, as in code that still says so."""
+  case = make_case(segment_ids=packed(2, 24), decay="learned", clip_norm=2.0, state=True)
+  actual = run(case, shards=4, check_vma=False, implementation=implementation)
+  assert_close(actual, expected(case))
+
+
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_any_case(data):
+  """Drawn: shape, segments, decay, clip, tail, state, batch, shards, implementation, collective."""
+  shards = data.draw(st.sampled_from([None, 1, 2, 4, 8]), "shards")
+  chunk_size = data.draw(st.integers(1, 4), "chunk_size")
+  chunks = data.draw(st.integers(1, 2), "chunks per shard") * (shards or 2)
+  tail = 0 if shards else data.draw(st.integers(0, chunk_size - 1), "tail")
+  batch, tokens = data.draw(st.integers(1, 2), "batch"), chunks * chunk_size + tail
+  row = st.lists(st.integers(0, 3), min_size=tokens, max_size=tokens)
+  runs = st.one_of(row, row.map(sorted))
+  case = make_case(
+    seed=data.draw(st.integers(0, 99), "seed"),
+    batch=batch,
+    tokens=tokens,
+    chunk_size=chunk_size,
+    f=data.draw(st.integers(1, 7), "F"),
+    d=data.draw(st.integers(1, 4), "D"),
+    segment_ids=data.draw(st.none() | st.lists(runs, min_size=batch, max_size=batch), "segments"),
+    decay=data.draw(st.sampled_from([None, "learned", 0.5, 1.0]), "decay"),
+    clip_norm=data.draw(st.sampled_from([None, 0.5, 1.5]), "clip"),
+    state=data.draw(st.booleans(), "state"),
+  )
+  actual = run(
+    case,
+    shards=shards,
+    implementation=data.draw(st.sampled_from([*IMPLEMENTATIONS, None]), "implementation"),
+    collective=data.draw(st.sampled_from([*COLLECTIVES, None]), "collective"),
+  )
+  assert_close(actual, expected(case))
+
+
+def _arrays(case, dtype=jnp.float32):
+  return {name: jnp.asarray(x, dtype) for name, x in case.arrays.items()}
+
+
+@BOTH
+def test_causality_as_a_gradient(implementation):
+  """y at t has exactly no gradient to later tokens, nor to v of its own chunk; and it has to earlier."""
+  case = make_case(batch=1, tokens=11)
+  arrays = _arrays(case)
+
+  def y_at(z, v, t):
+    y, _ = inplace_ttt(
+      z, v, arrays["w_down"], chunk_size=3, inner_lr=0.25, implementation=implementation
+    )
+    return jnp.sum(y[0, t])
+
+  jacobian = jax.jit(jax.vmap(jax.grad(y_at, (0, 1)), (None, None, 0)))
+  dz, dv = jacobian(arrays["z"], arrays["v"], jnp.arange(11))
+  dz, dv = np.abs(dz[:, 0]).sum(-1), np.abs(dv[:, 0]).sum(-1)  # [t, s]
+  chunk = np.arange(11) // 3
+  earlier = chunk[None, :] < chunk[:, None]
+  assert not dv[~earlier].any()
+  assert not dz[~earlier & ~np.eye(11, dtype=bool)].any()
+  assert (dv[earlier] > 0).all()
+  assert (dz[earlier] > 0).all()
+
+
+@BOTH
+def test_reading_on_equals_reading_at_once(implementation):
+  case = make_case(tokens=20, decay=0.9)
+  z, v, w = (_arrays(case)[name] for name in ("z", "v", "w_down"))
+  op = partial(inplace_ttt, chunk_size=3, inner_lr=0.25, decay=0.9, implementation=implementation)
+  y, state = op(z, v, w)
+  first, middle = op(z[:, :12], v[:, :12], w)
+  second, end = op(z[:, 12:], v[:, 12:], w, state=middle)
+  np.testing.assert_allclose(jnp.concatenate([first, second], 1), y, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(end.S, state.S, rtol=1e-5, atol=1e-5)
+  assert (middle.pending, end.pending, state.pending) == (0, 2, 2)
+
+
+def test_leading_dimensions_are_batch():
+  case = make_case(batch=6)
+  z, v, w = (_arrays(case)[name] for name in ("z", "v", "w_down"))
+  op = partial(inplace_ttt, w_down=w, chunk_size=3, inner_lr=0.25)
+  y, state = op(z, v)
+  y2, state2 = op(z.reshape(2, 3, 24, 5), v.reshape(2, 3, 24, 6))
+  assert np.array_equal(y2.reshape(y.shape), y)
+  assert state2.S.shape == (2, 3, 5, 6)
+  y0, state0 = op(z[0], v[0])
+  np.testing.assert_allclose(y0, y[0], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(state0.S, state.S[0], rtol=1e-5, atol=1e-6)
+  y_mapped, _ = jax.vmap(op)(z, v)
+  np.testing.assert_allclose(y_mapped, y, rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+def test_in_scan_and_checkpoint(implementation):
+  """Three layers as a scan over stacked weights, rematerialised, against the same written out."""
+  case = make_case(f=6, d=5)
+  x = jnp.asarray(case.arrays["v"], jnp.float32)
+  ups = jax.random.normal(jax.random.key(0), (3, 5, 6))
+  downs = jax.random.normal(jax.random.key(1), (3, 6, 5))
+
+  def layer(x, weights):
+    up, down = weights
+    y, _ = inplace_ttt(
+      jnp.tanh(x @ up), x, down, chunk_size=3, inner_lr=0.1, implementation=implementation
+    )
+    return y / 4, None
+
+  def scanned(x, ups, downs):
+    return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, (ups, downs))[0] ** 2)
+
+  def written_out(x, ups, downs):
+    for i in range(3):
+      x, _ = layer(x, (ups[i], downs[i]))
+    return jnp.sum(x**2)
+
+  actual = jax.jit(jax.grad(scanned, (0, 1, 2)))(x, ups, downs)
+  law = jax.jit(jax.grad(written_out, (0, 1, 2)))(x, ups, downs)
+  for a, b in zip(actual, law):
+    assert np.max(np.abs(a - b)) < 1e-5 * np.max(np.abs(b))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_rows_over_data_and_tokens_over_context(kind):
+  case = make_case(batch=4, segment_ids=packed(4, 24), decay="learned", state=True)
+  mesh = jax.make_mesh((2, 4), ("data", "context"), axis_types=(kind,) * 2)
+  rows, tokens, whole = PartitionSpec("data"), PartitionSpec("data", "context"), PartitionSpec()
+  specs = {
+    "z": tokens,
+    "v": tokens,
+    "w_down": whole,
+    "inner_lr": whole,
+    "decay": whole,
+    "state": rows,
+  }
+
+  def local(arrays, segment_ids):
+    arrays = arrays | {"state": FastWeightState(arrays["state"])}
+    y, state = inplace_ttt(**arrays, chunk_size=3, segment_ids=segment_ids, context_axis="context")
+    return y, state.S
+
+  mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs, tokens), out_specs=(tokens, rows))
+  where = jax.tree.map(
+    lambda spec: jax.sharding.NamedSharding(mesh, spec),
+    (specs, tokens, (tokens, rows)),
+    is_leaf=lambda x: isinstance(x, PartitionSpec),
+  )
+  arrays = jax.device_put(_arrays(case), where[0])
+  ids = jax.device_put(case.segment_ids, where[1])
+  cotangents = tuple(jnp.asarray(c, jnp.float32) for c in case.cotangents)
+  cotangents = jax.device_put(cotangents, where[2])
+
+  @jax.jit
+  def both(arrays, ids, cotangents):
+    values, pull_back = jax.vjp(lambda arrays: mapped(arrays, ids), arrays)
+    return values, pull_back(cotangents)[0]
+
+  assert_close(jax.tree.map(np.asarray, both(arrays, ids, cotangents)), expected(case))
+
+
+def test_second_derivatives_of_associative():
+  case = make_case(batch=1, tokens=9)
+  arrays = _arrays(case)
+
+  def loss(inner_lr):
+    y, _ = inplace_ttt(
+      arrays["z"],
+      arrays["v"],
+      arrays["w_down"],
+      chunk_size=3,
+      inner_lr=inner_lr,
+      implementation="associative",
+    )
+    return jnp.sum(y**2) / 2
+
+  # y is affine in the rate, so the loss is a parabola.
+  at = jnp.float32(0.25)
+  second = jax.grad(jax.grad(loss))(at)
+  law = loss(at + 1) - 2 * loss(at) + loss(at - 1)
+  np.testing.assert_allclose(second, law, rtol=1e-3)
+
+
+def test_small_updates_survive_in_the_float32_state():
+  """1024 bfloat16 updates of 1e-4 of the weight each: kept in bfloat16, `W + S` would stay W."""
+  n = 1024
+  z = jnp.ones((1, n, 1), jnp.bfloat16)
+  v = jnp.ones((1, n, 1), jnp.bfloat16)
+  w = jnp.ones((1, 1), jnp.bfloat16)
+  y, state = inplace_ttt(z, v, w, chunk_size=1, inner_lr=1e-4)
+  assert state.S.dtype == jnp.float32
+  np.testing.assert_allclose(state.S, n * 1e-4, rtol=1e-4)
+  np.testing.assert_allclose(y[0, -1].astype(jnp.float32), 1 + (n - 1) * 1e-4, rtol=2**-8)
+  _, lost = inplace_ttt(z, v, w, chunk_size=1, inner_lr=1e-4, state_dtype=jnp.bfloat16)
+  assert float(lost.S[0, 0, 0]) < 0.9 * n * 1e-4
+
+
+def test_stats():
+  case = make_case(segment_ids=packed(2, 24))
+  arrays = _arrays(case)
+  y, state, stats = inplace_ttt(
+    **arrays, chunk_size=3, segment_ids=contract._ids(case), return_stats=True
+  )
+  z, v = case.arrays["z"].reshape(2, 8, 3, 5), case.arrays["v"].reshape(2, 8, 3, 6)
+  ids = case.segment_ids.reshape(2, 8, 3)
+  writes = ((ids == ids[:, :, -1:]) & (ids != 0))[..., None]
+  updates = 0.25 * np.einsum("bncf,bncd->bnfd", z, v * writes)
+  np.testing.assert_allclose(stats.update, np.linalg.norm(updates, axis=(2, 3)), rtol=1e-5)
+  np.testing.assert_allclose(stats.state, np.linalg.norm(state.S, axis=(1, 2)), rtol=1e-5)
+  slow = case.arrays["z"] @ case.arrays["w_down"]
+  np.testing.assert_allclose(stats.slow, np.linalg.norm(slow, axis=(1, 2)), rtol=1e-5)
+  np.testing.assert_allclose(stats.fast, np.linalg.norm(y - slow, axis=(1, 2)), rtol=1e-4)
+
+
+def _sizes(jaxpr):
+  """The number of elements of every array a program makes, inner programs included."""
+  for equation in jaxpr.eqns:
+    for out in equation.outvars:
+      yield out.aval.size if hasattr(out.aval, "size") else 0
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      yield from _sizes(inner)
+
+
+def test_sequential_holds_one_state():
+  """Forward and backward make no array as large as a few states, whatever the number of chunks."""
+  chunks, c, f, d = 64, 2, 16, 24
+  z, v = jnp.ones((1, chunks * c, f)), jnp.ones((1, chunks * c, d))
+  w = jnp.ones((f, d))
+
+  def largest(implementation):
+    def loss(z, v, w, lr, decay):
+      y, state = inplace_ttt(
+        z,
+        v,
+        w,
+        chunk_size=c,
+        inner_lr=lr,
+        decay=decay,
+        clip_norm=1.0,
+        implementation=implementation,
+      )
+      return jnp.sum(y) + jnp.sum(state.S)
+
+    gradient = jax.grad(loss, (0, 1, 2, 3, 4))
+    jaxpr = jax.make_jaxpr(gradient)(z, v, w, jnp.float32(0.1), jnp.float32(0.9))
+    return max(_sizes(jaxpr.jaxpr))
+
+  assert largest("sequential") <= chunks * c * max(f, d)  # the inputs' own size
+  assert largest("associative") >= chunks * f * d  # the measure does measure
+
+
+def _call(**changes):
+  arguments = {
+    "z": jnp.ones((2, 12, 5)),
+    "v": jnp.ones((2, 12, 6)),
+    "w_down": jnp.ones((5, 6)),
+    "chunk_size": 4,
+    "inner_lr": 0.1,
+  }
+  return inplace_ttt(**(arguments | changes))
+
+
+BAD = [
+  ({"z": jnp.ones((2, 12, 5), jnp.int32)}, "z has dtype int32"),
+  ({"v": jnp.ones((2, 11, 6))}, r"v has shape \(2, 11, 6\).*\(2, 12\)"),
+  ({"w_down": jnp.ones((6, 5))}, r"w_down has shape \(6, 5\), expected \[F, D\] = \(5, 6\)"),
+  ({"chunk_size": 0}, "chunk_size=0"),
+  ({"decay": 0.0}, r"decay=0.0 must be in \(0, 1\]"),
+  ({"decay": 1.01}, "decay=1.01"),
+  ({"decay": jnp.ones(2)}, r"decay has shape \(2,\)"),
+  ({"inner_lr": jnp.ones(2)}, r"inner_lr has shape \(2,\)"),
+  ({"clip_norm": 0.0}, "clip_norm=0.0 must be positive"),
+  ({"clip_norm": -1.0}, "clip_norm=-1.0 must be positive"),
+  ({"clip_norm": jnp.float32(1)}, "clip_norm.*Python float"),
+  (
+    {"segment_ids": jnp.ones((2, 11), jnp.int32)},
+    r"segment_ids has shape \(2, 11\), expected \(2, 12\)",
+  ),
+  ({"segment_ids": jnp.ones((2, 12))}, "segment_ids has dtype float32"),
+  ({"state": FastWeightState(jnp.ones((2, 6, 5)))}, r"state.S has shape \(2, 6, 5\)"),
+  ({"state": FastWeightState(jnp.ones((2, 5, 6), jnp.bfloat16))}, "state.S has dtype bfloat16"),
+  ({"state": FastWeightState(jnp.ones((2, 5, 6)), 3)}, "middle of a chunk: 3 tokens"),
+  ({"implementation": "fast"}, "implementation='fast' is not one of 'associative', 'sequential'"),
+  ({"context_axis": "context"}, "context_axis='context' is not a mesh axis of an enclosing"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input(changes, message, unchecked_types):
+  with pytest.raises(ValueError, match=message):
+    _call(**changes)
+
+
+def test_what_is_not_there_yet_says_what_is():
+  with pytest.raises(NotImplementedError, match=r"'dual'.*'associative', 'sequential'"):
+    _call(implementation="dual")
+
+
+def _on_shards(**changes):
+  tokens = PartitionSpec(None, "context")
+  return jax.shard_map(
+    lambda z, v: _call(z=z, v=v, context_axis="context", **changes)[0],
+    mesh=contract.mesh_of(4),
+    in_specs=(tokens, tokens),
+    out_specs=tokens,
+  )(jnp.ones((2, 16, 5)), jnp.ones((2, 16, 6)))
+
+
+def test_bad_input_on_shards(unchecked_types):
+  with pytest.raises(ValueError, match=r"chunk_size=3 does not divide the 4 tokens of a shard.*16"):
+    _on_shards(chunk_size=3)
+  for collective in ("ring", "doubling"):
+    with pytest.raises(NotImplementedError, match=f"{collective}.*all_gather, all_to_all"):
+      _on_shards(collective=collective)
+  with pytest.raises(ValueError, match="collective='mail'"):
+    _on_shards(collective="mail")
+  varying = jax.shard_map(
+    lambda z, v, s: _call(z=z, v=v, state=FastWeightState(s), context_axis="context")[0],
+    mesh=contract.mesh_of(4),
+    in_specs=(PartitionSpec(None, "context"),) * 2 + (PartitionSpec("context"),),
+    out_specs=PartitionSpec(None, "context"),
+  )
+  with pytest.raises(ValueError, match=r"state\.S varies over context_axis='context'"):
+    varying(jnp.ones((2, 16, 5)), jnp.ones((2, 16, 6)), jnp.ones((8, 5, 6)))
+
+
+def test_state_is_a_pytree_that_can_be_replaced():
+  _, state = _call(chunk_size=5)
+  assert state.pending == 2
+  assert [x.shape for x in jax.tree.leaves(state)] == [(2, 5, 6)]
+  y, _ = _call(chunk_size=5, state=dataclasses.replace(state, pending=0))
+  assert y.shape == (2, 12, 6)
+  assert ttt_jax.FastWeightState is FastWeightState
