@@ -84,6 +84,10 @@ OPTIONS = {
     "segment_ids": [[0] * 4 + [1] * 7 + [0] * 5 + [2] * 6 + [0] * 2, [1] * 20 + [0] * 4],
     "state": True,
   },
+  "a row of padding drops the state": {
+    "segment_ids": [[0] * 24, [1] * 3 + [0] * 21],
+    "state": True,
+  },
   "an id used again": {"segment_ids": [[1] * 5 + [2] * 5 + [1] * 14, [1, 2] * 12], "state": True},
   "documents of one token": {"segment_ids": [list(range(1, 25))] * 2, "state": True},
 }

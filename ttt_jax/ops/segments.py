@@ -104,11 +104,11 @@ def chunk_facts(
   def run_from_left(same):
     return jnp.cumprod(same.astype(jnp.int32), axis=-1) == 1
 
-  reads = run_from_left(full == last[:, :-1, None])
-  writes = jnp.flip(run_from_left(jnp.flip(full == full[:, :, -1:], -1)), -1)
+  reads = run_from_left(full == last[:, :-1, None]) & (full != 0)
+  writes = jnp.flip(run_from_left(jnp.flip(full == full[:, :, -1:], -1)), -1) & (full != 0)
   return ChunkFacts(
-    reads=reads & (full != 0),
-    writes=writes & (full != 0),
+    reads=reads,
+    writes=writes,
     keeps=jnp.all(reads, axis=-1),
     tail_reads=run_from_left(tail == last[:, -1:]) & (tail != 0),
   )
