@@ -1,6 +1,5 @@
 """A whole run: corpus, mesh, training, its twin, evaluation, and what they leave in the run directory."""
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,3 @@ def _print_summary(config, model, summary, run_dir, console) -> None:
   console.rule()
   names = ("summary.json", "loss_by_position.png", "training_loss.png", "metrics.jsonl")
   console.print("written: " + ", ".join(str(run_dir / name) for name in names), highlight=False)
-
-
-def read_summary(run_dir: Path) -> dict[str, Any]:
-  return json.loads((run_dir / "summary.json").read_text())

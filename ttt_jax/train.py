@@ -21,7 +21,7 @@ from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import Config
 from ttt_jax.data import Corpus, training_rows
 from ttt_jax.loss import mean_loss
-from ttt_jax.nn.transformer import Transformer, count_parameters, ttt_layers
+from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.optim import learning_rate, make_optimizer
 from ttt_jax.progress import TrainingProgress
 from ttt_jax.rundir import MetricsLog
@@ -89,7 +89,7 @@ def train_step(
   with jax.named_scope("optimizer"):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
-  metrics = {"loss": value, "grad_norm": optax.global_norm(grads), "ttt": stats}
+  metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "ttt": stats}
   return TrainState(model, opt_state, state.step + 1), metrics
 
 
@@ -227,7 +227,7 @@ def model_summary(config: Config, model: Transformer) -> str:
   kinds = f"{config.model.num_layers} layers"
   if config.ttt.layers:
     kinds += (
-      f", fast weights in {list(ttt_layers(model))}, chunks of {config.ttt.chunk_size} tokens"
+      f", fast weights in {sorted(config.ttt.layers)}, chunks of {config.ttt.chunk_size} tokens"
     )
   if config.attention.window is not None:
     kinds += f", attention window {config.attention.window}"

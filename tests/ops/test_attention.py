@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def _shapes(jaxpr):
   for equation in jaxpr.eqns:
     for out in equation.outvars:
       yield getattr(out.aval, "shape", ())
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
       yield from _shapes(inner)
 
 

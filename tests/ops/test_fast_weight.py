@@ -5,6 +5,7 @@ from functools import partial
 
 import contract
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -357,7 +358,7 @@ def _sizes(jaxpr):
   for equation in jaxpr.eqns:
     for out in equation.outvars:
       yield out.aval.size if hasattr(out.aval, "size") else 0
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
       yield from _sizes(inner)
 
 

@@ -21,7 +21,6 @@ class Attention(nnx.Module):
     config: AttentionConfig,
     *,
     window: int | None,
-    dtype: DTypeLike,
     param_dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):

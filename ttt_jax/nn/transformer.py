@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig, check_layers
 from ttt_jax.nn.attention import Attention
 from ttt_jax.nn.layers import Embed, RMSNorm, normal_init, project, rms_normalize, rotary_angles
-from ttt_jax.nn.mlp import Mlp, MlpStats, TttMlp
+from ttt_jax.nn.mlp import Mlp, TttMlp
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.ops.scan import INCOMING_STATE
 from ttt_jax.ops.segments import check_segment_ids, number_documents
@@ -90,7 +90,6 @@ class Block(nnx.Module):
       model,
       attention,
       window=kind.window,
-      dtype=jnp.dtype(model.dtype),
       param_dtype=param_dtype,
       rngs=rngs,
     )
@@ -255,11 +254,3 @@ class Transformer(nnx.Module):
 
 def count_parameters(model: nnx.Module) -> int:
   return sum(x.size for x in jax.tree.leaves(model))
-
-
-def ttt_layers(model: Transformer) -> tuple[int, ...]:
-  """The layers with fast weights, in the order of the stacked `MlpStats`."""
-  return tuple(sorted(model.ttt.layers))
-
-
-__all__ = ["Group", "LayerKind", "MlpStats", "Transformer", "layer_kinds", "plan_groups"]

@@ -7,7 +7,6 @@ Memory is `[T, T]`; use it at float64 in tests and nowhere else. Written from th
 with a decay per chunk in between, a clip factor per chunk, and the incoming state for the first document.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -123,9 +122,3 @@ def ntp_targets_reference(
     tap = allowed & (token[None, :] == token[:, None] + k - conv.shape[0] // 2)[None]
     v += jnp.einsum("bts,bsd,d->btd", tap.astype(x.dtype), x, conv[k])
   return v if projection is None else jnp.einsum("btd,de->bte", v, projection)
-
-
-def value_and_cotangents(function, arguments: dict[str, Array], cotangents):
-  """`function(**arguments)` and the gradients of its outputs' sum weighted by `cotangents`."""
-  value, pull_back = jax.vjp(lambda kwargs: function(**kwargs), arguments)
-  return value, pull_back(cotangents)[0]
