@@ -158,22 +158,14 @@ def test_steps_after_the_last_checkpoint_are_logged_once(tmp_path, monkeypatch):
 # segment ids forward, again for the rematerialised layer, and their gradient back. Full attention: one
 # gather of keys, values and of ids, forward and rematerialised, and a reduce-scatter back. Documents: one
 # neighbour's id, one gather of counts. All-reduce: gradients, loss, its weight and statistics.
+# Newer compilers (seen with jax 0.12) send the integers, ids and keeps, again for the rematerialised layers.
 COLLECTIVES = {
-  "context 8": {
-    "all-to-all": 4,
-    "all-gather": 5,
-    "reduce-scatter": 1,
-    "collective-permute": 6,
-    "all-reduce": 4,
-  },
-  "data 2 x context 4": {
-    "all-to-all": 4,
-    "all-gather": 5,
-    "reduce-scatter": 1,
-    "collective-permute": 6,
-    "all-reduce": 9,
-  },
+  "all-to-all": {4},
+  "all-gather": {5, 7},
+  "reduce-scatter": {1},
+  "collective-permute": {6, 8},
 }
+ALL_REDUCES = {"context 8": {4}, "data 2 x context 4": {9}}
 
 
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])
@@ -185,4 +177,7 @@ def test_collectives_of_a_training_step(mesh):
   batch = put_batch({"tokens": tokens, "segment_ids": segment_ids, "labels": labels}, mesh)
   with jax.set_mesh(mesh):
     compiled = jit_train_step(CONFIG, mesh).lower(state, batch).compile()
-  assert count_collectives(compiled.as_text()) == COLLECTIVES[mesh_name]
+  counts = count_collectives(compiled.as_text())
+  allowed = COLLECTIVES | {"all-reduce": ALL_REDUCES[mesh_name]}
+  assert set(counts) == set(allowed)
+  assert all(counts[name] in allowed[name] for name in counts), counts
