@@ -158,7 +158,7 @@ def test_steps_after_the_last_checkpoint_are_logged_once(tmp_path, monkeypatch):
 # segment ids forward, again for the rematerialised layer, and their gradient back. Full attention: one
 # gather of keys, values and of ids, forward and rematerialised, and a reduce-scatter back. Documents: one
 # neighbour's id, one gather of counts. All-reduce: gradients, loss, its weight and statistics.
-# Newer compilers (seen with jax 0.12) send the integers, ids and keeps, again for the rematerialised layers.
+# Newer compilers (seen with jax 0.12) send the integers again for the rematerialised layers.
 COLLECTIVES = {
   "all-to-all": {4},
   "all-gather": {5, 7},
