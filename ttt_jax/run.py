@@ -117,7 +117,7 @@ def _devices(mesh: Mesh) -> str:
 
 
 def _print_summary(config, model, summary, run_dir, console) -> None:
-  table = Table(title=f"held-out loss, nats per token ({summary['heldout_documents']} documents)")
+  table = Table()
   columns = {"loss": "updates on", "loss_updates_off": "updates off", "loss_baseline": "twin"}
   columns = {k: v for k, v in columns.items() if summary["heldout_by_position"][0][k] is not None}
   table.add_column("position", justify="right")
@@ -128,6 +128,8 @@ def _print_summary(config, model, summary, run_dir, console) -> None:
   overall = {"loss": "heldout_loss", **{k: f"heldout_{k}" for k in columns if k != "loss"}}
   table.add_row("all", *(f"{summary[overall[k]]:.3f}" for k in columns), style="bold")
   console.print(model_summary(config, model), highlight=False)
+  documents = f"{summary['heldout_documents']} documents of {summary['heldout_seq_len']} tokens"
+  console.print(f"held-out loss by position in nats per token, {documents}", highlight=False)
   console.print(table)
   console.rule("a held-out document, continued by the model", align="left")
   console.print(
