@@ -77,6 +77,12 @@ OPTIONS = {
     "clip_norm": 2.0,
     "state": True,
   },
+  "documents that end in the ragged tail": {
+    "batch": 3,
+    "tokens": 26,
+    "segment_ids": [[1] * 25 + [2], [1] * 24 + [2] * 2, [1] * 25 + [0]],
+    "state": True,
+  },
   "shorter than a chunk": {"tokens": 2, "state": True},
   "one full chunk": {"tokens": 3},
   "chunks of one token": {"tokens": 5, "chunk_size": 1},
