@@ -11,8 +11,8 @@ from jax.sharding import AxisType, PartitionSpec
 import ttt_jax
 from ttt_jax.ops.reference import inplace_ttt_reference
 
-IMPLEMENTATIONS = ("associative", "sequential")
-COLLECTIVES = ("all_gather", "all_to_all")
+IMPLEMENTATIONS = ("associative", "sequential", "dual")
+COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
 # max|a - b| / max|b|. bfloat16 rounds every input of a product and the output to 8 bits: a few times 2^-8.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2.5e-2}

@@ -1,35 +1,53 @@
-"""Exchange of updates between the shards of a sequence, inside `jax.shard_map`.
+"""Inside `jax.shard_map`: what a shard can ask about its mesh axis, and the differentiable exchange.
 
 A sequence is cut into contiguous shards, one per device of a mesh axis. Each device composes its own
 chunks to one `Update`; what it is missing is the composition of all shards before it, the exclusive
-prefix. Every device contributes P numbers (its keep) and one delta; which deltas reach which shard,
-and with what weight, follows from those P numbers alone, so no branch depends on the device.
+prefix. `collectives.py` has the ways to get it.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Shaped
 
-from ttt_jax.ops.update import Update
+from ttt_jax.ops import cost
+from ttt_jax.ops.collectives import COLLECTIVES, Exchange, exchange
+from ttt_jax.ops.update import Update, apply_update
 
-COLLECTIVES = ("all_gather", "all_to_all")
-_PLANNED = ("doubling", "ring")
+# The name under which `jax.checkpoint` policies can save the state that came in from other shards,
+# so that rematerialisation recomputes the chunks but exchanges nothing again.
+INCOMING_STATE = "ttt_incoming_state"
 
 
-def check_collective(collective: str | None) -> str:
-  """The name of the collective to use; raises for one that is unknown or not there yet."""
+def plan_exchange(
+  axis_name: str,
+  shape: tuple[int, int, int],
+  dtype: Any,
+  *,
+  collective: str | None,
+  wire_dtype: Any = None,
+) -> Exchange:
+  """Decides how deltas `[B, F, D]` of `dtype` travel along `axis_name`; see `exclusive_prefix`."""
+  if collective is not None and collective not in COLLECTIVES:
+    raise ValueError(f"collective={collective!r} is not one of {', '.join(COLLECTIVES)}")
+  if wire_dtype is not None:
+    wire_dtype = jnp.dtype(wire_dtype)
+    if not jnp.issubdtype(wire_dtype, jnp.floating):
+      raise ValueError(f"wire_dtype={wire_dtype} is not a floating-point dtype")
+    if wire_dtype.itemsize >= jnp.dtype(dtype).itemsize:
+      wire_dtype = None  # nothing is saved by rounding up
+  size = shard_count(axis_name)
+  b, f, d = shape
+  bytes_sent = b * f * d * (wire_dtype or jnp.dtype(dtype)).itemsize
+  device = cost.this_device()
   if collective is None:
-    return "all_to_all"
-  if collective in _PLANNED:
-    raise NotImplementedError(
-      f"collective={collective!r} is not implemented yet: use one of {', '.join(COLLECTIVES)}"
-    )
-  if collective not in COLLECTIVES:
-    raise ValueError(f"collective={collective!r} is not one of {', '.join(COLLECTIVES + _PLANNED)}")
-  return collective
+    collective = cost.choose_collective(bytes_sent, size, f, device)
+  slices = cost.ring_slices(bytes_sent, size, f, device) if collective == "ring" else 1
+  return Exchange(axis_name, collective, slices, wire_dtype)
 
 
 def shard_count(context_axis: str) -> int:
@@ -66,72 +84,18 @@ def last_shard(x: Shaped[Array, "*S"], context_axis: str) -> Shaped[Array, "*S"]
   return lax.psum(jnp.where(is_last, x, jnp.zeros_like(x)), context_axis)
 
 
-def _prefix_weights(keeps: Float[Array, "P B"], reverse: bool) -> Float[Array, "P Q B"]:
-  """`w[p, q]`: how much of shard q's delta reaches shard p, the product of the keeps in between.
-
-  Exclusive: `w[p, q] = 0` unless q lies strictly before p (after p with `reverse`).
-  """
-  if reverse:
-    return jnp.flip(_prefix_weights(jnp.flip(keeps, 0), False), (0, 1))
-  size = keeps.shape[0]
-  shard = jnp.arange(size)
-  later = (shard[:, None] > shard[None, :])[:, :, None]  # [p, q]: p lies after q
-  factors = jnp.where(later, keeps[:, None, :], 1)
-  # Exclusive over p: the product stops before shard p's own keep.
-  through = jnp.cumprod(factors, axis=0)
-  before = jnp.concatenate([jnp.ones_like(through[:1]), through[:-1]])
-  return jnp.where(later, before, 0)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def differentiable_exchange(update: Update, how: Exchange, reverse: bool) -> Update:
+  """`exchange`, whose backward pass is the exchange in the other direction."""
+  return exchange(update, how, reverse)
 
 
-def _prefix_keep(keeps: Float[Array, "P B"], reverse: bool) -> Float[Array, "P B"]:
-  """The product of the keeps of all shards strictly before (after) each shard."""
-  if reverse:
-    return jnp.flip(_prefix_keep(jnp.flip(keeps, 0), False), 0)
-  return jnp.concatenate([jnp.ones_like(keeps[:1]), jnp.cumprod(keeps, axis=0)[:-1]])
-
-
-def exchange(update: Update, axis_name: str, collective: str, reverse: bool) -> Update:
-  """The forward computation of `exclusive_prefix`; `update.keep` is `[B]`, `update.delta` `[B, F, D]`.
-
-  all_gather: every device receives all P deltas and weighs them: (P-1) S bytes sent per device.
-  all_to_all: every device receives one slice (along F) of all P deltas, forms the prefix for all P
-  shards, and sends each its slice back: 2 S (P-1)/P bytes sent per device.
-  """
-  size = shard_count(axis_name)
-  keep, delta = update
-  index = lax.axis_index(axis_name)
-  with jax.named_scope(f"prefix_{collective}"):
-    keeps = lax.all_gather(keep, axis_name)
-    weights = _prefix_weights(keeps, reverse)
-    if collective == "all_gather":
-      own_weights = lax.dynamic_index_in_dim(weights, index, keepdims=False)
-      prefix = jnp.einsum(
-        "qb,qbfd->bfd", own_weights, lax.all_gather(delta, axis_name), precision="highest"
-      )
-    else:
-      b, f, d = delta.shape
-      rows = -(-f // size)
-      padded = jnp.pad(delta, ((0, 0), (0, rows * size - f), (0, 0)))
-      slices = jnp.moveaxis(padded.reshape(b, size, rows, d), 1, 0)
-      deltas = lax.all_to_all(slices, axis_name, 0, 0)  # [q: of shard q, B, own rows, D]
-      prefixes = jnp.einsum("pqb,qbrd->pbrd", weights, deltas, precision="highest")
-      own = lax.all_to_all(prefixes, axis_name, 0, 0)  # [p: rows of slice p, B, rows, D]
-      prefix = jnp.moveaxis(own, 0, 1).reshape(b, rows * size, d)[:, :f]
-    kept = lax.dynamic_index_in_dim(_prefix_keep(keeps, reverse), index, keepdims=False)
-    return Update(keep=kept, delta=prefix)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _exclusive_prefix(update: Update, axis_name: str, collective: str, reverse: bool) -> Update:
-  return exchange(update, axis_name, collective, reverse)
-
-
-def _exclusive_prefix_fwd(update, axis_name, collective, reverse):
-  prefix = exchange(update, axis_name, collective, reverse)
+def _exchange_fwd(update, how, reverse):
+  prefix = exchange(update, how, reverse)
   return prefix, (update.keep, prefix)
 
 
-def _exclusive_prefix_bwd(axis_name, collective, reverse, saved, cotangent):
+def _exchange_bwd(how, reverse, saved, cotangent):
   """The same exchange in the other direction.
 
   With E_{p+1} = k_p E_p + D_p (the prefix of shard p is E_p), the adjoint X_p of E_{p+1} obeys
@@ -139,19 +103,31 @@ def _exclusive_prefix_bwd(axis_name, collective, reverse, saved, cotangent):
   dk_p = <X_p, E_p>. The product of keeps is the same recursion on numbers.
   """
   keep, prefix = saved
-  delta = exchange(Update(keep, cotangent.delta), axis_name, collective, not reverse).delta
-  kept = exchange(
-    Update(keep, cotangent.keep[:, None, None]), axis_name, "all_gather", not reverse
-  ).delta[:, 0, 0]
+  delta = exchange(Update(keep, cotangent.delta), how, not reverse).delta
+  numbers = Exchange(how.axis, "all_gather")
+  kept = exchange(Update(keep, cotangent.keep[:, None, None]), numbers, not reverse).delta[:, 0, 0]
   keep_cotangent = jnp.sum(delta * prefix.delta, (1, 2)) + kept * prefix.keep
   return (Update(keep=keep_cotangent, delta=delta),)
 
 
-_exclusive_prefix.defvjp(_exclusive_prefix_fwd, _exclusive_prefix_bwd)
+differentiable_exchange.defvjp(_exchange_fwd, _exchange_bwd)
+
+
+def incoming_state(
+  total: Update, s_in: Float[Array, "B F D"], how: Exchange
+) -> Float[Array, "B F D"]:
+  """The state this shard starts from: the sequence's own, then the updates of the shards before."""
+  s = apply_update(differentiable_exchange(total, how, False), s_in)
+  return checkpoint_name(s, INCOMING_STATE)
 
 
 def exclusive_prefix(
-  update: Update, axis_name: str, *, collective: str | None = None, reverse: bool = False
+  update: Update,
+  axis_name: str,
+  *,
+  collective: str | None = None,
+  reverse: bool = False,
+  wire_dtype: Any = None,
 ) -> Update:
   """The composition of the updates of all shards before this one, in the order of the mesh axis.
 
@@ -165,31 +141,34 @@ def exclusive_prefix(
   Args:
     update: keep `[*B]` and delta `[*B, *S]`; S bytes of delta, summed in delta's dtype.
     axis_name: a mesh axis of an enclosing `jax.shard_map` with P devices.
-    collective: `"all_gather"` sends (P-1) S bytes per device, `"all_to_all"` 2 S (P-1)/P; None
-      chooses.
+    collective: bytes sent per device: `"all_gather"` (P-1) S, `"doubling"` S ceil(log2 P),
+      `"all_to_all"` 2 S (P-1)/P, `"ring"` S, in slices from neighbour to neighbour. None chooses by
+      `cost.choose_collective`.
+    wire_dtype: a narrower dtype for what is sent, such as `jnp.bfloat16`, forward and backward. One
+      rounding with all_gather, two with all_to_all, one per step with doubling and ring.
 
   Raises:
-    ValueError: `axis_name` is not bound, `collective` is unknown, keep and delta disagree.
-    NotImplementedError: a `collective` that is planned but not there yet.
+    ValueError: `axis_name` is not bound, `collective` is unknown, keep and delta disagree, wire_dtype
+      is not floating.
   """
-  collective = check_collective(collective)
   size = shard_count(axis_name)
   keep, delta = jnp.asarray(update.keep), jnp.asarray(update.delta)
   if delta.shape[: keep.ndim] != keep.shape:
     raise ValueError(
       f"update.keep has shape {keep.shape}, which is not the start of update.delta's {delta.shape}"
     )
-  axes = varying_axes(keep, delta) | {axis_name} if _is_checked(axis_name) else frozenset()
+  lead, rest = keep.shape, delta.shape[keep.ndim :]
+  rows = rest[0] if rest else 1
+  flat = (keep.size, rows, delta.size // max(1, keep.size * rows))
+  how = plan_exchange(axis_name, flat, delta.dtype, collective=collective, wire_dtype=wire_dtype)
+  axes = varying_axes(keep, delta) | {axis_name} if is_checked(axis_name) else frozenset()
   keep, delta = vary_over(keep.astype(delta.dtype), axes), vary_over(delta, axes)
   if size == 1:
     return Update(keep=jnp.ones_like(keep), delta=jnp.zeros_like(delta))
-  lead, rest = keep.shape, delta.shape[keep.ndim :]
-  rows = rest[0] if rest else 1
-  flat = Update(keep.reshape(-1), delta.reshape(keep.size, rows, -1))
-  prefix = _exclusive_prefix(flat, axis_name, collective, reverse)
+  prefix = differentiable_exchange(Update(keep.reshape(-1), delta.reshape(flat)), how, reverse)
   return Update(keep=prefix.keep.reshape(lead), delta=prefix.delta.reshape(delta.shape))
 
 
-def _is_checked(axis_name: str) -> bool:
+def is_checked(axis_name: str) -> bool:
   """Whether the enclosing `jax.shard_map` tracks varying axes (`check_vma=True`)."""
   return bool(varying_axes(lax.axis_index(axis_name)))

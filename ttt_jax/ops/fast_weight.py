@@ -1,31 +1,37 @@
 """The in-place fast-weight update of a down projection: the public op, its checks and its dispatch.
 
-The slow part `z W` is an ordinary product over all tokens. What is added here is the fast part, read
-from a state S that is carried from chunk to chunk; `scan.py` holds the ways to compute it.
+What is here is shared by all implementations (`sequential.py`, `dual.py`, `associative.py`): documents as
+masks, the tokens behind the last full chunk, the mesh axes over which arrays vary.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ttt_jax.ops import scan
+from ttt_jax.ops import cost
+from ttt_jax.ops.associative import associative
+from ttt_jax.ops.chunks import Chunks, Options
 from ttt_jax.ops.context import (
-  check_collective,
+  is_checked,
   last_shard,
+  plan_exchange,
   shard_count,
   vary_over,
   varying_axes,
 )
-from ttt_jax.ops.numerics import accumulation_dtype
-from ttt_jax.ops.segments import check_segment_ids, chunk_facts
+from ttt_jax.ops.dual import dual
+from ttt_jax.ops.numerics import accumulation_dtype, matmul
+from ttt_jax.ops.segments import ChunkFacts, check_segment_ids, chunk_facts
+from ttt_jax.ops.sequential import Base, sequential
+from ttt_jax.ops.update import clip_update, sum_over
 
-_IMPLEMENTATIONS = {"associative": scan.associative, "sequential": scan.sequential}
-_PLANNED = ("dual",)
+IMPLEMENTATIONS = {"associative": associative, "dual": dual, "sequential": sequential}
+_SAMPLED_TOKENS = 256  # of a row, for the sizes of the output's two parts
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["S"], meta_fields=["pending"])
@@ -47,16 +53,17 @@ class FastWeightStats(NamedTuple):
   """How large the fast weight's parts are, as Frobenius norms; without gradient.
 
   RMSNorm hides a blow-up behind a finite loss: compare `update` and `state` with `|W|`, and `fast`
-  with `slow`.
+  with `slow`. They cost a chunk's update and the read of 256 tokens, not passes over all chunks.
 
   Attributes:
-    update: of every chunk's update, after clipping.
-    state: of S after this device's last chunk.
-    fast: of the part of y that S contributes.
-    slow: of the part of y that W contributes.
+    update: of the update of this device's last full chunk, after clipping.
+    state: of S after that chunk.
+    fast: of the part of y that S contributes, estimated from at most 256 evenly spaced tokens; to the
+      rounding of y.
+    slow: of the part of y that W contributes, from the same tokens.
   """
 
-  update: Float[Array, "*B N"]
+  update: Float[Array, "*B"]
   state: Float[Array, "*B"]
   fast: Float[Array, "*B"]
   slow: Float[Array, "*B"]
@@ -74,8 +81,11 @@ def inplace_ttt(
   decay: float | int | Float[Array, ""] | None = None,
   clip_norm: float | int | None = None,
   context_axis: str | None = None,
+  tensor_axis: str | None = None,
   implementation: str | None = None,
+  merge: bool | None = None,
   collective: str | None = None,
+  wire_dtype: Any = None,
   state_dtype: Any = None,
   return_stats: bool = False,
 ):
@@ -111,10 +121,18 @@ def inplace_ttt(
     clip_norm: a chunk's update of larger Frobenius norm is rescaled to this one; None is no clip.
     context_axis: the mesh axis of the enclosing `jax.shard_map` along which T is cut into contiguous
       shards of whole chunks; None when the sequence lies on one device.
-    implementation: `"sequential"` carries one S through the chunks, forward and backward (memory of
-      one state); `"associative"` is `jax.lax.associative_scan` over all chunks' states (memory N
-      states, also forward-mode and higher derivatives). None chooses `"sequential"`.
+    tensor_axis: the mesh axis of the enclosing `jax.shard_map` along which F is cut: z, w_down and the
+      state are this device's part, y is summed over the axis in z's dtype.
+    implementation: `"sequential"` carries one S through the chunks, forward and backward (memory of one
+      state). `"dual"` scores every chunk against the earlier ones (no state, work of T^2; cheaper while
+      few earlier tokens are visible). `"associative"` is `jax.lax.associative_scan` over all chunks'
+      states (memory of N states). The last two also have forward-mode and higher derivatives. None
+      chooses by `cost.choose_implementation`.
+    merge: read a chunk in one product, `Z (W + S)`, instead of two, `Z W + Z S`: 8/6 of the FLOPs of a
+      gated MLP instead of 10/6. `W + S` is rounded to z's dtype, which in bfloat16 loses what of S is
+      below 1/256 of W. None merges where nothing is lost, float32 and float64.
     collective: how shards exchange their updates, see `exclusive_prefix`; None chooses.
+    wire_dtype: a narrower dtype for that exchange; sums keep theirs.
     state_dtype: dtype of S and of all sums of updates, `promote_types(z.dtype, float32)` by default.
     return_stats: also return `FastWeightStats`, of this device's tokens.
 
@@ -124,99 +142,160 @@ def inplace_ttt(
     Products accumulate in `promote_types(dtype, float32)`.
 
   Raises:
-    ValueError: shapes or dtypes that disagree, values out of range, an unbound `context_axis`, shards
-      that do not hold whole chunks, a state from the middle of a chunk, unknown names.
-    NotImplementedError: an implementation or collective that is planned but not there yet.
+    ValueError: shapes or dtypes that disagree, values out of range, an unbound axis, shards that do not
+      hold whole chunks, a state from the middle of a chunk, unknown names.
+    NotImplementedError: `merge=True` with an implementation that has no `W + S` to read.
   """
   _check_arguments(z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis)
-  fast = _choose(implementation)
-  if context_axis is not None:
-    collective = check_collective(collective)
-
   *lead, t, f = z.shape
   d = v.shape[-1]
-  dtype = z.dtype
-  state_dtype = jnp.dtype(state_dtype or accumulation_dtype(dtype))
-  _check_state(state, (*lead, f, d), state_dtype, context_axis)
-  accumulate = accumulation_dtype(dtype)
+  b = math.prod(lead)
   n, tail = divmod(t, chunk_size)
+  dtype = z.dtype
+  accumulate = accumulation_dtype(dtype)
+  state_dtype = jnp.dtype(state_dtype or accumulate)
+  _check_state(state, (*lead, f, d), state_dtype, context_axis)
+  exchange = None
+  if context_axis is not None:
+    exchange = plan_exchange(
+      context_axis, (b, f, d), state_dtype, collective=collective, wire_dtype=wire_dtype
+    )
+  if tensor_axis is not None:
+    shard_count(tensor_axis)
+  implementation, merge = _choose(implementation, merge, (t, chunk_size, f, d), dtype)
 
-  z = z.reshape(-1, t, f)
-  b = z.shape[0]
-  v = v.astype(dtype).reshape(b, t, d)
-  s = jnp.zeros((b, f, d), state_dtype) if state is None else state.S.reshape(b, f, d)
-  lr = jnp.asarray(inner_lr, accumulate)
-  facts = None
+  axes = varying_axes(z, v, w_down, *_arrays(inner_lr, decay, segment_ids, state and state.S))
+  for axis in (context_axis, tensor_axis):
+    axes |= {axis} if axis is not None and is_checked(axis) else set()
+
+  def localized(x, dtype):
+    return vary_over(jnp.asarray(x, dtype), axes)
+
+  z = localized(z, dtype).reshape(b, t, f)
+  v = localized(v, dtype).reshape(b, t, d)
+  w = localized(w_down, w_down.dtype)
+  lr = localized(inner_lr, accumulate)
+  s = None if state is None else localized(state.S, state_dtype).reshape(b, f, d)
+  facts = keep = None
   if segment_ids is not None:
     facts = chunk_facts(segment_ids.reshape(b, t), chunk_size, context_axis)
-
-  with jax.named_scope("slow_weight"):
-    y = jnp.einsum("btf,fd->btd", z, w_down.astype(dtype), preferred_element_type=accumulate)
-
-  z_full = z[:, : n * chunk_size].reshape(b, n, chunk_size, f)
-  v_full = v[:, : n * chunk_size].reshape(b, n, chunk_size, d)
-  keep = jnp.ones((b, n), state_dtype)
-  if facts is not None:
-    v_full = jnp.where(facts.writes[..., None], v_full, jnp.zeros_like(v_full))
+    facts = ChunkFacts(*(vary_over(x, axes) for x in facts))
     keep = facts.keeps.astype(state_dtype)
-  axes = varying_axes(z_full, v_full, s, keep, lr, *_arrays(decay))
-  if context_axis is not None and varying_axes(lax.axis_index(context_axis)):
-    axes |= {context_axis}
-  z_full, v_full, s, keep, lr = (vary_over(x, axes) for x in (z_full, v_full, s, keep, lr))
   if isinstance(decay, jax.Array):
-    decay = vary_over(decay.astype(state_dtype), axes)
+    decay = localized(decay, state_dtype)
+  elif decay is not None and decay != 1:
+    keep = localized(jnp.full((b, n), decay), state_dtype) if keep is None else keep * float(decay)
+    decay = None
+  else:
+    decay = None
 
-  with jax.named_scope("fast_weight"):
-    reads, norms = jnp.zeros(v_full.shape, accumulate), keep
-    if n:
-      reads, s, norms = fast(
-        z_full,
-        v_full,
-        s,
-        keep,
-        lr,
-        decay,
-        clip_norm=None if clip_norm is None else float(clip_norm),
-        context_axis=context_axis,
-        collective=collective,
-      )
-    if facts is not None:
-      reads = jnp.where(facts.reads[..., None], reads, jnp.zeros_like(reads))
-    reads = reads.reshape(b, n * chunk_size, d)
-    if tail:
-      tail_reads = scan.read(z[:, n * chunk_size :], s)
-      if facts is not None:
-        tail_reads = jnp.where(facts.tail_reads[..., None], tail_reads, jnp.zeros_like(tail_reads))
-      reads = jnp.concatenate([reads, tail_reads], axis=1)
-    stats = FastWeightStats(
-      update=norms.reshape(*lead, n),
-      state=_norm(s).reshape(lead),
-      fast=_norm(reads).reshape(lead),
-      slow=_norm(y).reshape(lead),
-    )
-    y = (y + reads).astype(dtype).reshape(*lead, t, d)
-    if context_axis is not None:
-      s = last_shard(s, context_axis)
+  v_full = v[:, : n * chunk_size].reshape(b, n, chunk_size, d)
+  if facts is not None:
+    v_full = _where(facts.writes, v_full)
+  chunks = Chunks(
+    z=z[:, : n * chunk_size].reshape(b, n, chunk_size, f),
+    v=v_full,
+    lr=lr,
+    s_in=s,
+    keep=keep,
+    decay=decay,
+  )
+  options = Options(
+    state_dtype=state_dtype,
+    clip_norm=None if clip_norm is None else float(clip_norm),
+    tensor_axis=tensor_axis,
+    exchange=exchange,
+  )
+  y, s = _read_chunks(chunks, options, w, facts, implementation, merge)
+  if tail:
+    y_tail = matmul("btf,fd->btd", z[:, n * chunk_size :], w.astype(dtype))
+    if s is not None:
+      reads = matmul("btf,bfd->btd", z[:, n * chunk_size :], s.astype(dtype))
+      y_tail += reads if facts is None else _where(facts.tail_reads, reads)
+    y = jnp.concatenate([y, y_tail.astype(dtype)], axis=1)
+  y = sum_over(y, tensor_axis)
+  if s is None:
+    s = _zeros_like_state(z, (b, f, d), state_dtype)
+  stats = _stats(chunks, options, w, y, s) if return_stats else None
 
+  if context_axis is not None:
+    s = last_shard(s, context_axis)
   state = FastWeightState(S=s.reshape(*lead, f, d), pending=tail)
-  return (y, state, lax.stop_gradient(stats)) if return_stats else (y, state)
+  y = y.reshape(*lead, t, d)
+  if stats is None:
+    return y, state
+  return y, state, jax.tree.map(lambda x: x.reshape(lead), stats)
 
 
-def _norm(x: Float[Array, "B X Y"]) -> Float[Array, "B"]:
-  return jnp.linalg.norm(lax.stop_gradient(x), axis=(1, 2))
+def _read_chunks(chunks, options, w, facts, implementation, merge):
+  """y of the full chunks, `[B, N C, D]`, and the state after them."""
+  b, n, c, _ = chunks.z.shape
+  dtype, d = chunks.z.dtype, chunks.v.shape[-1]
+  if not n:
+    return jnp.zeros((b, 0, d), dtype), chunks.s_in
+  with jax.named_scope("fast_weight"):
+    if merge:
+      y, s = sequential(chunks, options, Base(w, None if facts is None else facts.reads))
+      return y.reshape(b, n * c, d), s
+    reads, s = implementation(chunks, options)
+    if facts is not None:
+      reads = _where(facts.reads, reads)
+  with jax.named_scope("slow_weight"):
+    z = chunks.z.reshape(b, n * c, -1)
+    slow = matmul("btf,fd->btd", z, w.astype(dtype))
+  return (slow + reads.reshape(b, n * c, d)).astype(dtype), s
 
 
-def _choose(implementation: str | None):
-  if implementation is None:
-    return _IMPLEMENTATIONS["sequential"]
-  known = ", ".join(map(repr, _IMPLEMENTATIONS))
-  if implementation in _PLANNED:
-    raise NotImplementedError(
-      f"implementation={implementation!r} is not implemented yet: use {known}"
-    )
-  if implementation not in _IMPLEMENTATIONS:
+def _where(mask, x):
+  return jnp.where(mask[..., None], x, jnp.zeros_like(x))
+
+
+def _zeros_like_state(like, shape, dtype):
+  return vary_over(jnp.zeros(shape, dtype), varying_axes(like))
+
+
+def _stats(chunks, options, w, y, s) -> FastWeightStats:
+  chunks, w, y, s = jax.lax.stop_gradient((chunks, w, y, s))
+  b, n, c, f = chunks.z.shape
+  wide = accumulation_dtype(y.dtype)
+
+  def norm(x):
+    return jnp.sqrt(jnp.sum(x * x, axis=(1, 2)))
+
+  def norm_over_f(x):
+    return jnp.sqrt(sum_over(jnp.sum(x * x, axis=(1, 2)), options.tensor_axis))
+
+  update = jnp.zeros(b, s.dtype)
+  fast = slow = jnp.zeros(b, wide)
+  if n:
+    u = (chunks.lr * matmul("bcf,bcd->bfd", chunks.z[:, -1], chunks.v[:, -1])).astype(s.dtype)
+    update = norm_over_f(clip_update(u, options.clip_norm, options.tensor_axis))
+    stride = -(-n * c // _SAMPLED_TOKENS)
+    z = chunks.z.reshape(b, n * c, f)[:, ::stride]
+    slow_part = sum_over(matmul("btf,fd->btd", z, w.astype(z.dtype)), options.tensor_axis)
+    fast_part = y[:, : n * c : stride].astype(wide) - slow_part
+    whole = (n * c / z.shape[1]) ** 0.5
+    fast, slow = whole * norm(fast_part), whole * norm(slow_part)
+  return FastWeightStats(update=update, state=norm_over_f(s), fast=fast, slow=slow)
+
+
+def _choose(implementation, merge, sizes, dtype):
+  """The implementation's function, and whether it reads `W + S` in one product."""
+  if implementation not in (None, *IMPLEMENTATIONS):
+    known = ", ".join(map(repr, IMPLEMENTATIONS))
     raise ValueError(f"implementation={implementation!r} is not one of {known}")
-  return _IMPLEMENTATIONS[implementation]
+  if merge and implementation not in (None, "sequential"):
+    raise NotImplementedError(
+      f"merge=True: implementation={implementation!r} reads no W + S, use 'sequential' or merge=None"
+    )
+  if implementation is None:
+    implementation = "sequential"
+    if not merge:
+      t, c, f, d = sizes
+      implementation = cost.choose_implementation(t=t, c=c, f=f, d=d)
+  if merge is None:
+    merge = implementation == "sequential" and accumulation_dtype(dtype) == dtype
+  return IMPLEMENTATIONS[implementation], merge
 
 
 def _arrays(*values) -> list[jax.Array]:

@@ -1,0 +1,99 @@
+"""`implementation="dual"`: no state, but the scores of every chunk against all earlier ones.
+
+    R_i = sum_{j<i} w_ij (Z_i Z_j^T) r_j lr V_j        w_ij = f_{j+1} ... f_{i-1}
+
+Linear attention read as attention: the cheaper way while few earlier tokens are visible.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from ttt_jax.ops.chunks import Chunks, Options, factors_of
+from ttt_jax.ops.context import incoming_state
+from ttt_jax.ops.numerics import accumulation_dtype, matmul
+from ttt_jax.ops.update import Update, clip_factor, prefix_keeps, prefix_weights, scale, sum_over
+
+# Chunks are taken in so many groups; a group meets the keys before its own end. With more groups fewer
+# products are masked away, (1 + 1/groups) / 2 of all are made, and the program is longer.
+_GROUPS = 8
+
+
+def dual(
+  chunks: Chunks, options: Options
+) -> tuple[Float[Array, "B N C D"], Float[Array, "B F D"]]:
+  """R and the state after this device's last chunk.
+
+  Scores are made for one chunk of queries at a time, `[B, C, T]`, and again in the backward pass.
+  """
+  z, s_in, factors = chunks.z, chunks.s_in, factors_of(chunks, options)
+  b, n, c, f = z.shape
+  state_dtype = options.state_dtype
+  factors = jnp.ones((n, b), state_dtype) if factors is None else factors.T
+  rates = _rates(chunks, options)
+
+  updates = _scaled(chunks.v, rates)
+  weights = prefix_weights(factors)
+  reads = [
+    _read_group(z, updates, weights, begin, end) for begin, end in _groups(n, min(n, _GROUPS))
+  ]
+  reads = jnp.concatenate(reads, axis=1)
+
+  # What is left at the end of each chunk's update, and of the state that came in.
+  left = prefix_keeps(factors, reverse=True).T
+  total = Update(
+    keep=jnp.prod(factors, axis=0),
+    delta=matmul("bncf,bncd->bfd", z, _scaled(chunks.v, rates * left)).astype(state_dtype),
+  )
+  if options.exchange is not None:
+    s_in = jnp.zeros_like(total.delta) if s_in is None else s_in
+    s_in = incoming_state(total, s_in, options.exchange)
+  if s_in is None:
+    return reads, total.delta
+  incoming = matmul("bncf,bfd->bncd", z, s_in.astype(z.dtype))
+  reads += scale(prefix_keeps(factors).T.astype(reads.dtype), incoming)
+  return reads, scale(total.keep, s_in) + total.delta
+
+
+def _rates(chunks: Chunks, options: Options) -> Float[Array, "B N"]:
+  """`lr r_j`. With a clip, `|Z^T V|_F^2 = <Z Z^T, V V^T>`: of a chunk's tokens, without the update."""
+  lr = chunks.lr.astype(options.state_dtype)
+  if options.clip_norm is None:
+    return jnp.broadcast_to(lr, chunks.z.shape[:2])
+  z_gram = matmul("bncf,bnsf->bncs", chunks.z, chunks.z)
+  v_gram = matmul("bncd,bnsd->bncs", chunks.v, chunks.v)
+  square = sum_over(jnp.sum(z_gram * v_gram, axis=(-2, -1)), options.tensor_axis)
+  square = jnp.maximum(square.astype(options.state_dtype), 0)  # a sum of both signs may round below
+  return lr * clip_factor(lr**2 * square, options.clip_norm).r
+
+
+def _scaled(v: Float[Array, "B N C D"], rates: Float[Array, "B N"]) -> Float[Array, "B N C D"]:
+  """`rates * v`, rounded once to v's dtype."""
+  wide = accumulation_dtype(v.dtype)
+  return scale(rates.astype(wide), v.astype(wide)).astype(v.dtype)
+
+
+def _groups(n: int, groups: int) -> list[tuple[int, int]]:
+  edges = [n * g // groups for g in range(groups + 1)]
+  return list(zip(edges[:-1], edges[1:]))
+
+
+def _read_group(z, updates, weights, begin, end):
+  """R of the chunks from `begin` to `end`, which meet the chunks before `end - 1`."""
+  b, _, c, _ = z.shape
+  d = updates.shape[-1]
+  wide = accumulation_dtype(z.dtype)
+  if end == 1:
+    return jnp.zeros((b, 1, c, d), wide)  # the first chunk has none before it
+  keys, values = z[:, : end - 1], updates[:, : end - 1]
+
+  @jax.checkpoint
+  def read(inputs):
+    z_i, weights_i = inputs  # [B, C, F], [N, B]
+    scores = matmul("bcf,bnsf->bcns", z_i, keys)
+    scores *= weights_i.T[:, None, :, None].astype(wide)
+    return matmul("bcns,bnsd->bcd", scores.astype(z.dtype), values)
+
+  queries = (jnp.moveaxis(z[:, begin:end], 1, 0), weights[begin:end, : end - 1])
+  return jnp.moveaxis(lax.map(read, queries), 0, 1)
