@@ -42,11 +42,12 @@ def plan_exchange(
       wire_dtype = None  # nothing is saved by rounding up
   size = shard_count(axis_name)
   b, f, d = shape
-  bytes_sent = b * f * d * (wire_dtype or jnp.dtype(dtype)).itemsize
-  device = cost.this_device()
+  wire_item = (wire_dtype or jnp.dtype(dtype)).itemsize
+  work = cost.Work(1, 1, d_ff=f, d_model=d, shards=size, batch=b, wire_item=wire_item)
+  device = cost.find_device()
   if collective is None:
-    collective = cost.choose_collective(bytes_sent, size, f, device)
-  slices = cost.ring_slices(bytes_sent, size, f, device) if collective == "ring" else 1
+    collective = cost.choose_collective(work, device)
+  slices = cost.ring_slices(work, device) if collective == "ring" else 1
   return Exchange(axis_name, collective, slices, wire_dtype)
 
 
@@ -117,6 +118,8 @@ def incoming_state(
   total: Update, s_in: Float[Array, "B F D"], how: Exchange
 ) -> Float[Array, "B F D"]:
   """The state this shard starts from: the sequence's own, then the updates of the shards before."""
+  axes = varying_axes(*total, s_in)  # of constants, such as a keep of 1, none
+  total = Update(*(vary_over(x, axes) for x in total))
   s = apply_update(differentiable_exchange(total, how, False), s_in)
   return checkpoint_name(s, INCOMING_STATE)
 

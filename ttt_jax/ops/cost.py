@@ -1,4 +1,312 @@
-def this_device(): return None
-def choose_collective(*a): return "all_to_all"
-def ring_slices(*a): return 3
-def choose_implementation(**k): return "sequential"
+"""The cost model behind `implementation=None` and `collective=None`, and `explain`, which says why.
+
+Times are those of peak rates, so only their order means anything: a product takes FLOPs / peak, a pass
+over a state bytes / memory bandwidth, a message latency + bytes / link bandwidth. `ttt-jax bench` shows
+where that order is wrong on the machine at hand.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What a chip can do.
+
+  Attributes:
+    kind: how `jax.Device.device_kind` begins.
+    peak: FLOP/s of a product of bfloat16 inputs.
+    peak_float32: FLOP/s of a product of float32 inputs at JAX's default precision: one bfloat16 pass on
+      TPU, TF32 on NVIDIA GPUs.
+    memory: bytes/s of its memory.
+    link: bytes/s to one neighbour, one way.
+    latency: seconds a message takes that carries nothing. Not published; assumed unless the source
+      says otherwise.
+    torus: neighbours are linked, and farther messages occupy every link on their way; else a switch
+      joins all devices.
+    source: where the figures are from.
+  """
+
+  kind: str
+  peak: float
+  peak_float32: float
+  memory: float
+  link: float
+  latency: float
+  torus: bool
+  source: str
+
+
+# ICI figures are published per chip and for both directions: divided by ports and by 2.
+_V5E = Device(
+  "TPU v5 lite", 197e12, 197e12, 819e9, 400e9 / 4 / 2, 1e-6, True, "docs.cloud.google.com/tpu/docs/v5e"
+)
+_V5P = Device(
+  "TPU v5", 459e12, 459e12, 2765e9, 1200e9 / 6 / 2, 1e-6, True, "docs.cloud.google.com/tpu/docs/v5p"
+)
+_V6E = Device(
+  "TPU v6", 918e12, 918e12, 1638e9, 800e9 / 4 / 2, 1e-6, True, "docs.cloud.google.com/tpu/docs/v6e"
+)
+# Dense rates are half of the published ones with sparsity; NVLink is published for both directions.
+_H100 = Device(
+  "NVIDIA H100", 989e12, 495e12, 3.35e12, 900e9 / 2, 10e-6, False, "nvidia.com H100 datasheet, SXM"
+)
+_H200 = Device(
+  "NVIDIA H200", 989e12, 495e12, 4.8e12, 900e9 / 2, 10e-6, False, "nvidia.com H200 datasheet, SXM"
+)
+_CPU = Device(
+  "cpu", 1.5e11, 1.5e11, 2e10, 5e9, 100e-6, False, "two cores of an AMD EPYC, by `ttt-jax bench`"
+)
+DEVICES = (_V5E, _V5P, _V6E, _H200, _H100, _CPU)  # the first that fits: "TPU v5" also begins v5e
+_SHORT_NAMES = {"v5e": _V5E, "v5p": _V5P, "v6e": _V6E, "h100": _H100, "h200": _H200, "cpu": _CPU}
+_NEAREST = {"tpu": _V5P, "gpu": _H100, "cuda": _H100, "rocm": _H100, "cpu": _CPU}
+
+
+def find_device(kind: str | None = None) -> Device:
+  """The figures of a device kind, of a short name such as `"v5p"`, or of the device a program is for.
+
+  A kind that is not in the table gets the figures of its platform's nearest one.
+
+  Raises:
+    ValueError: a name that is neither in the table nor the kind of a device here.
+  """
+  if kind in _SHORT_NAMES:
+    return _SHORT_NAMES[kind]
+  known = kind is not None
+  platform = None
+  if kind is None:
+    # Of the mesh a program is traced for, which may not be the machine it is traced on.
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+      device = jax.devices()[0]
+    kind, platform = device.device_kind, device.platform
+  for device in DEVICES:
+    if kind.startswith(device.kind):
+      return device
+  if not known:
+    return _NEAREST.get(platform, _H100)
+  names = ", ".join((*_SHORT_NAMES, *(device.kind for device in DEVICES)))
+  raise ValueError(f"device={kind!r} is not in the table: use one of {names}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """One fast weight on one device: the numbers that a choice depends on.
+
+  Attributes:
+    tokens: of a row, on this device. chunk_size, d_ff (this device's part), d_model: C, F, D.
+    shards: P, devices along the sequence. batch: rows on this device.
+    item, state_item: bytes of a number of z and of the state. wire_item: of one that is sent.
+    merge: a chunk is read in one product.
+  """
+
+  tokens: int
+  chunk_size: int
+  d_ff: int
+  d_model: int
+  shards: int = 1
+  batch: int = 1
+  item: int = 2
+  state_item: int = 4
+  wire_item: int = 4
+  merge: bool = True
+
+  @property
+  def sent_state(self) -> int:
+    """Bytes of the states that a device contributes to an exchange."""
+    return self.batch * self.d_ff * self.d_model * self.wire_item
+
+
+def implementation_seconds(work: Work, device: Device) -> dict[str, float]:
+  """Forward time on one device of the down projection with its fast weight, exchange excluded.
+
+  In products of one chunk, `2 C F D` FLOPs each, N chunks: sequential reads N times (2 N in two
+  products), updates N-1 times, and composes N updates first if there are shards after it. associative
+  the same in two products, with log2 N passes over N states. dual reads the slow weight N times, and
+  scores a chunk's tokens against the earlier ones, `2 C^2 (F + D)` FLOPs for each chunk before it; with
+  shards it also needs their total and its product with the incoming state.
+  """
+  n = max(1, work.tokens // work.chunk_size)
+  product = 2 * work.batch * work.chunk_size * work.d_ff * work.d_model
+  scores = 2 * work.batch * work.chunk_size**2 * (work.d_ff + work.d_model)
+  peak = device.peak if work.item <= 2 else device.peak_float32
+  state = work.batch * work.d_ff * work.d_model * work.state_item
+  many = work.shards > 1
+  # A state is written, added to and read: the update out of its product, S in and out, W + S.
+  passes = 6 * state / device.memory
+  reads = n if work.merge else 2 * n
+  return {
+    "sequential": (reads + n - 1 + n * many) * product / peak + (n - 1) * passes,
+    "dual": ((n + 2 * n * many) * product + n * (n - 1) / 2 * scores) / peak,
+    "associative": 3 * n * product / peak + n * passes * (1 + math.log2(n)),
+  }
+
+
+def collective_seconds(work: Work, device: Device) -> dict[str, float]:
+  """Time of one exchange of states over `work.shards` contiguous devices, one kind of link.
+
+  On a torus the axis is taken as a ring of two-way links; a message over several hops occupies each.
+  """
+  p, s = work.shards, work.sent_state
+  k = ring_slices(work, device)
+  steps = math.ceil(math.log2(p)) if p > 1 else 0
+  if device.torus:
+    sent = {"all_gather": (p - 1) / 2, "doubling": p - 1, "all_to_all": 2 * p / 8}
+  else:
+    sent = {"all_gather": p - 1, "doubling": steps, "all_to_all": 2 * (p - 1) / p}
+  sent["ring"] = (p + k - 2) / k
+  messages = {"all_gather": 1, "doubling": steps, "all_to_all": 2, "ring": p + k - 2}
+  return {
+    name: messages[name] * device.latency + sent[name] * s / device.link
+    for name in ("all_gather", "doubling", "all_to_all", "ring")
+  }
+
+
+_MOST_SLICES = 64  # of the ring: a program has P + K - 2 messages, one after another
+
+
+def ring_slices(work: Work, device: Device) -> int:
+  """K of the ring: the minimum of `(P + K - 2) (latency + S / (K link))`, at most F and 64."""
+  best = math.sqrt(max(0, work.shards - 2) * work.sent_state / (device.link * device.latency))
+  return max(1, min(round(best), work.d_ff, _MOST_SLICES))
+
+
+def choose_implementation(work: Work, device: Device) -> str:
+  """The faster of `sequential` and `dual`, by the model. `associative` is there to be asked for."""
+  seconds = implementation_seconds(work, device)
+  return min(("sequential", "dual"), key=seconds.__getitem__)
+
+
+def choose_collective(work: Work, device: Device) -> str:
+  """The fastest one, by the model."""
+  seconds = collective_seconds(work, device)
+  return min(seconds, key=seconds.__getitem__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+  """What is chosen for a case and what the alternatives would cost; `print` it."""
+
+  device: Device
+  work: Work
+  implementation: str
+  implementations: dict[str, float]  # seconds
+  collective: str | None
+  collectives: dict[str, float]  # seconds
+  bytes_sent: dict[str, int]  # per device
+  slices: int  # of the ring
+
+  def __str__(self) -> str:
+    work, device = self.work, self.device
+    n = work.tokens // work.chunk_size
+    lines = [
+      f"{work.tokens} tokens a shard in {n} chunks of {work.chunk_size}, F {work.d_ff}, D {work.d_model}, "
+      f"{work.shards} shards, {work.batch} rows",
+      f"{device.kind}: {device.peak / 1e12:.4g} TFLOP/s, memory {device.memory / 1e9:.4g} GB/s, "
+      f"{'torus' if device.torus else 'switched'} link {device.link / 1e9:.4g} GB/s ({device.source})",
+      f"state {work.sent_state / 1e6:.4g} MB a device on the wire",
+      "",
+      "implementation    forward",
+    ]
+    for name, seconds in sorted(self.implementations.items(), key=lambda item: item[1]):
+      mark = "  <- chosen" if name == self.implementation else ""
+      lines.append(f"{name:12s} {_seconds(seconds):>12s}{mark}")
+    if self.collective is not None:
+      lines += ["", "collective     exchange        sent"]
+      for name, seconds in sorted(self.collectives.items(), key=lambda item: item[1]):
+        mark = "  <- chosen" if name == self.collective else ""
+        if name == "ring":
+          mark = f"  in {self.slices} slices" + mark
+        sent = f"{self.bytes_sent[name] / 1e6:.4g} MB"
+        lines.append(f"{name:12s} {_seconds(seconds):>10s} {sent:>11s}{mark}")
+    return "\n".join(lines)
+
+
+def _seconds(seconds: float) -> str:
+  for unit, size in (("s", 1), ("ms", 1e-3), ("us", 1e-6)):
+    if seconds >= size:
+      return f"{seconds / size:.3g} {unit}"
+  return f"{seconds / 1e-9:.3g} ns"
+
+
+def bytes_sent(work: Work) -> dict[str, int]:
+  """What each collective sends per device, at most."""
+  p, s = work.shards, work.sent_state
+  return {
+    "all_gather": (p - 1) * s,
+    "doubling": (math.ceil(math.log2(p)) if p > 1 else 0) * s,
+    "all_to_all": 2 * s * (p - 1) // p,
+    "ring": s if p > 1 else 0,
+  }
+
+
+def explain(
+  *,
+  tokens: int,
+  chunk_size: int,
+  d_ff: int,
+  d_model: int,
+  shards: int = 1,
+  batch: int = 1,
+  dtype: Any = "bfloat16",
+  state_dtype: Any = "float32",
+  wire_dtype: Any = None,
+  merge: bool | None = None,
+  device: str | None = None,
+) -> Explanation:
+  """What `inplace_ttt` would choose for a case, and why: `print(ttt_jax.explain(...))`.
+
+  Args:
+    tokens: of a whole row, over all shards.
+    batch: rows on each device.
+    dtype, state_dtype, wire_dtype, merge: as for `inplace_ttt`.
+    device: a kind such as `"v5p"` or `"NVIDIA H200"`; None is the one here.
+
+  Raises:
+    ValueError: sizes that are not positive, shards that do not hold whole chunks, an unknown device.
+  """
+  sizes = {
+    "tokens": tokens,
+    "chunk_size": chunk_size,
+    "d_ff": d_ff,
+    "d_model": d_model,
+    "shards": shards,
+    "batch": batch,
+  }
+  for name, value in sizes.items():
+    if value < 1:
+      raise ValueError(f"{name}={value} must be at least 1")
+  if shards > 1 and tokens % (shards * chunk_size):
+    raise ValueError(
+      f"tokens={tokens} is not a multiple of shards * chunk_size = {shards * chunk_size}: shards hold "
+      "whole chunks"
+    )
+  item = jnp.dtype(dtype).itemsize
+  work = Work(
+    tokens=tokens // shards,
+    chunk_size=chunk_size,
+    d_ff=d_ff,
+    d_model=d_model,
+    shards=shards,
+    batch=batch,
+    item=item,
+    state_item=jnp.dtype(state_dtype).itemsize,
+    wire_item=jnp.dtype(wire_dtype or state_dtype).itemsize,
+    merge=item >= 4 if merge is None else merge,
+  )
+  found = find_device(device)
+  implementation = "sequential" if merge else choose_implementation(work, found)
+  return Explanation(
+    device=found,
+    work=work,
+    implementation=implementation,
+    implementations=implementation_seconds(work, found),
+    collective=choose_collective(work, found) if shards > 1 else None,
+    collectives=collective_seconds(work, found) if shards > 1 else {},
+    bytes_sent=bytes_sent(work),
+    slices=ring_slices(work, found),
+  )

@@ -162,7 +162,17 @@ def inplace_ttt(
     )
   if tensor_axis is not None:
     shard_count(tensor_axis)
-  implementation, merge = _choose(implementation, merge, (t, chunk_size, f, d), dtype)
+  work = cost.Work(
+    tokens=t,
+    chunk_size=chunk_size,
+    d_ff=f,
+    d_model=d,
+    shards=1 if context_axis is None else shard_count(context_axis),
+    batch=b,
+    item=dtype.itemsize,
+    state_item=state_dtype.itemsize,
+  )
+  implementation, merge = _choose(implementation, merge, work, dtype)
 
   axes = varying_axes(z, v, w_down, *_arrays(inner_lr, decay, segment_ids, state and state.S))
   for axis in (context_axis, tensor_axis):
@@ -279,7 +289,7 @@ def _stats(chunks, options, w, y, s) -> FastWeightStats:
   return FastWeightStats(update=update, state=norm_over_f(s), fast=fast, slow=slow)
 
 
-def _choose(implementation, merge, sizes, dtype):
+def _choose(implementation, merge, work, dtype):
   """The implementation's function, and whether it reads `W + S` in one product."""
   if implementation not in (None, *IMPLEMENTATIONS):
     known = ", ".join(map(repr, IMPLEMENTATIONS))
@@ -288,13 +298,14 @@ def _choose(implementation, merge, sizes, dtype):
     raise NotImplementedError(
       f"merge=True: implementation={implementation!r} reads no W + S, use 'sequential' or merge=None"
     )
-  if implementation is None:
+  lossless = accumulation_dtype(dtype) == dtype
+  if implementation is None and merge:
     implementation = "sequential"
-    if not merge:
-      t, c, f, d = sizes
-      implementation = cost.choose_implementation(t=t, c=c, f=f, d=d)
+  elif implementation is None:
+    work = dataclasses.replace(work, merge=lossless if merge is None else merge)
+    implementation = cost.choose_implementation(work, cost.find_device())
   if merge is None:
-    merge = implementation == "sequential" and accumulation_dtype(dtype) == dtype
+    merge = lossless and implementation == "sequential"
   return IMPLEMENTATIONS[implementation], merge
 
 
