@@ -1,8 +1,5 @@
 """Small models with random, non-zero weights, and the meshes that tests run on."""
 
-import collections
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,15 +50,6 @@ def random_rows(rows: int, length: int, *, vocab: int = 17, documents: int = 4, 
   same = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
   labels[:, :-1] = np.where(same, tokens[:, 1:], -1)
   return tokens, segment_ids, labels
-
-
-_COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-
-
-def count_collectives(compiled_text: str) -> dict[str, int]:
-  """How often each collective is executed by a compiled program, a loop's body counted once."""
-  found = re.findall(rf"^.* = .*? ({_COLLECTIVES})(?:-start)?\(", compiled_text, re.MULTILINE)
-  return dict(collections.Counter(found))
 
 
 def relative_error(actual, expected) -> float:

@@ -10,7 +10,6 @@ from helpers import (
   MESHES,
   MODEL,
   TTT,
-  count_collectives,
   mesh_of,
   random_rows,
   randomized,
@@ -19,6 +18,7 @@ from helpers import (
 
 from ttt_jax.config import AttentionConfig, CheckpointConfig, Config, DataConfig, TrainConfig
 from ttt_jax.data import Corpus, Document
+from ttt_jax.hlo import count_collectives
 from ttt_jax.progress import TrainingProgress
 from ttt_jax.rundir import read_metrics
 from ttt_jax.sharding import sharding

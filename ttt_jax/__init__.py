@@ -5,7 +5,9 @@ gated MLPs become fast weights, updated chunk by chunk along the sequence. The o
 on arrays and run on a sequence split over devices inside `jax.shard_map`.
 """
 
+from ttt_jax.context_parallel import context_parallel as context_parallel
 from ttt_jax.ops.context import exclusive_prefix as exclusive_prefix
+from ttt_jax.ops.cost import explain as explain
 from ttt_jax.ops.fast_weight import FastWeightState as FastWeightState
 from ttt_jax.ops.fast_weight import FastWeightStats as FastWeightStats
 from ttt_jax.ops.fast_weight import inplace_ttt as inplace_ttt
@@ -18,7 +20,9 @@ __all__ = [
   "FastWeightStats",
   "Update",
   "combine",
+  "context_parallel",
   "exclusive_prefix",
+  "explain",
   "inplace_ttt",
   "ntp_targets",
 ]

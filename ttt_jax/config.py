@@ -8,6 +8,8 @@ import dataclasses
 from dataclasses import dataclass, field
 
 DTYPES = ("float32", "bfloat16", "float64")
+IMPLEMENTATIONS = ("associative", "dual", "sequential")
+COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
 
 def _require(ok: bool, message: str) -> None:
@@ -141,8 +143,11 @@ class TTTConfig:
   learn_inner_lr: bool = True  # multiply by exp(10 s), s learned per layer from 0
   decay: float | None = None  # the state's factor per chunk, in (0, 1]; None: 1, as in the paper
   clip_norm: float | None = None  # Frobenius norm a chunk's update is rescaled to; None: no clip
-  implementation: str | None = None
-  collective: str | None = None
+  implementation: str | None = None  # None: by the cost model
+  # Read a chunk in one product, Z (W + S), rounded to model.dtype; None: where that loses nothing.
+  merge: bool | None = None
+  collective: str | None = None  # how shards exchange their states; None: by the cost model
+  wire_dtype: str | None = None  # what states are rounded to for that; None: not at all
 
   def __post_init__(self):
     _require_positive("ttt", self, "chunk_size", "conv_width", "inner_lr")
@@ -154,8 +159,13 @@ class TTTConfig:
       not (self.init == "next_token" and self.conv_width < 3),
       f"ttt.init='next_token' needs ttt.conv_width >= 3, got {self.conv_width}",
     )
-    _require_choice("ttt.implementation", self.implementation, (None, "associative", "sequential"))
-    _require_choice("ttt.collective", self.collective, (None, "all_gather", "all_to_all"))
+    _require_choice("ttt.implementation", self.implementation, (None, *IMPLEMENTATIONS))
+    _require_choice("ttt.collective", self.collective, (None, *COLLECTIVES))
+    _require_choice("ttt.wire_dtype", self.wire_dtype, (None, *DTYPES))
+    _require(
+      not (self.merge and self.implementation not in (None, "sequential")),
+      f"ttt.merge=true needs ttt.implementation='sequential', got {self.implementation!r}",
+    )
     if self.decay is not None:
       _require(0 < self.decay <= 1, f"ttt.decay={self.decay} must be in (0, 1]")
     if self.clip_norm is not None:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import mesh_of, packed
-from helpers import count_collectives
 from jax.sharding import PartitionSpec
 
+from ttt_jax.hlo import count_collectives
 from ttt_jax.ops.attention import attention
 
 B, T, H, G, K = 2, 24, 4, 2, 6

@@ -4,20 +4,33 @@ import contract
 import jax
 import jax.numpy as jnp
 import pytest
-from contract import COLLECTIVES, IMPLEMENTATIONS, make_case, packed
-from helpers import count_collectives
+from contract import COLLECTIVES, WAYS, make_case, packed
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from ttt_jax import inplace_ttt
+from ttt_jax import Update, exclusive_prefix, inplace_ttt
+from ttt_jax.hlo import count_collectives, sent_bytes
 
 # The exchange of deltas. Without documents all keeps are 1, and the compiler drops their exchange.
-FORWARD = {"all_gather": {"all-gather": 1}, "all_to_all": {"all-to-all": 2}}
+SHARDS, SLICES = 8, 3
+FORWARD = {
+  "all_gather": {"all-gather": 1},
+  "doubling": {"collective-permute": 3},
+  "all_to_all": {"all-to-all": 2},
+  "ring": {"collective-permute": SHARDS + SLICES - 2},
+}
+F, D = 24, 10
+STATE_BYTES = F * D * 4
 
 
-def _compiled(collective, *, gradient, use_state, is_packed, implementation="sequential"):
-  case = make_case(segment_ids=packed(2, 24) if is_packed else None)
+def _case(is_packed=False, **options):
+  # F divides by 8 shards and 3 slices: no padding is sent.
+  return make_case(batch=1, f=F, d=D, segment_ids=packed(1, 24) if is_packed else None, **options)
+
+
+def _compiled(collective, *, gradient, use_state=False, is_packed=False, **how):
+  case = _case(is_packed)
   arrays = {name: jnp.asarray(x, jnp.float32) for name, x in case.arrays.items()}
-  function = contract.op(case, shards=8, implementation=implementation, collective=collective)
+  function = contract.op(case, shards=SHARDS, collective=collective, **how)
 
   def loss(arrays):
     y, s = function(arrays)
@@ -33,37 +46,57 @@ def _compiled(collective, *, gradient, use_state, is_packed, implementation="seq
 
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_forward_exchanges_once(collective):
-  text = _compiled(collective, gradient=False, use_state=False, is_packed=False)
+  text = _compiled(collective, gradient=False)
   # The outgoing state, which nobody asked for, is not sent.
   assert count_collectives(text) == FORWARD[collective]
 
 
 def test_the_outgoing_state_costs_one_sum():
-  text = _compiled("all_to_all", gradient=False, use_state=True, is_packed=False)
+  text = _compiled("all_to_all", gradient=False, use_state=True)
   assert count_collectives(text) == FORWARD["all_to_all"] | {"all-reduce": 1}
 
 
 def test_documents_cost_a_neighbour_exchange_and_a_gather_of_numbers():
   """The id of the token before the shard, and one keep per row and shard."""
-  text = _compiled("all_to_all", gradient=False, use_state=False, is_packed=True)
+  text = _compiled("all_to_all", gradient=False, is_packed=True)
   numbers = {"collective-permute": 1, "all-gather": 1}
   assert count_collectives(text) == FORWARD["all_to_all"] | numbers
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("collective", COLLECTIVES)
-def test_the_gradient_exchanges_once_more(collective, implementation):
-  text = _compiled(
-    collective, gradient=True, use_state=False, is_packed=False, implementation=implementation
-  )
-  counts = count_collectives(text)
-  exchanges = {name: counts.get(name, 0) for name in ("all-gather", "all-to-all")}
-  if implementation == "sequential":
-    twice = {name: 2 * n for name, n in FORWARD[collective].items()}
-    assert exchanges == {"all-gather": 0, "all-to-all": 0} | twice
-  else:
-    assert exchanges["all-to-all"] == (4 if collective == "all_to_all" else 0)
-  assert counts.get("collective-permute", 0) == 0
+def test_the_gradient_exchanges_once_more(collective, way):
+  """Backwards the suffix travels; the incoming state was saved and is not exchanged again."""
+  counts = count_collectives(_compiled(collective, gradient=True, **WAYS[way]))
+  if way in ("associative", "dual") and collective != "all_gather":
+    counts.pop("all-gather", None)  # automatic differentiation also exchanges cotangents of keeps
+  assert counts == {name: 2 * n for name, n in FORWARD[collective].items()}
+
+
+@pytest.mark.parametrize("wire_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("shards", [2, 3, 8])
+@pytest.mark.parametrize("collective", COLLECTIVES)
+def test_bytes_sent(collective, shards, wire_dtype):
+  """From the device that sends most, in the compiled program; half of them in bfloat16."""
+  law = {
+    "all_gather": shards - 1,
+    "doubling": {2: 1, 3: 2, 8: 3}[shards],
+    "all_to_all": 2 * (shards - 1) / shards,
+    "ring": 1,
+  }
+
+  def prefix(delta):
+    update = Update(jnp.ones(1), delta)
+    how = {"collective": collective, "wire_dtype": wire_dtype}
+    return exclusive_prefix(update, "context", **how).delta
+
+  spec = PartitionSpec("context")
+  mapped = jax.shard_map(prefix, mesh=contract.mesh_of(shards), in_specs=spec, out_specs=spec)
+  with contract.several_slices():
+    text = jax.jit(mapped).lower(jnp.ones((shards, F, D))).compile().as_text()
+  numbers = 4 * (shards - 1)  # the keeps
+  state = STATE_BYTES / (1 if wire_dtype is None else 2)
+  assert sum(sent_bytes(text).values()) - numbers == law[collective] * state
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -105,4 +138,5 @@ def test_lowers_for_tpu_on_64_devices(collective, gradient, kind):
     shape(tokens, 4, 256, dtype=jnp.int32),
   )
   lowered = jax.jit(program).trace(*arguments).lower(lowering_platforms=("tpu",))
-  assert f"stablehlo.{collective}" in lowered.as_text()
+  sends = {"doubling": "collective_permute", "ring": "collective_permute"}
+  assert f"stablehlo.{sends.get(collective, collective)}" in lowered.as_text()

@@ -9,7 +9,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import COLLECTIVES, IMPLEMENTATIONS, assert_close, expected, make_case, packed, run
+from contract import COLLECTIVES, WAYS, assert_close, expected, make_case, packed, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 import ttt_jax
 from ttt_jax import FastWeightState, inplace_ttt
 
-BOTH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+EACH_WAY = pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
 
 
 @pytest.fixture(scope="module")
@@ -40,25 +40,45 @@ def laws():
   return get
 
 
+# Shards and the collective that joins them: each with each is the next test's and hypothesis' business.
+SHARDS = {1: "all_gather", 2: "ring", 4: "all_to_all", 8: "doubling"}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "one document"])
-@pytest.mark.parametrize("shards", [1, 2, 4, 8])
-@pytest.mark.parametrize("collective", COLLECTIVES)
-@BOTH
-def test_contract(implementation, collective, shards, is_packed, dtype, laws):
+@pytest.mark.parametrize("shards", SHARDS)
+@EACH_WAY
+def test_contract(how, shards, is_packed, dtype, laws):
   case, law = laws(is_packed, dtype)
-  how = {"implementation": implementation, "collective": collective, "shards": shards}
-  assert_close(run(case, dtype=dtype, **how), law, dtype)
+  actual = run(case, dtype=dtype, shards=shards, collective=SHARDS[shards], **how)
+  assert_close(actual, law, dtype)
+
+
+@pytest.mark.parametrize("wire_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("shards", [2, 8])
+@pytest.mark.parametrize("collective", COLLECTIVES)
+@pytest.mark.parametrize("implementation", ["sequential", "associative"])
+def test_collectives(implementation, collective, shards, wire_dtype, laws):
+  """Exchanged within the implementation's own backward pass, and differentiated automatically."""
+  case, law = laws(True, "float32")
+  how = {"implementation": implementation, "collective": collective, "wire_dtype": wire_dtype}
+  assert_close(run(case, shards=shards, **how), law, wire_dtype or "float32")
 
 
 def test_contract_cases_clip_some_chunks_and_not_others(laws):
   for is_packed in (True, False):
     case, _ = laws(is_packed, "float32")
     arrays = {k: jnp.asarray(x, jnp.float32) for k, x in case.arrays.items() if k != "state"}
-    *_, stats = inplace_ttt(
-      **arrays, chunk_size=3, segment_ids=contract._ids(case), clip_norm=2.0, return_stats=True
-    )
-    clipped = np.isclose(stats.update, 2.0, rtol=1e-6)
+    ends = range(3, 25, 3)  # the statistics are of the last chunk: read up to each
+    norms = []
+    for end in ends:
+      upto = {k: x[:, :end] if k in "zv" else x for k, x in arrays.items()}
+      ids = None if case.segment_ids is None else jnp.asarray(case.segment_ids)[:, :end]
+      *_, stats = inplace_ttt(
+        **upto, chunk_size=3, segment_ids=ids, clip_norm=2.0, return_stats=True
+      )
+      norms.append(stats.update)
+    clipped = np.isclose(norms, 2.0, rtol=1e-6)
     assert 2 < clipped.sum() < clipped.size - 2
 
 
@@ -101,10 +121,10 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@BOTH
-def test_one_device(implementation, options):
+@EACH_WAY
+def test_one_device(how, options):
   case = make_case(**OPTIONS[options])
-  assert_close(run(case, shards=None, implementation=implementation), expected(case))
+  assert_close(run(case, shards=None, **how), expected(case))
 
 
 SHARDED = {
@@ -127,28 +147,34 @@ SHARDED = {
 
 @pytest.mark.parametrize("name", SHARDED)
 @pytest.mark.parametrize("collective", COLLECTIVES)
-@BOTH
-def test_eight_shards(implementation, collective, name):
+def test_eight_shards(collective, name):
   case = make_case(**SHARDED[name], decay="learned", state=True)
-  how = {"implementation": implementation, "collective": collective}
+  how = {"implementation": "sequential", "collective": collective}
   assert_close(run(case, shards=8, **how), expected(case))
 
 
-@BOTH
-def test_float64(implementation):
+@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("way", ["associative", "dual"])
+def test_eight_shards_in_other_ways(way, name):
+  case = make_case(**SHARDED[name], decay="learned", state=True)
+  assert_close(run(case, shards=8, **WAYS[way]), expected(case))
+
+
+@EACH_WAY
+def test_float64(how):
   case = make_case(segment_ids=packed(2, 24), decay="learned", clip_norm=2.0, state=True)
   law = expected(case)
   with jax.enable_x64(True):
     for shards in (None, 4):
-      actual = run(case, dtype="float64", shards=shards, implementation=implementation)
+      actual = run(case, dtype="float64", shards=shards, **how)
       assert_close(actual, law, "float64")
 
 
-@BOTH
-def test_without_tracking_of_varying_axes(implementation):
+@EACH_WAY
+def test_without_tracking_of_varying_axes(how):
   """`check_vma=False`, as in code that still says so."""
   case = make_case(segment_ids=packed(2, 24), decay="learned", clip_norm=2.0, state=True)
-  actual = run(case, shards=4, check_vma=False, implementation=implementation)
+  actual = run(case, shards=4, check_vma=False, **how)
   assert_close(actual, expected(case))
 
 
@@ -178,7 +204,7 @@ def test_any_case(data):
   actual = run(
     case,
     shards=shards,
-    implementation=data.draw(st.sampled_from([*IMPLEMENTATIONS, None]), "implementation"),
+    **data.draw(st.sampled_from([*WAYS.values(), {}]), "how"),
     collective=data.draw(st.sampled_from([*COLLECTIVES, None]), "collective"),
   )
   assert_close(actual, expected(case))
@@ -188,16 +214,14 @@ def _arrays(case, dtype=jnp.float32):
   return {name: jnp.asarray(x, dtype) for name, x in case.arrays.items()}
 
 
-@BOTH
-def test_causality_as_a_gradient(implementation):
+@EACH_WAY
+def test_causality_as_a_gradient(how):
   """y at t has exactly no gradient to later tokens, nor to v of its own chunk; and it has to earlier."""
   case = make_case(batch=1, tokens=11)
   arrays = _arrays(case)
 
   def y_at(z, v, t):
-    y, _ = inplace_ttt(
-      z, v, arrays["w_down"], chunk_size=3, inner_lr=0.25, implementation=implementation
-    )
+    y, _ = inplace_ttt(z, v, arrays["w_down"], chunk_size=3, inner_lr=0.25, **how)
     return jnp.sum(y[0, t])
 
   jacobian = jax.jit(jax.vmap(jax.grad(y_at, (0, 1)), (None, None, 0)))
@@ -211,11 +235,11 @@ def test_causality_as_a_gradient(implementation):
   assert (dz[earlier] > 0).all()
 
 
-@BOTH
-def test_reading_on_equals_reading_at_once(implementation):
+@EACH_WAY
+def test_reading_on_equals_reading_at_once(how):
   case = make_case(tokens=20, decay=0.9)
   z, v, w = (_arrays(case)[name] for name in ("z", "v", "w_down"))
-  op = partial(inplace_ttt, chunk_size=3, inner_lr=0.25, decay=0.9, implementation=implementation)
+  op = partial(inplace_ttt, chunk_size=3, inner_lr=0.25, decay=0.9, **how)
   y, state = op(z, v, w)
   first, middle = op(z[:, :12], v[:, :12], w)
   second, end = op(z[:, 12:], v[:, 12:], w, state=middle)
@@ -239,8 +263,8 @@ def test_leading_dimensions_are_batch():
   np.testing.assert_allclose(y_mapped, y, rtol=1e-5, atol=1e-6)
 
 
-@BOTH
-def test_in_scan_and_checkpoint(implementation):
+@EACH_WAY
+def test_in_scan_and_checkpoint(how):
   """Three layers as a scan over stacked weights, rematerialised, against the same written out."""
   case = make_case(f=6, d=5)
   x = jnp.asarray(case.arrays["v"], jnp.float32)
@@ -249,9 +273,7 @@ def test_in_scan_and_checkpoint(implementation):
 
   def layer(x, weights):
     up, down = weights
-    y, _ = inplace_ttt(
-      jnp.tanh(x @ up), x, down, chunk_size=3, inner_lr=0.1, implementation=implementation
-    )
+    y, _ = inplace_ttt(jnp.tanh(x @ up), x, down, chunk_size=3, inner_lr=0.1, **how)
     return y / 4, None
 
   def scanned(x, ups, downs):
@@ -306,7 +328,8 @@ def test_rows_over_data_and_tokens_over_context(kind):
   assert_close(jax.tree.map(np.asarray, both(arrays, ids, cotangents)), expected(case))
 
 
-def test_second_derivatives_of_associative():
+@pytest.mark.parametrize("implementation", ["associative", "dual"])
+def test_second_derivatives(implementation):
   case = make_case(batch=1, tokens=9)
   arrays = _arrays(case)
 
@@ -317,7 +340,7 @@ def test_second_derivatives_of_associative():
       arrays["w_down"],
       chunk_size=3,
       inner_lr=inner_lr,
-      implementation="associative",
+      implementation=implementation,
     )
     return jnp.sum(y**2) / 2
 
@@ -334,29 +357,53 @@ def test_small_updates_survive_in_the_float32_state():
   z = jnp.ones((1, n, 1), jnp.bfloat16)
   v = jnp.ones((1, n, 1), jnp.bfloat16)
   w = jnp.ones((1, 1), jnp.bfloat16)
-  y, state = inplace_ttt(z, v, w, chunk_size=1, inner_lr=1e-4)
+  op = partial(inplace_ttt, chunk_size=1, inner_lr=1e-4, implementation="sequential")
+  y, state = op(z, v, w)
   assert state.S.dtype == jnp.float32
   np.testing.assert_allclose(state.S, n * 1e-4, rtol=1e-4)
   np.testing.assert_allclose(y[0, -1].astype(jnp.float32), 1 + (n - 1) * 1e-4, rtol=2**-8)
-  _, lost = inplace_ttt(z, v, w, chunk_size=1, inner_lr=1e-4, state_dtype=jnp.bfloat16)
+  _, lost = op(z, v, w, state_dtype=jnp.bfloat16)
   assert float(lost.S[0, 0, 0]) < 0.9 * n * 1e-4
 
 
-def test_stats():
+def test_what_merging_loses_in_bfloat16():
+  """A token that reads the difference of two equal weights, one of which learned 1e-3: 0 of `W + S`."""
+  n = 11
+  z = jnp.zeros((1, n, 2), jnp.bfloat16).at[0, :, 0].set(1).at[0, -1, 1].set(-1)
+  v = jnp.ones((1, n, 1), jnp.bfloat16)
+  w = jnp.ones((2, 1), jnp.bfloat16)
+  op = partial(inplace_ttt, chunk_size=1, inner_lr=1e-4)
+  for how in (WAYS["dual"], WAYS["associative"], WAYS["sequential, two products"], {}):
+    y, _ = op(z, v, w, **how)
+    np.testing.assert_allclose(float(y[0, -1, 0]), 1e-3, rtol=2**-7)
+  y, _ = op(z, v, w, **WAYS["sequential, one product"])
+  assert float(y[0, -1, 0]) == 0
+
+
+@EACH_WAY
+def test_stats(how):
   case = make_case(segment_ids=packed(2, 24))
   arrays = _arrays(case)
   y, state, stats = inplace_ttt(
-    **arrays, chunk_size=3, segment_ids=contract._ids(case), return_stats=True
+    **arrays, chunk_size=3, segment_ids=contract._ids(case), return_stats=True, **how
   )
   z, v = case.arrays["z"].reshape(2, 8, 3, 5), case.arrays["v"].reshape(2, 8, 3, 6)
   ids = case.segment_ids.reshape(2, 8, 3)
   writes = ((ids == ids[:, :, -1:]) & (ids != 0))[..., None]
-  updates = 0.25 * np.einsum("bncf,bncd->bnfd", z, v * writes)
-  np.testing.assert_allclose(stats.update, np.linalg.norm(updates, axis=(2, 3)), rtol=1e-5)
+  update = 0.25 * np.einsum("bcf,bcd->bfd", z[:, -1], (v * writes)[:, -1])
+  np.testing.assert_allclose(stats.update, np.linalg.norm(update, axis=(1, 2)), rtol=1e-5)
   np.testing.assert_allclose(stats.state, np.linalg.norm(state.S, axis=(1, 2)), rtol=1e-5)
   slow = case.arrays["z"] @ case.arrays["w_down"]
   np.testing.assert_allclose(stats.slow, np.linalg.norm(slow, axis=(1, 2)), rtol=1e-5)
   np.testing.assert_allclose(stats.fast, np.linalg.norm(y - slow, axis=(1, 2)), rtol=1e-4)
+
+
+def test_stats_of_long_rows_are_estimates():
+  case = make_case(tokens=1200)
+  y, _, stats = inplace_ttt(**_arrays(case), chunk_size=3, return_stats=True)
+  slow = case.arrays["z"] @ case.arrays["w_down"]
+  np.testing.assert_allclose(stats.slow, np.linalg.norm(slow, axis=(1, 2)), rtol=0.2)
+  np.testing.assert_allclose(stats.fast, np.linalg.norm(y - slow, axis=(1, 2)), rtol=0.2)
 
 
 def _sizes(jaxpr):
@@ -427,7 +474,10 @@ BAD = [
   ({"state": FastWeightState(jnp.ones((2, 6, 5)))}, r"state.S has shape \(2, 6, 5\)"),
   ({"state": FastWeightState(jnp.ones((2, 5, 6), jnp.bfloat16))}, "state.S has dtype bfloat16"),
   ({"state": FastWeightState(jnp.ones((2, 5, 6)), 3)}, "middle of a chunk: 3 tokens"),
-  ({"implementation": "fast"}, "implementation='fast' is not one of 'associative', 'sequential'"),
+  (
+    {"implementation": "fast"},
+    "implementation='fast' is not one of 'associative', 'dual', 'sequential'",
+  ),
   ({"context_axis": "context"}, "context_axis='context' is not a mesh axis of an enclosing"),
 ]
 
@@ -438,9 +488,10 @@ def test_bad_input(changes, message, unchecked_types):
     _call(**changes)
 
 
-def test_what_is_not_there_yet_says_what_is():
-  with pytest.raises(NotImplementedError, match=r"'dual'.*'associative', 'sequential'"):
-    _call(implementation="dual")
+@pytest.mark.parametrize("implementation", ["associative", "dual"])
+def test_merge_needs_a_state_to_merge(implementation):
+  with pytest.raises(NotImplementedError, match=f"merge=True: implementation='{implementation}'"):
+    _call(implementation=implementation, merge=True)
 
 
 def _on_shards(**changes):
@@ -456,9 +507,10 @@ def _on_shards(**changes):
 def test_bad_input_on_shards(unchecked_types):
   with pytest.raises(ValueError, match=r"chunk_size=3 does not divide the 4 tokens of a shard.*16"):
     _on_shards(chunk_size=3)
-  for collective in ("ring", "doubling"):
-    with pytest.raises(NotImplementedError, match=f"{collective}.*all_gather, all_to_all"):
-      _on_shards(collective=collective)
+  with pytest.raises(ValueError, match="wire_dtype=int8 is not a floating-point dtype"):
+    _on_shards(wire_dtype="int8")
+  with pytest.raises(ValueError, match="tensor_axis='tensor' is not a mesh axis"):
+    _on_shards(tensor_axis="tensor")
   with pytest.raises(ValueError, match="collective='mail'"):
     _on_shards(collective="mail")
   varying = jax.shard_map(

@@ -23,9 +23,10 @@ class MlpStats(NamedTuple):
   """How a TTT layer's fast weight compares with its slow one, over the rows and shards of a batch.
 
   Attributes:
-    update_ratio: mean over the chunks of `|update| / |W|`, Frobenius norms.
+    update_ratio: mean of `|update| / |W|`, Frobenius norms, over the last chunks of the shards.
     state_ratio: largest `|S| / |W|` at the end of a shard.
-    output_ratio: `|z S| / |z W|` over all tokens: the fast part of the output against the slow one.
+    output_ratio: `|z S| / |z W|` over 256 tokens of every shard: the fast part of the output against
+      the slow one.
     inner_lr: the inner rate.
   """
 
@@ -120,7 +121,7 @@ class TttMlp(Mlp):
     updates, state, fast, slow = (x.astype(wide) for x in stats)
     norm = jnp.linalg.norm(jax.lax.stop_gradient(self.down[...].astype(wide)))
     return y, MlpStats(
-      update_ratio=jnp.sum(updates) / jnp.maximum(jnp.sum(updates > 0), 1).astype(wide) / norm,
+      update_ratio=jnp.mean(updates) / norm,
       state_ratio=jnp.max(state) / norm,
       output_ratio=jnp.linalg.norm(fast) / jnp.linalg.norm(slow),
       inner_lr=jax.lax.stop_gradient(lr),
@@ -141,9 +142,10 @@ class TttMlp(Mlp):
       clip_norm=self.ttt.clip_norm,
       context_axis=context_axis,
       implementation=self.ttt.implementation,
+      merge=self.ttt.merge,
+      wire_dtype=self.ttt.wire_dtype,
       collective=self.ttt.collective,
       state_dtype=self.state_dtype,
       return_stats=True,
     )
-    per_shard = (stats.state, stats.fast, stats.slow)
-    return y, (stats.update, *(x[:, None] for x in per_shard))
+    return y, tuple(x[:, None] for x in stats)  # one entry per row and shard

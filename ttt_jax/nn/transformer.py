@@ -17,8 +17,8 @@ from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig, check_layers
 from ttt_jax.nn.attention import Attention
 from ttt_jax.nn.layers import Embed, RMSNorm, normal_init, project, rms_normalize, rotary_angles
 from ttt_jax.nn.mlp import Mlp, TttMlp
+from ttt_jax.ops.context import INCOMING_STATE
 from ttt_jax.ops.numerics import accumulation_dtype
-from ttt_jax.ops.scan import INCOMING_STATE
 from ttt_jax.ops.segments import check_segment_ids, number_documents
 from ttt_jax.sharding import constrain, over_shards, positions
 

@@ -17,14 +17,14 @@ def associative(
   z, s_in, factors = chunks.z, chunks.s_in, factors_of(chunks, options)
   u = (chunks.lr * matmul("bncf,bncd->bnfd", z, chunks.v)).astype(options.state_dtype)
   u = clip_update(u, options.clip_norm, options.tensor_axis)
-  if factors is None:
-    factors = jnp.ones(z.shape[:2], u.dtype)
+  known = factors is None  # to be 1
+  factors = jnp.ones(z.shape[:2], u.dtype) if known else factors
   upto = lax.associative_scan(combine, Update(factors, u), axis=1)
   total = Update(upto.keep[:, -1], upto.delta[:, -1])
   if s_in is None:
     s_in = jnp.zeros_like(total.delta)
   if options.exchange is not None:
-    s_in = incoming_state(total, s_in, options.exchange)
+    s_in = incoming_state(total._replace(keep=None) if known else total, s_in, options.exchange)
   # Exclusive: chunk i reads the state made by chunks 0 to i-1, the incoming one for i = 0.
   after = scale(upto.keep, jnp.broadcast_to(s_in[:, None], u.shape)) + upto.delta
   before = jnp.concatenate([s_in[:, None], after[:, :-1]], axis=1)

@@ -16,6 +16,8 @@ the deltas, S bytes each:
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -46,9 +48,16 @@ class Exchange:
 
 
 def exchange(update: Update, how: Exchange, reverse: bool) -> Update:
-  """The exclusive prefix over `how.axis`, or suffix; `update.keep` is `[B]`, `update.delta` `[B, F, D]`."""
+  """The exclusive prefix over `how.axis`, or suffix, of keep `[B]` and delta `[B, F, D]`.
+
+  A keep of None is 1 on every shard: then nothing has to be gathered.
+  """
   with jax.named_scope(f"prefix_{how.collective}"):
-    keeps = lax.all_gather(update.keep, how.axis)
+    if update.keep is None:
+      shards = lax.axis_size(how.axis)
+      keeps = jnp.ones((shards, update.delta.shape[0]), update.delta.dtype)
+    else:
+      keeps = lax.all_gather(update.keep, how.axis)
     delta = _PATHS[how.collective](keeps, update.delta, how, reverse)
     kept = _own(prefix_keeps(keeps, reverse), how.axis)
     return Update(keep=kept, delta=delta)
@@ -59,19 +68,24 @@ def _own(x: Float[Array, "P *S"], axis: str) -> Float[Array, "*S"]:
   return lax.dynamic_index_in_dim(x, lax.axis_index(axis), keepdims=False)
 
 
-def _weigh(subscripts: str, weights: Array, deltas: Array, dtype: jnp.dtype) -> Array:
-  return jnp.einsum(subscripts, weights, deltas.astype(dtype), precision="highest")
+def _send(x: Array, how: Exchange, transfer: Callable[[Array], Array]) -> Array:
+  """`transfer(x)`, of x rounded to the wire's dtype.
 
-
-def _for_wire(x: Array, how: Exchange) -> Array:
-  return x if how.wire_dtype is None else x.astype(how.wire_dtype)
+  It travels as integers: there is no arithmetic on it, and a compiler that has no narrow floats, as the
+  one for CPUs, would send wide ones instead.
+  """
+  if how.wire_dtype is None:
+    return transfer(x)
+  bits = jnp.dtype(f"uint{8 * how.wire_dtype.itemsize}")
+  received = transfer(lax.bitcast_convert_type(x.astype(how.wire_dtype), bits))
+  return lax.bitcast_convert_type(received, how.wire_dtype).astype(x.dtype)
 
 
 def _all_gather(keeps, delta, how, reverse):
   """Every device receives all P deltas and weighs them."""
   weights = _own(prefix_weights(keeps, reverse), how.axis)
-  deltas = lax.all_gather(_for_wire(delta, how), how.axis)
-  return _weigh("qb,qbfd->bfd", weights, deltas, delta.dtype)
+  deltas = _send(delta, how, lambda x: lax.all_gather(x, how.axis))
+  return jnp.einsum("qb,qbfd->bfd", weights, deltas, precision="highest")
 
 
 def _all_to_all(keeps, delta, how, reverse):
@@ -79,10 +93,14 @@ def _all_to_all(keeps, delta, how, reverse):
   sends each device its own."""
   size = keeps.shape[0]
   slices = _cut(delta, size)  # [p: for device p, B, rows, D]
-  deltas = lax.all_to_all(_for_wire(slices, how), how.axis, 0, 0)  # [q: of device q, ...]
-  prefixes = _weigh("pqb,qbrd->pbrd", prefix_weights(keeps, reverse), deltas, delta.dtype)
-  own = lax.all_to_all(_for_wire(prefixes, how), how.axis, 0, 0)
-  return _join(own.astype(delta.dtype), delta.shape[1])
+
+  def transpose(x):
+    return _send(x, how, lambda x: lax.all_to_all(x, how.axis, 0, 0))
+
+  weights = prefix_weights(keeps, reverse)
+  # transpose(slices): [q: of device q, B, rows, D]
+  prefixes = jnp.einsum("pqb,qbrd->pbrd", weights, transpose(slices), precision="highest")
+  return _join(transpose(prefixes), delta.shape[1])
 
 
 def _doubling(keeps, delta, how, reverse):
@@ -97,7 +115,7 @@ def _doubling(keeps, delta, how, reverse):
     step = -distance if reverse else distance
     pairs = [(p, p + step) for p in range(size) if 0 <= p + step < size]
     upto = scale(keep, prefix) + delta
-    received = lax.ppermute(_for_wire(upto, how), how.axis, pairs).astype(delta.dtype)
+    received = _send(upto, how, partial(lax.ppermute, axis_name=how.axis, perm=pairs))
     # Shards without a sender receive zeros, whatever weight the clipped index finds.
     between = lax.dynamic_index_in_dim(weights, jnp.clip(index - step, 0, size - 1), keepdims=False)
     prefix += scale(between, received)
@@ -122,8 +140,8 @@ def _ring(keeps, delta, how, reverse):
     own = lax.dynamic_index_in_dim(slices, jnp.clip(t - place, 0, k - 1), keepdims=False)
     senders = [p for p in range(size - 1) if 0 <= t - p < k]
     pairs = [(size - 1 - p, size - 2 - p) if reverse else (p, p + 1) for p in senders]
-    outgoing = _for_wire(scale(keep, incoming) + own, how)
-    incoming = lax.ppermute(outgoing, how.axis, pairs).astype(delta.dtype)
+    outgoing = scale(keep, incoming) + own
+    incoming = _send(outgoing, how, partial(lax.ppermute, axis_name=how.axis, perm=pairs))
     received.append(incoming)
   # Place p received its K slices in steps p-1 to p+K-2; the first place nothing, that is zeros.
   prefix = lax.dynamic_slice_in_dim(jnp.stack(received), place, k)

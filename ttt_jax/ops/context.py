@@ -51,14 +51,14 @@ def plan_exchange(
   return Exchange(axis_name, collective, slices, wire_dtype)
 
 
-def shard_count(context_axis: str) -> int:
+def shard_count(axis: str, *, field: str = "context_axis") -> int:
   """The size of a manual mesh axis; raises ValueError outside its `jax.shard_map`."""
   try:
-    return lax.axis_size(context_axis)
+    return lax.axis_size(axis)
   except NameError as error:
     raise ValueError(
-      f"context_axis={context_axis!r} is not a mesh axis of an enclosing jax.shard_map: call this "
-      "inside jax.shard_map over that axis, or pass context_axis=None for a sequence on one device"
+      f"{field}={axis!r} is not a mesh axis of an enclosing jax.shard_map: call this inside "
+      f"jax.shard_map over that axis, or pass {field}=None where nothing is split over devices"
     ) from error
 
 
@@ -104,6 +104,8 @@ def _exchange_bwd(how, reverse, saved, cotangent):
   dk_p = <X_p, E_p>. The product of keeps is the same recursion on numbers.
   """
   keep, prefix = saved
+  if keep is None:
+    return (Update(keep=None, delta=exchange(Update(None, cotangent.delta), how, not reverse).delta),)
   delta = exchange(Update(keep, cotangent.delta), how, not reverse).delta
   numbers = Exchange(how.axis, "all_gather")
   kept = exchange(Update(keep, cotangent.keep[:, None, None]), numbers, not reverse).delta[:, 0, 0]
@@ -117,10 +119,12 @@ differentiable_exchange.defvjp(_exchange_fwd, _exchange_bwd)
 def incoming_state(
   total: Update, s_in: Float[Array, "B F D"], how: Exchange
 ) -> Float[Array, "B F D"]:
-  """The state this shard starts from: the sequence's own, then the updates of the shards before."""
-  axes = varying_axes(*total, s_in)  # of constants, such as a keep of 1, none
-  total = Update(*(vary_over(x, axes) for x in total))
-  s = apply_update(differentiable_exchange(total, how, False), s_in)
+  """The state this shard starts from: the sequence's own, then the updates of the shards before.
+
+  `total` is this shard's update; its keep may be None for 1, and varies over the same axes as delta.
+  """
+  prefix = differentiable_exchange(total, how, False)
+  s = s_in + prefix.delta if total.keep is None else apply_update(prefix, s_in)
   return checkpoint_name(s, INCOMING_STATE)
 
 

@@ -18,7 +18,7 @@ class Device:
   """What a chip can do.
 
   Attributes:
-    kind: how `jax.Device.device_kind` begins.
+    name: as in conversation. kind: how `jax.Device.device_kind` begins.
     peak: FLOP/s of a product of bfloat16 inputs.
     peak_float32: FLOP/s of a product of float32 inputs at JAX's default precision: one bfloat16 pass on
       TPU, TF32 on NVIDIA GPUs.
@@ -31,6 +31,7 @@ class Device:
     source: where the figures are from.
   """
 
+  name: str
   kind: str
   peak: float
   peak_float32: float
@@ -41,29 +42,28 @@ class Device:
   source: str
 
 
-# ICI figures are published per chip and for both directions: divided by ports and by 2.
-_V5E = Device(
-  "TPU v5 lite", 197e12, 197e12, 819e9, 400e9 / 4 / 2, 1e-6, True, "docs.cloud.google.com/tpu/docs/v5e"
-)
-_V5P = Device(
-  "TPU v5", 459e12, 459e12, 2765e9, 1200e9 / 6 / 2, 1e-6, True, "docs.cloud.google.com/tpu/docs/v5p"
-)
-_V6E = Device(
-  "TPU v6", 918e12, 918e12, 1638e9, 800e9 / 4 / 2, 1e-6, True, "docs.cloud.google.com/tpu/docs/v6e"
-)
-# Dense rates are half of the published ones with sparsity; NVLink is published for both directions.
-_H100 = Device(
-  "NVIDIA H100", 989e12, 495e12, 3.35e12, 900e9 / 2, 10e-6, False, "nvidia.com H100 datasheet, SXM"
-)
-_H200 = Device(
-  "NVIDIA H200", 989e12, 495e12, 4.8e12, 900e9 / 2, 10e-6, False, "nvidia.com H200 datasheet, SXM"
-)
-_CPU = Device(
-  "cpu", 1.5e11, 1.5e11, 2e10, 5e9, 100e-6, False, "two cores of an AMD EPYC, by `ttt-jax bench`"
-)
-DEVICES = (_V5E, _V5P, _V6E, _H200, _H100, _CPU)  # the first that fits: "TPU v5" also begins v5e
-_SHORT_NAMES = {"v5e": _V5E, "v5p": _V5P, "v6e": _V6E, "h100": _H100, "h200": _H200, "cpu": _CPU}
-_NEAREST = {"tpu": _V5P, "gpu": _H100, "cuda": _H100, "rocm": _H100, "cpu": _CPU}
+# ICI figures are published per chip and for both directions: divided by ports and by 2. Dense rates of GPUs
+# are half of the published ones with sparsity; NVLink, too, is published for both directions.
+# fmt: off
+DEVICES = {
+  device.name: device
+  for device in (
+    Device("v5e", "TPU v5 lite", 197e12, 197e12, 819e9, 400e9 / 4 / 2, 1e-6, True,
+           "docs.cloud.google.com/tpu/docs/v5e"),
+    Device("v5p", "TPU v5", 459e12, 459e12, 2765e9, 1200e9 / 6 / 2, 1e-6, True,
+           "docs.cloud.google.com/tpu/docs/v5p"),
+    Device("v6e", "TPU v6", 918e12, 918e12, 1638e9, 800e9 / 4 / 2, 1e-6, True,
+           "docs.cloud.google.com/tpu/docs/v6e"),
+    Device("h100", "NVIDIA H100", 989e12, 495e12, 3.35e12, 900e9 / 2, 10e-6, False,
+           "NVIDIA H100 datasheet, SXM"),
+    Device("h200", "NVIDIA H200", 989e12, 495e12, 4.8e12, 900e9 / 2, 10e-6, False,
+           "NVIDIA H200 datasheet, SXM"),
+    Device("cpu", "cpu", 1.5e11, 1.5e11, 2e10, 5e9, 100e-6, False,
+           "two cores of an AMD EPYC, measured"),
+  )
+}
+# fmt: on
+_NEAREST = {"tpu": "v5p", "gpu": "h100", "cuda": "h100", "rocm": "h100", "cpu": "cpu"}
 
 
 def find_device(kind: str | None = None) -> Device:
@@ -74,9 +74,8 @@ def find_device(kind: str | None = None) -> Device:
   Raises:
     ValueError: a name that is neither in the table nor the kind of a device here.
   """
-  if kind in _SHORT_NAMES:
-    return _SHORT_NAMES[kind]
-  known = kind is not None
+  if kind in DEVICES:
+    return DEVICES[kind]
   platform = None
   if kind is None:
     # Of the mesh a program is traced for, which may not be the machine it is traced on.
@@ -84,13 +83,12 @@ def find_device(kind: str | None = None) -> Device:
     if device is None:
       device = jax.devices()[0]
     kind, platform = device.device_kind, device.platform
-  for device in DEVICES:
+  for device in DEVICES.values():  # the first that fits: "TPU v5" begins v5e, too
     if kind.startswith(device.kind):
       return device
-  if not known:
-    return _NEAREST.get(platform, _H100)
-  names = ", ".join((*_SHORT_NAMES, *(device.kind for device in DEVICES)))
-  raise ValueError(f"device={kind!r} is not in the table: use one of {names}")
+  if platform is None:
+    raise ValueError(f"device={kind!r} is not in the table: use one of {', '.join(DEVICES)}")
+  return DEVICES[_NEAREST.get(platform, "h100")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +204,7 @@ class Explanation:
     lines = [
       f"{work.tokens} tokens a shard in {n} chunks of {work.chunk_size}, F {work.d_ff}, D {work.d_model}, "
       f"{work.shards} shards, {work.batch} rows",
-      f"{device.kind}: {device.peak / 1e12:.4g} TFLOP/s, memory {device.memory / 1e9:.4g} GB/s, "
+      f"{device.name}: {device.peak / 1e12:.4g} TFLOP/s, memory {device.memory / 1e9:.4g} GB/s, "
       f"{'torus' if device.torus else 'switched'} link {device.link / 1e9:.4g} GB/s ({device.source})",
       f"state {work.sent_state / 1e6:.4g} MB a device on the wire",
       "",
@@ -264,7 +262,7 @@ def explain(
     tokens: of a whole row, over all shards.
     batch: rows on each device.
     dtype, state_dtype, wire_dtype, merge: as for `inplace_ttt`.
-    device: a kind such as `"v5p"` or `"NVIDIA H200"`; None is the one here.
+    device: a name such as `"v5p"`, or a `device_kind`; None is the one here.
 
   Raises:
     ValueError: sizes that are not positive, shards that do not hold whole chunks, an unknown device.

@@ -5,6 +5,8 @@
 Linear attention read as attention: the cheaper way while few earlier tokens are visible.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,17 +22,16 @@ from ttt_jax.ops.update import Update, clip_factor, prefix_keeps, prefix_weights
 _GROUPS = 8
 
 
-def dual(
-  chunks: Chunks, options: Options
-) -> tuple[Float[Array, "B N C D"], Float[Array, "B F D"]]:
+def dual(chunks: Chunks, options: Options) -> tuple[Float[Array, "B N C D"], Float[Array, "B F D"]]:
   """R and the state after this device's last chunk.
 
   Scores are made for one chunk of queries at a time, `[B, C, T]`, and again in the backward pass.
   """
   z, s_in, factors = chunks.z, chunks.s_in, factors_of(chunks, options)
-  b, n, c, f = z.shape
+  b, n = z.shape[:2]
   state_dtype = options.state_dtype
-  factors = jnp.ones((n, b), state_dtype) if factors is None else factors.T
+  known = factors is None  # to be 1
+  factors = jnp.ones((n, b), state_dtype) if known else factors.T
   rates = _rates(chunks, options)
 
   updates = _scaled(chunks.v, rates)
@@ -48,7 +49,7 @@ def dual(
   )
   if options.exchange is not None:
     s_in = jnp.zeros_like(total.delta) if s_in is None else s_in
-    s_in = incoming_state(total, s_in, options.exchange)
+    s_in = incoming_state(total._replace(keep=None) if known else total, s_in, options.exchange)
   if s_in is None:
     return reads, total.delta
   incoming = matmul("bncf,bfd->bncd", z, s_in.astype(z.dtype))
@@ -76,7 +77,7 @@ def _scaled(v: Float[Array, "B N C D"], rates: Float[Array, "B N"]) -> Float[Arr
 
 def _groups(n: int, groups: int) -> list[tuple[int, int]]:
   edges = [n * g // groups for g in range(groups + 1)]
-  return list(zip(edges[:-1], edges[1:]))
+  return list(itertools.pairwise(edges))
 
 
 def _read_group(z, updates, weights, begin, end):

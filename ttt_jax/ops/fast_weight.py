@@ -161,7 +161,7 @@ def inplace_ttt(
       context_axis, (b, f, d), state_dtype, collective=collective, wire_dtype=wire_dtype
     )
   if tensor_axis is not None:
-    shard_count(tensor_axis)
+    shard_count(tensor_axis, field="tensor_axis")
   work = cost.Work(
     tokens=t,
     chunk_size=chunk_size,

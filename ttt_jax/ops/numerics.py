@@ -10,8 +10,6 @@ def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
   return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
-def matmul(
-  subscripts: str, x: Float[Array, "*X"], y: Float[Array, "*Y"]
-) -> Float[Array, "*Z"]:
+def matmul(subscripts: str, x: Float[Array, "*X"], y: Float[Array, "*Y"]) -> Float[Array, "*Z"]:
   """A product of operands of one dtype, accumulated and returned in at least float32."""
   return jnp.einsum(subscripts, x, y, preferred_element_type=accumulation_dtype(x.dtype))

@@ -16,7 +16,15 @@ from ttt_jax.ops.chunks import Chunks, Options, factors_of
 from ttt_jax.ops.collectives import exchange
 from ttt_jax.ops.context import incoming_state, vary_over, varying_axes
 from ttt_jax.ops.numerics import accumulation_dtype, matmul
-from ttt_jax.ops.update import Update, clip_factor, clip_update, prefix_keeps, scale, sum_over
+from ttt_jax.ops.update import (
+  Update,
+  apply_update,
+  clip_factor,
+  clip_update,
+  prefix_keeps,
+  scale,
+  sum_over,
+)
 
 
 class Base(NamedTuple):
@@ -117,7 +125,7 @@ def _reader(base, i):
 def _total(chunks, factors, options):
   """This shard's chunks composed to one update: what the shards after it need to know."""
   z, v, lr = chunks.z, chunks.v, chunks.lr
-  b, n, _, _ = z.shape
+  n = z.shape[1]
   with jax.named_scope("shard_total"):
     if options.clip_norm is None:
       # Linear: one product over all tokens, each scaled by what is left of it at the end.
@@ -129,11 +137,12 @@ def _total(chunks, factors, options):
         return _follow(_at(factors, i), _update(_at(z, i), _at(v, i), lr, options), s)
 
       delta = lax.fori_loop(0, n, step, jnp.zeros_like(chunks.s_in))
-    return Update(_product(factors, b, options), delta)
+    return Update(_product(factors), delta)
 
 
-def _product(factors, b, options):
-  return jnp.ones(b, options.state_dtype) if factors is None else jnp.prod(factors, axis=1)
+def _product(factors):
+  """What is left of a state behind all chunks; None is all of it."""
+  return None if factors is None else jnp.prod(factors, axis=1)
 
 
 def _weighted(x, weights):
@@ -171,10 +180,7 @@ def _sequential_fwd(chunks, base, options):
     y = read(n - 1, s, y)
   # Nobody here reads after the last update. It is outside of the loop, so that it costs nothing when the
   # outgoing state is not used, and the shard's total, where there is one, has it already.
-  if total is None:
-    s_end = step(n - 1, s)
-  else:
-    s_end = scale(total.keep, s_in) + total.delta
+  s_end = step(n - 1, s) if total is None else _follow(total.keep, total.delta, s_in)
   return (y, s_end), (chunks._replace(s_in=s_in), base)
 
 
@@ -199,7 +205,7 @@ def _sequential_bwd(options, saved, cotangents):
   chunks, base = saved
   z, v, lr, s_in, keep, decay = chunks
   d_y, g_out = cotangents
-  b, n, _, _ = z.shape
+  n = z.shape[1]
   wide = accumulation_dtype(z.dtype)
   factors = factors_of(chunks, options)
   d_y = d_y.astype(z.dtype)
@@ -212,9 +218,8 @@ def _sequential_bwd(options, saved, cotangents):
       d_reads = d_y if reads is None else jnp.where(reads[..., None], d_y, jnp.zeros_like(d_y))
       reach = None if factors is None else prefix_keeps(factors.T).T
       own = matmul("bncf,bncd->bfd", z, _weighted(d_reads, reach)).astype(g_out.dtype)
-    through = _product(factors, b, options)
-    g_first = scale(through, g_out) + own
-    suffix = exchange(Update(through, g_first), options.exchange, True)
+    through = _product(factors)
+    suffix = exchange(Update(through, _follow(through, own, g_out)), options.exchange, True)
     g_out = g_out + suffix.delta
 
   def forwards(i, carry):

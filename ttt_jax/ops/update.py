@@ -81,7 +81,9 @@ def clip_factor(square: Float[Array, "*B"], clip_norm: float) -> Clip:
   """r and |U| from `|U|_F^2`; the gradient is 0 where the clip is inactive."""
   # sqrt has no gradient at 0, where the clip is inactive anyway.
   norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-  return Clip(jnp.where(norm > clip_norm, clip_norm / jnp.where(norm > clip_norm, norm, 1), 1), norm)
+  return Clip(
+    jnp.where(norm > clip_norm, clip_norm / jnp.where(norm > clip_norm, norm, 1), 1), norm
+  )
 
 
 def sum_over(x: Float[Array, "*B"], tensor_axis: str | None) -> Float[Array, "*B"]:

@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,13 @@ from jax.sharding import AxisType, PartitionSpec
 import ttt_jax
 from ttt_jax.ops.reference import inplace_ttt_reference
 
-IMPLEMENTATIONS = ("associative", "sequential", "dual")
+# Every way to compute the fast weight, as options of the op.
+WAYS = {
+  "associative": {"implementation": "associative"},
+  "dual": {"implementation": "dual"},
+  "sequential, one product": {"implementation": "sequential", "merge": True},
+  "sequential, two products": {"implementation": "sequential", "merge": False},
+}
 COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
 # max|a - b| / max|b|. bfloat16 rounds every input of a product and the output to 8 bits: a few times 2^-8.
@@ -88,6 +95,11 @@ def expected(case: Case):
     )
 
 
+def several_slices():
+  """The cost model sends states as small as these in one slice: a ring of one slice is no pipeline."""
+  return mock.patch("ttt_jax.ops.cost.ring_slices", lambda work, device: min(3, work.d_ff))
+
+
 @cache
 def mesh_of(shards: int, explicit: bool = False) -> jax.sharding.Mesh:
   kind = AxisType.Explicit if explicit else AxisType.Auto
@@ -98,6 +110,10 @@ def op(case: Case, *, shards: int | None, check_vma=True, **how):
   """`inplace_ttt` as a function of the case's arrays: (y, S), on `shards` devices or without a mesh."""
 
   def local(arrays, segment_ids, context_axis=None):
+    with several_slices():
+      return read(arrays, segment_ids, context_axis)
+
+  def read(arrays, segment_ids, context_axis):
     arrays = dict(arrays)
     if "state" in arrays:
       arrays["state"] = ttt_jax.FastWeightState(arrays["state"])
