@@ -1,6 +1,7 @@
 """The command line: parse, build, call."""
 
 import argparse
+import dataclasses
 import sys
 import traceback
 from collections.abc import Sequence
@@ -37,7 +38,42 @@ def _parser() -> argparse.ArgumentParser:
       metavar="--section.field value",
       help="config overrides",
     )
+  bench = commands.add_parser("bench", help="measure what fast weights cost on this machine")
+  benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
+  text = "dense gated MLP against TTT MLP: time, memory, bytes exchanged; tables, JSON and a plot"
+  _add_fast_weights(benches.add_parser("fast-weights", help=text, description=text))
   return parser
+
+
+def _add_fast_weights(parser: argparse.ArgumentParser) -> None:
+  for flag, default, text in (
+    ("tokens", 8192, "T, of a row"),
+    ("chunk-size", 512, "C"),
+    ("d-model", 512, "D"),
+    ("d-ff", 1536, "F"),
+    ("batch", 1, "rows"),
+    ("shards", 1, "devices for the part about the exchange; on a CPU, it is split into as many"),
+    ("repeats", 5, "rounds, at least 5"),
+  ):
+    parser.add_argument(f"--{flag}", type=int, default=default, help=f"{text} (default {default})")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+  parser.add_argument("--ways", nargs="+", default=None, help="only these ways to compute it")
+  parser.add_argument("--op-only", action="store_true", help="the down projection alone")
+  parser.add_argument("--name", default="bench_fast_weights", help="of the files written")
+  parser.add_argument("--out", type=Path, default=Path("bench"), help="directory (default bench)")
+
+
+def _run_bench(parsed: argparse.Namespace) -> None:
+  import jax
+
+  if parsed.shards > 1:
+    jax.config.update("jax_num_cpu_devices", parsed.shards)
+  from ttt_jax.bench import BenchConfig, run_bench
+
+  fields = {field.name for field in dataclasses.fields(BenchConfig)}
+  config = {name: value for name, value in vars(parsed).items() if name in fields}
+  config["ways"] = None if parsed.ways is None else tuple(parsed.ways)
+  run_bench(BenchConfig(**config), parsed.name, parsed.out)
 
 
 def _start_runtime(config: Config) -> None:
@@ -52,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a command; a user's mistake is one line on stderr and exit status 2."""
   parsed = _parser().parse_args(arguments)
   try:
+    if parsed.command == "bench":
+      _run_bench(parsed)
+      return 0
     config = load_config(parsed.config, parsed.overrides)
     _start_runtime(config)
     from ttt_jax.run import run_evaluation, run_training

@@ -105,7 +105,9 @@ def _exchange_bwd(how, reverse, saved, cotangent):
   """
   keep, prefix = saved
   if keep is None:
-    return (Update(keep=None, delta=exchange(Update(None, cotangent.delta), how, not reverse).delta),)
+    return (
+      Update(keep=None, delta=exchange(Update(None, cotangent.delta), how, not reverse).delta),
+    )
   delta = exchange(Update(keep, cotangent.delta), how, not reverse).delta
   numbers = Exchange(how.axis, "all_gather")
   kept = exchange(Update(keep, cotangent.keep[:, None, None]), numbers, not reverse).delta[:, 0, 0]

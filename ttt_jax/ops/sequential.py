@@ -18,7 +18,6 @@ from ttt_jax.ops.context import incoming_state, vary_over, varying_axes
 from ttt_jax.ops.numerics import accumulation_dtype, matmul
 from ttt_jax.ops.update import (
   Update,
-  apply_update,
   clip_factor,
   clip_update,
   prefix_keeps,
