@@ -301,6 +301,8 @@ def run_bench(config: BenchConfig, name: str, out: Path) -> dict[str, Any]:
       f"--shards {config.shards}: there are {available} devices ({jax.devices()[0]})"
     )
   console = Console()
+  if not console.is_terminal:
+    console = Console(width=120)  # a file has no edge to wrap tables at
   where = machine()
   console.print(f"{where['device']} ({where['processor']}), jax {where['jax']}", highlight=False)
   with Progress(console=console) as progress:
