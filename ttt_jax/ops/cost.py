@@ -28,6 +28,8 @@ class Device:
       says otherwise.
     torus: neighbours are linked, and farther messages occupy every link on their way; else a switch
       joins all devices.
+    fuses: passes over a state go on during the product before or after them, as in programs compiled for
+      TPU (two fusions a chunk); else they are kernels of their own.
     source: where the figures are from.
   """
 
@@ -39,6 +41,7 @@ class Device:
   link: float
   latency: float
   torus: bool
+  fuses: bool
   source: str
 
 
@@ -48,17 +51,17 @@ class Device:
 DEVICES = {
   device.name: device
   for device in (
-    Device("v5e", "TPU v5 lite", 197e12, 197e12, 819e9, 400e9 / 4 / 2, 1e-6, True,
+    Device("v5e", "TPU v5 lite", 197e12, 197e12, 819e9, 400e9 / 4 / 2, 1e-6, True, True,
            "docs.cloud.google.com/tpu/docs/v5e"),
-    Device("v5p", "TPU v5", 459e12, 459e12, 2765e9, 1200e9 / 6 / 2, 1e-6, True,
+    Device("v5p", "TPU v5", 459e12, 459e12, 2765e9, 1200e9 / 6 / 2, 1e-6, True, True,
            "docs.cloud.google.com/tpu/docs/v5p"),
-    Device("v6e", "TPU v6", 918e12, 918e12, 1638e9, 800e9 / 4 / 2, 1e-6, True,
+    Device("v6e", "TPU v6", 918e12, 918e12, 1638e9, 800e9 / 4 / 2, 1e-6, True, True,
            "docs.cloud.google.com/tpu/docs/v6e"),
-    Device("h100", "NVIDIA H100", 989e12, 495e12, 3.35e12, 900e9 / 2, 10e-6, False,
+    Device("h100", "NVIDIA H100", 989e12, 495e12, 3.35e12, 900e9 / 2, 10e-6, False, False,
            "NVIDIA H100 datasheet, SXM"),
-    Device("h200", "NVIDIA H200", 989e12, 495e12, 4.8e12, 900e9 / 2, 10e-6, False,
+    Device("h200", "NVIDIA H200", 989e12, 495e12, 4.8e12, 900e9 / 2, 10e-6, False, False,
            "NVIDIA H200 datasheet, SXM"),
-    Device("cpu", "cpu", 1.5e11, 1.5e11, 2e10, 5e9, 100e-6, False,
+    Device("cpu", "cpu", 1.5e11, 1.5e11, 2e10, 5e9, 100e-6, False, False,
            "two cores of an AMD EPYC, measured"),
   )
 }
@@ -129,18 +132,25 @@ def implementation_seconds(work: Work, device: Device) -> dict[str, float]:
   shards it also needs their total and its product with the incoming state.
   """
   n = max(1, work.tokens // work.chunk_size)
-  product = 2 * work.batch * work.chunk_size * work.d_ff * work.d_model
-  scores = 2 * work.batch * work.chunk_size**2 * (work.d_ff + work.d_model)
   peak = device.peak if work.item <= 2 else device.peak_float32
-  state = work.batch * work.d_ff * work.d_model * work.state_item
+  product = 2 * work.batch * work.chunk_size * work.d_ff * work.d_model / peak
+  pair = work.batch * work.chunk_size**2
+  # Scores are written wide, read, written narrow and read.
+  scores = 2 * pair * (work.d_ff + work.d_model) / peak
+  scores += pair * (2 * 4 + 2 * work.item) / device.memory
+  one_pass = work.batch * work.d_ff * work.d_model * work.state_item / device.memory
   many = work.shards > 1
-  # A state is written, added to and read: the update out of its product, S in and out, W + S.
-  passes = 6 * state / device.memory
   reads = n if work.merge else 2 * n
+  if device.fuses:
+    # W and S go into a read; S comes into an update and goes out of it.
+    sequential = reads * max(product, 2 * one_pass) + (n - 1) * max(product, 2 * one_pass)
+  else:
+    # The update out of its product and into the sum, S in and out, S into W + S and that out.
+    sequential = (reads + n - 1) * product + 6 * (n - 1) * one_pass
   return {
-    "sequential": (reads + n - 1 + n * many) * product / peak + (n - 1) * passes,
-    "dual": ((n + 2 * n * many) * product + n * (n - 1) / 2 * scores) / peak,
-    "associative": 3 * n * product / peak + n * passes * (1 + math.log2(n)),
+    "sequential": sequential + n * many * product,
+    "dual": (n + 2 * n * many) * product + n * (n - 1) / 2 * scores,
+    "associative": 3 * n * product + 6 * n * one_pass * (1 + math.log2(n)),
   }
 
 
