@@ -116,6 +116,9 @@ class AttentionConfig:
   window: int | None = None  # None: full attention in every layer
   full_layers: tuple[int, ...] = ()  # layers with full attention although `window` is set
   implementation: str | None = None  # None: the best available
+  # Full attention on several shards: swap half of the queries with the mirror shard, so that all
+  # devices have equal work. None does; false saves two exchanges of queries and outputs.
+  balance: bool | None = None
 
   def __post_init__(self):
     if self.window is not None:

@@ -37,6 +37,7 @@ class Attention(nnx.Module):
     self.key_norm = norm() if model.qk_norm else None
     self.window = window
     self.implementation = config.implementation
+    self.balance = config.balance
 
   def __call__(
     self,
@@ -74,4 +75,5 @@ class Attention(nnx.Module):
       segment_ids=documents,
       context_axis=context_axis,
       implementation=self.implementation,
+      balance=self.balance,
     )

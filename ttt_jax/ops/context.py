@@ -179,7 +179,7 @@ def exclusive_prefix(
     raise ValueError(
       f"update.keep has shape {keep.shape}, which is not the start of update.delta's {delta.shape}"
     )
-  axes = varying_axes(keep, delta) | {axis_name} if _is_checked(axis_name) else frozenset()
+  axes = varying_axes(keep, delta) | {axis_name} if is_checked(axis_name) else frozenset()
   keep, delta = vary_over(keep.astype(delta.dtype), axes), vary_over(delta, axes)
   if size == 1:
     return Update(keep=jnp.ones_like(keep), delta=jnp.zeros_like(delta))
@@ -190,6 +190,6 @@ def exclusive_prefix(
   return Update(keep=prefix.keep.reshape(lead), delta=prefix.delta.reshape(delta.shape))
 
 
-def _is_checked(axis_name: str) -> bool:
+def is_checked(axis_name: str) -> bool:
   """Whether the enclosing `jax.shard_map` tracks varying axes (`check_vma=True`)."""
   return bool(varying_axes(lax.axis_index(axis_name)))
