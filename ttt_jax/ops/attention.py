@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ttt_jax.ops import blockwise
-from ttt_jax.ops.context import shard_count
+from ttt_jax.ops import blockwise, splash
+from ttt_jax.ops.context import is_checked, shard_count, varying_axes
 from ttt_jax.ops.segments import check_segment_ids
 
-IMPLEMENTATIONS = ("xla", "cudnn")
-_PREFERRED = {"gpu": ("cudnn", "xla")}
+IMPLEMENTATIONS = ("xla", "splash", "cudnn")
+_PREFERRED = {"tpu": ("splash", "xla"), "gpu": ("cudnn", "xla")}
 _SMALLEST_BLOCK = 64  # queries; smaller blocks leave matrix units idle
 _LOCAL_WINDOW = 512  # up to here all blocks of a window are taken at once, beyond one by one
 _SCORES_AT_ONCE = 1 << 26  # numbers; more blocks than this many scores are taken one after another
@@ -295,7 +295,7 @@ def _cudnn(q, k, v, window, context_axis):
 
 
 # What takes blocks of queries at any positions: `attend` and `block_length`.
-_BLOCK_KERNELS = {"xla": blockwise}
+_BLOCK_KERNELS = {"xla": blockwise, "splash": splash}
 
 
 def _choose(implementation, q, k, v, window, segment_ids, context_axis) -> str:
@@ -315,7 +315,19 @@ def _refusals(q, k, v, window, segment_ids, context_axis, implementation) -> lis
   """What of a call an implementation cannot express."""
   if implementation == "cudnn":
     return _refusals_of_cudnn(q, window, segment_ids, context_axis)
+  if implementation == "splash":
+    return _refusals_of_splash(q, k, v, context_axis)
   return []
+
+
+def _refusals_of_splash(q, k, v, context_axis) -> list[str]:
+  reasons = []
+  if q.dtype not in splash.DTYPES:
+    reasons.append(f"dtype {q.dtype}")
+  # JAX's kernel does not say over which mesh axes its outputs vary.
+  if varying_axes(q, k, v) or (context_axis is not None and is_checked(context_axis)):
+    reasons.append("jax.shard_map with check_vma=True (pass False)")
+  return reasons
 
 
 def _refusals_of_cudnn(q, window, segment_ids, context_axis) -> list[str]:

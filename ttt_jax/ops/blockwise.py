@@ -54,19 +54,19 @@ def attend(
   q, k, v, q_position = (vary_over(x, axes) for x in (q, k, v, q_position))
   size_q, size_k = block_length(t, block), block_length(k.shape[1], block)
   kv = [
-    jnp.moveaxis(_cut(x, size_k), 3, 2)  # [J, B, G, S, K]
+    jnp.moveaxis(cut(x, size_k), 3, 2)  # [J, B, G, S, K]
     for x in (k, v)
   ]
-  grouped = jnp.moveaxis(_cut(q.reshape(b, t, g, h // g, -1), size_q), 2, -2)  # [I, B, G, R, L, K]
-  positions = _cut(q_position[None].astype(jnp.int32), size_q)[:, 0]
+  grouped = jnp.moveaxis(cut(q.reshape(b, t, g, h // g, -1), size_q), 2, -2)  # [I, B, G, R, L, K]
+  positions = cut(q_position[None].astype(jnp.int32), size_q)[:, 0]
   segments = None
   if q_segments is not None:
     segments = (
-      vary_over(_cut(q_segments, size_q), axes),
-      vary_over(_cut(k_segments, size_k), axes),
+      vary_over(cut(q_segments, size_q), axes),
+      vary_over(cut(k_segments, size_k), axes),
     )
   seen = visible_blocks(positions, segments, keys=(kv[0].shape[0], size_k), window=window)
-  mixed = _attend_blocks(grouped, *kv, positions, segments, _bounds(seen), window)
+  mixed = _attend_blocks(grouped, *kv, positions, segments, bounds(seen), window)
   joined = jnp.moveaxis(mixed, (0, 4), (1, 2))  # [B, I, L, G, R, K]
   return joined.reshape(b, -1, *q.shape[2:])[:, :t]
 
@@ -106,7 +106,7 @@ def visible_blocks(
   return seen
 
 
-def _bounds(seen: Bool[Array, "I J"]) -> tuple[Int[Array, "I"], Int[Array, "I"]]:
+def bounds(seen: Bool[Array, "I J"]) -> tuple[Int[Array, "I"], Int[Array, "I"]]:
   """The first block of keys each block of queries sees, and the one after the last."""
   blocks = seen.shape[1]
   first = lax.argmax(seen, 1, jnp.int32)
@@ -114,7 +114,7 @@ def _bounds(seen: Bool[Array, "I J"]) -> tuple[Int[Array, "I"], Int[Array, "I"]]
   return first, jnp.where(jnp.any(seen, axis=1), last, first)
 
 
-def _cut(x: Shaped[Array, "B T *S"], size: int) -> Shaped[Array, "N B L *S"]:
+def cut(x: Shaped[Array, "B T *S"], size: int) -> Shaped[Array, "N B L *S"]:
   """Blocks of `size` tokens; copies of the last token fill the last block."""
   b, t = x.shape[:2]
   padding = [(0, 0), (0, -t % size)] + [(0, 0)] * (x.ndim - 2)
@@ -140,14 +140,14 @@ def _key_block(segments, j):
   return None if segments is None else segments[1][j]
 
 
-def _query_blocks(positions, segments, bounds):
+def _query_blocks(positions, segments, reach):
   """What one block of queries needs besides q, stacked for `lax.map`."""
-  return positions, None if segments is None else segments[0], *bounds
+  return positions, None if segments is None else segments[0], *reach
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend_blocks(q, k, v, positions, segments, bounds, window):
-  return _forward(q, k, v, positions, segments, bounds, window)[0]
+def _attend_blocks(q, k, v, positions, segments, reach, window):
+  return _forward(q, k, v, positions, segments, reach, window)[0]
 
 
 def _forward(
@@ -156,7 +156,7 @@ def _forward(
   v: Float[Array, "J B G S K"],
   positions: Int[Array, "I L"],
   segments: tuple[Int[Array, "I B L"], Int[Array, "J B S"]] | None,
-  bounds: tuple[Int[Array, "I"], Int[Array, "I"]],
+  reach: tuple[Int[Array, "I"], Int[Array, "I"]],
   window: int | None,
 ) -> tuple[Float[Array, "I B G R L K"], Float[Array, "I B G R L"]]:
   """The outputs, and `log sum_s exp(q_t k_s / sqrt(K))` of every query (0 if it sees nothing)."""
@@ -185,12 +185,12 @@ def _forward(
     return (o / total[..., None]).astype(q.dtype), jnp.where(alone, 0, top + jnp.log(total))
 
   with jax.named_scope("blockwise_attention"):
-    return lax.map(block, (q, _query_blocks(positions, segments, bounds)))
+    return lax.map(block, (q, _query_blocks(positions, segments, reach)))
 
 
-def _attend_blocks_fwd(q, k, v, positions, segments, bounds, window):
-  o, log_total = _forward(q, k, v, positions, segments, bounds, window)
-  return o, (q, k, v, positions, segments, bounds, o, log_total)
+def _attend_blocks_fwd(q, k, v, positions, segments, reach, window):
+  o, log_total = _forward(q, k, v, positions, segments, reach, window)
+  return o, (q, k, v, positions, segments, reach, o, log_total)
 
 
 def _attend_blocks_bwd(window, saved, cotangent):
@@ -201,7 +201,7 @@ def _attend_blocks_bwd(window, saved, cotangent):
   and `dq_t = sum_s ds_ts k_s`, `dk_s = sum_t ds_ts q_t`, both over sqrt(K), `dv_s = sum_t p_ts do_t`.
   Blocks of queries are taken in order and add to dk and dv.
   """
-  q, k, v, positions, segments, bounds, o, log_total = saved
+  q, k, v, positions, segments, reach, o, log_total = saved
   wide = accumulation_dtype(q.dtype)
   along = jnp.sum(cotangent.astype(wide) * o.astype(wide), -1)
 
@@ -227,7 +227,7 @@ def _attend_blocks_bwd(window, saved, cotangent):
     (dk, dv), dq = lax.scan(
       block,
       (_zeros_like(k, wide), _zeros_like(v, wide)),
-      (q, cotangent, log_total, along, _query_blocks(positions, segments, bounds)),
+      (q, cotangent, log_total, along, _query_blocks(positions, segments, reach)),
     )
   return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
 
