@@ -60,6 +60,7 @@ class Attention(nnx.Module):
       documents,
       dims=(heads, heads, heads, None if documents is None else ("batch", "sequence")),
       out_dims=heads,
+      check_vma=False,  # refused by splash attention
     )
     return project("bthk,hkd->btd", mixed, self.out, x.dtype)
 
