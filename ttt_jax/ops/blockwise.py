@@ -29,7 +29,7 @@ def attend(
   k_segments: Int[Array, "B S"] | None = None,
   *,
   window: int | None = None,
-  block: int = BLOCK,
+  block: int | None = None,
 ) -> Float[Array, "B T H K"]:
   """`o_t = sum_s softmax_s(q_t k_s / sqrt(K)) v_s` over the keys s that query t sees.
 
@@ -43,16 +43,16 @@ def attend(
   Args:
     q: queries; k, v: keys and values 0 to S - 1.
     q_position: the last key each query sees. Runs of neighbouring positions should fill whole
-      blocks of `block_length(T)`: a block costs as much as its last position.
+      blocks: one that holds the end of a run and the start of another costs as much as both.
     q_segments, k_segments: the document of every query and key.
     window: keys seen; None for all earlier ones.
-    block: queries and keys taken at once.
+    block: queries taken at once; None for `block_length(T)`.
   """
   b, t, h, _ = q.shape
   g = k.shape[2]
   axes = varying_axes(*(x for x in (q, k, v, q_position, q_segments, k_segments) if x is not None))
   q, k, v, q_position = (vary_over(x, axes) for x in (q, k, v, q_position))
-  size_q, size_k = block_length(t, block), block_length(k.shape[1], block)
+  size_q, size_k = block or block_length(t, window), block_length(k.shape[1], window)
   kv = [
     jnp.moveaxis(cut(x, size_k), 3, 2)  # [J, B, G, S, K]
     for x in (k, v)
@@ -71,9 +71,13 @@ def attend(
   return joined.reshape(b, -1, *q.shape[2:])[:, :t]
 
 
-def block_length(tokens: int, block: int = BLOCK) -> int:
-  """The length of the equal blocks, at most `block` long, that `tokens` are cut into."""
-  blocks = -(-tokens // block)
+def block_length(tokens: int, window: int | None = None) -> int:
+  """The length of the equal blocks that `tokens` are cut into.
+
+  A block of L queries computes up to 2 L keys beyond its window: shorter ones for a short window.
+  """
+  longest = BLOCK if window is None else min(BLOCK, max(BLOCK // 4, window // 2))
+  blocks = -(-tokens // longest)
   return -(-tokens // blocks)
 
 

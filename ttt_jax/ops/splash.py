@@ -115,7 +115,9 @@ def _schedule(
   first, end = bounds(seen)
   fetch = jnp.clip(column, first[:, None], jnp.maximum(first, end - 1)[:, None])
   # Small types: scalar memory is scarce.
-  fetch = fetch.astype(jnp.int8 if columns <= 127 else jnp.int16 if columns < 1 << 15 else jnp.int32)
+  fetch = fetch.astype(
+    jnp.int8 if columns <= 127 else jnp.int16 if columns < 1 << 15 else jnp.int32
+  )
   return fetch[None], None, compute[None].astype(jnp.int8)
 
 
