@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from contract import mesh_of, packed
 from helpers import count_collectives
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 
 from ttt_jax.ops import blockwise
-from ttt_jax.ops.attention import attention
+from ttt_jax.ops.attention import _choose, attention
 
 B, T, H, G, K = 2, 24, 4, 2, 6
 TOKENS = PartitionSpec(None, "context")
@@ -62,6 +63,19 @@ def _on_shards(shards, *, check_vma=True, **how):
     check_vma=check_vma,
   )
   return mapped
+
+
+def _on_shards_unpacked(shards, **how):
+  """`attention(q, k, v)` without segments and without tracking of varying axes."""
+  if not shards:
+    return partial(attention, **how)
+  return jax.shard_map(
+    partial(attention, context_axis="context", **how),
+    mesh=mesh_of(shards),
+    in_specs=(TOKENS,) * 3,
+    out_specs=TOKENS,
+    check_vma=False,
+  )
 
 
 def _call(q, k, v, segment_ids, **how):
@@ -121,14 +135,8 @@ def test_full_attention_on_shards(shards, balance, is_packed, monkeypatch):
 def test_without_segments_or_tracking(window, local, monkeypatch):
   monkeypatch.setattr("ttt_jax.ops.blockwise.BLOCK", 2)
   monkeypatch.setattr("ttt_jax.ops.attention._LOCAL_WINDOW", local)
-  mapped = jax.shard_map(
-    partial(attention, window=window, context_axis="context"),
-    mesh=mesh_of(4),
-    in_specs=(TOKENS,) * 3,
-    out_specs=TOKENS,
-    check_vma=False,
-  )
-  _assert_law(lambda q, k, v, _: mapped(q, k, v), window, False)
+  function = _on_shards_unpacked(4, window=window)
+  _assert_law(lambda q, k, v, _: function(q, k, v), window, False)
 
 
 @pytest.mark.parametrize("window", [70, 140, None])
@@ -140,7 +148,7 @@ def test_lengths_that_no_block_divides(window, monkeypatch):
     _assert_law(_on_shards(0, window=window), window, True, _draw(t=150))
 
 
-@pytest.mark.parametrize("window", [150, None])
+@pytest.mark.parametrize("window", [5, 150, None])
 def test_float64(window):
   with jax.enable_x64(True):
     arrays = _draw("float64", t=160)
@@ -198,10 +206,9 @@ def test_bfloat16(window):
   """Inputs of 8 bits: a few times 2^-8, softmax in float32."""
   arrays, ids = _draw("bfloat16"), jnp.asarray(SEGMENTS)
   function = _on_shards(4, window=window)
-  with jax.numpy_dtype_promotion("standard"):  # jax.nn.dot_product_attention mixes dtypes
-    actual = jax.jit(lambda *a: _values_and_gradients(lambda q, k, v: function(q, k, v, ids), *a))(
-      *arrays
-    )
+  actual = jax.jit(lambda *a: _values_and_gradients(lambda q, k, v: function(q, k, v, ids), *a))(
+    *arrays
+  )
   assert actual[0].dtype == jnp.bfloat16
   _assert_close(actual, _expected(arrays, window, SEGMENTS), 2.5e-2)
 
@@ -277,3 +284,124 @@ def test_bad_input(changes, message, unchecked_types):
 def test_cudnn_says_what_it_cannot_take():
   with pytest.raises(NotImplementedError, match=r"segment_ids .*dtype float32, the cpu backend"):
     _bad(implementation="cudnn", segment_ids=jnp.ones((1, 8), jnp.int32))
+  on_shards = _on_shards_unpacked(2, implementation="cudnn")
+  with pytest.raises(
+    NotImplementedError, match="full attention over a sequence split over devices"
+  ):
+    on_shards(*_draw()[:3])
+
+
+@pytest.mark.parametrize("window", [1, 5, 17])
+@pytest.mark.parametrize("shards", [0, 8])
+def test_halo_for_cudnn(shards, window, monkeypatch):
+  """What surrounds cuDNN's kernel, with the library's own in its place; its inputs have 16 bits."""
+  library, calls = jax.nn.dot_product_attention, []
+
+  def in_its_place(*args, implementation, **how):
+    calls.append(implementation)
+    return library(*args, implementation="xla", **how)
+
+  monkeypatch.setattr("jax.nn.dot_product_attention", in_its_place)
+  monkeypatch.setattr("ttt_jax.ops.attention._refusals_of_cudnn", lambda *_: [])
+  function = _on_shards_unpacked(shards, window=window, implementation="cudnn")
+  _assert_law(lambda q, k, v, _: function(q, k, v), window, False)
+  assert set(calls) == {"cudnn"}
+
+
+@pytest.mark.parametrize(
+  ("tokens", "shards", "window", "is_packed"),
+  [
+    (256, 0, 70, True),
+    (256, 0, None, False),
+    (256, 4, 70, False),
+    (256, 4, None, True),  # shards of half a block: nothing to balance
+    (1024, 2, 70, True),
+    (1024, 2, None, True),
+  ],
+)
+def test_splash_interpreted(tokens, shards, window, is_packed, monkeypatch):
+  """The TPU's kernel, run by Pallas on CPU; its blocks are 128 tokens."""
+  monkeypatch.setattr("ttt_jax.ops.splash._INTERPRET", True)
+  monkeypatch.setattr("ttt_jax.ops.splash._BLOCKS", (128,))
+  how = {"window": window, "implementation": "splash"}
+  if is_packed:
+    function = _on_shards(shards, check_vma=False, **how)
+  else:
+    unpacked = _on_shards_unpacked(shards, **how)
+    function = lambda q, k, v, _: unpacked(q, k, v)  # noqa: E731
+  _assert_law(function, window, is_packed, _draw(t=tokens))
+
+
+def _lowered_for_tpu(mesh, dtype="bfloat16", **how):
+  """The gradients on a mesh that need not exist here, traced and lowered for TPU."""
+  tokens = jax.NamedSharding(mesh, TOKENS)
+  arrays = [jax.ShapeDtypeStruct((1, 4096, h, 128), dtype, sharding=tokens) for h in (H, G, G)]
+  ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=tokens)
+  mapped = jax.shard_map(
+    partial(_call, context_axis="context", **how),
+    mesh=mesh,
+    in_specs=(TOKENS,) * 4,
+    out_specs=TOKENS,
+    check_vma=how.get("implementation") != "splash",
+  )
+  gradients = jax.grad(lambda *a: jnp.sum(mapped(*a).astype(jnp.float32)), (0, 1, 2))
+  return jax.jit(gradients).trace(*arrays, ids).lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.parametrize("window", [300, None])
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_lowers_for_tpu(implementation, window):
+  mesh = jax.sharding.AbstractMesh((16,), ("context",))
+  text = _lowered_for_tpu(mesh, window=window, implementation=implementation).as_text()
+  kernels = text.count("@tpu_custom_call")
+  assert kernels == (3 if implementation == "splash" else 0)  # outputs; dq; dk and dv
+
+
+@pytest.mark.parametrize("window", [300, None])
+def test_compiles_for_tpu(window, monkeypatch):
+  """Ahead of time, for sixteen chips, by the compiler that TPU users have."""
+  pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
+  mesh = jax.sharding.Mesh(np.asarray(topology.devices), ("context",))
+  compiled = _lowered_for_tpu(mesh, window=window, implementation="splash").compile()
+  assert compiled.as_text().count("tpu_custom_call") >= 3
+
+
+def test_splash_says_what_it_cannot_take():
+  with pytest.raises(NotImplementedError, match="dtype float16: use 'xla'"):
+    _bad(implementation="splash", **{name: jnp.ones((1, 8, 2, 6), "float16") for name in "qkv"})
+  with pytest.raises(NotImplementedError, match=r"shard_map with check_vma=True \(pass False\)"):
+    _on_shards(2, implementation="splash")(*_draw()[:3], jnp.asarray(SEGMENTS))
+
+
+@pytest.mark.parametrize(
+  ("backend", "changes", "expected"),
+  [
+    ("cpu", {}, "xla"),
+    ("tpu", {}, "splash"),
+    ("tpu", {"dtype": "float16"}, "xla"),
+    ("gpu", {"dtype": "bfloat16"}, "cudnn"),
+    ("gpu", {"dtype": "bfloat16", "head_size": 12}, "xla"),
+    ("gpu", {"dtype": "bfloat16", "head_size": 256}, "xla"),  # of an A100: 128 at most
+    ("gpu", {"dtype": "bfloat16", "segment_ids": jnp.ones((1, 8), jnp.int32)}, "xla"),
+    ("gpu", {"dtype": "float32"}, "xla"),
+  ],
+)
+def test_the_best_that_can_express_the_call(backend, changes, expected, monkeypatch):
+  class A100:
+    compute_capability = "8.0"
+
+  monkeypatch.setattr("jax.default_backend", lambda: backend)
+  monkeypatch.setattr("jax.devices", lambda: [A100])
+  shape = (1, 8, 2, changes.get("head_size", 8))
+  q = jax.ShapeDtypeStruct(shape, changes.get("dtype", "float32"))
+  chosen = []
+
+  def choose(q):
+    chosen.append(_choose(None, q, q, q, None, changes.get("segment_ids"), None))
+    return q
+
+  jax.eval_shape(choose, q)
+  assert chosen == [expected]

@@ -1,8 +1,8 @@
 """Causal attention over packed rows and contiguous shards, without ever making a `[T, T]` array.
 
 What is here is which keys a device's queries meet, how keys, values and queries travel when the sequence
-lies on several devices, and the choice of a kernel. The kernels are libraries' (`jax.nn`, cuDNN, splash
-attention on TPU) or `blockwise`.
+lies on several devices, and the choice of a kernel: cuDNN's on GPU, splash attention on TPU, `blockwise`
+or, for short windows, a plain softmax anywhere.
 """
 
 from functools import partial
@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.ops import blockwise, splash
 from ttt_jax.ops.context import is_checked, shard_count, varying_axes
+from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.ops.segments import check_segment_ids
 
 IMPLEMENTATIONS = ("xla", "splash", "cudnn")
@@ -226,16 +227,20 @@ def _attend(
   k_position: Int[Array, "S"],
   q_segments: Int[Array, "B L"],
   k_segments: Int[Array, "B S"],
-  window: int | None,
+  window: int,
 ) -> Float[Array, "B L H K"]:
-  """One block of queries against its keys, on the library's kernel."""
+  """One block of queries against its keys; every query sees one."""
+  b, size, h, width = q.shape
+  wide = accumulation_dtype(q.dtype)
   distance = q_position[:, None] - k_position[None, :]
-  seen: Bool[Array, "L S"] = (distance >= 0) & (k_position >= 0)[None, :]
-  if window is not None:
-    seen &= distance < window
-  same = q_segments[:, :, None] == k_segments[:, None, :]
-  mask = (seen[None] & same)[:, None]
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+  in_reach: Bool[Array, "L S"] = (distance >= 0) & (distance < window) & (k_position >= 0)[None]
+  seen = in_reach[None] & (q_segments[:, :, None] == k_segments[:, None, :])
+  grouped = q.reshape(b, size, k.shape[2], h // k.shape[2], width)
+  scores = jnp.einsum("blgrk,bsgk->bgrls", grouped, k, preferred_element_type=wide)
+  scores = jnp.where(seen[:, None, None], scores * width**-0.5, -jnp.inf)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  mixed = jnp.einsum("bgrls,bsgk->blgrk", weights, v, preferred_element_type=wide)
+  return mixed.reshape(q.shape).astype(q.dtype)
 
 
 def _map_blocks(block, inputs, at_once):
