@@ -117,12 +117,18 @@ class AttentionConfig:
 
   window: int | None = None  # None: full attention in every layer
   full_layers: tuple[int, ...] = ()  # layers with full attention although `window` is set
-  implementation: str | None = None  # None: the best available
+  # "xla" anywhere, "splash" on TPU, "cudnn" on GPU; None: the best that can express the call.
+  implementation: str | None = None
+  # Full attention on several shards: swap half of the queries with the mirror shard, so that all
+  # devices have equal work. None does; false saves two exchanges of queries and outputs.
+  balance: bool | None = None
 
   def __post_init__(self):
     if self.window is not None:
       _require_positive("attention", self, "window")
-    _require_choice("attention.implementation", self.implementation, (None, "xla", "cudnn"))
+    _require_choice(
+      "attention.implementation", self.implementation, (None, "xla", "splash", "cudnn")
+    )
 
 
 @dataclass(frozen=True)

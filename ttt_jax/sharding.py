@@ -90,6 +90,7 @@ def over_shards(
   *arguments: Any,
   dims: tuple[tuple[str | None, ...] | None, ...],
   out_dims: Any,
+  check_vma: bool = True,
 ) -> Any:
   """`function(*arguments, context_axis=...)`, on every shard of the ambient mesh.
 
@@ -101,6 +102,8 @@ def over_shards(
     arguments: arrays, or None.
     dims: the logical dimensions of each argument; None for one that is None or replicated.
     out_dims: a pytree of tuples of logical dimensions, one for each output.
+    check_vma: of `jax.shard_map`; False for a function whose kernels cannot say over which axes their
+      outputs vary.
   """
   mesh = _ambient_mesh()
   if mesh is None:
@@ -115,6 +118,7 @@ def over_shards(
     mesh=mesh,
     in_specs=tuple(to_spec(d) for d in dims),
     out_specs=jax.tree.map(to_spec, out_dims, is_leaf=lambda x: x is None or _is_dims(x)),
+    check_vma=check_vma,
   )
   return mapped(*arguments)
 

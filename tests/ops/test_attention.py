@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import mesh_of, packed
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 
 from ttt_jax.hlo import count_collectives
-from ttt_jax.ops.attention import attention
+from ttt_jax.ops import blockwise
+from ttt_jax.ops.attention import _choose, attention
 
 B, T, H, G, K = 2, 24, 4, 2, 6
 TOKENS = PartitionSpec(None, "context")
@@ -63,6 +65,19 @@ def _on_shards(shards, *, check_vma=True, **how):
   return mapped
 
 
+def _on_shards_unpacked(shards, **how):
+  """`attention(q, k, v)` without segments and without tracking of varying axes."""
+  if not shards:
+    return partial(attention, **how)
+  return jax.shard_map(
+    partial(attention, context_axis="context", **how),
+    mesh=mesh_of(shards),
+    in_specs=(TOKENS,) * 3,
+    out_specs=TOKENS,
+    check_vma=False,
+  )
+
+
 def _call(q, k, v, segment_ids, **how):
   return attention(q, k, v, segment_ids=segment_ids, **how)
 
@@ -73,49 +88,117 @@ def _assert_close(actual, law, tolerance):
     assert error < tolerance, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "one document"])
+PACKED = pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "one document"])
+
+
+def _assert_law(function, window, is_packed, arrays=None, tolerance=1e-5):
+  """`function(q, k, v, segment_ids)` has the law's values and gradients in q, k and v."""
+  arrays = _draw() if arrays is None else arrays
+  t = arrays[0].shape[1]
+  ids = packed(B, t) if is_packed else np.ones((B, t), np.int32)
+  actual = jax.jit(
+    lambda *a: _values_and_gradients(lambda q, k, v: function(q, k, v, jnp.asarray(ids)), *a)
+  )(*arrays)
+  _assert_close(actual, _expected(arrays, window, ids if is_packed else None), tolerance)
+  return actual
+
+
+@PACKED
 # On eight shards of three tokens: within a shard, one hop, several hops, beyond the first shard.
 @pytest.mark.parametrize("window", [1, 3, 5, 17, 24, None])
 @pytest.mark.parametrize("shards", [0, 2, 8])
 def test_equals_the_law(shards, window, is_packed):
-  arrays, ids = _draw(), jnp.asarray(SEGMENTS) if is_packed else jnp.ones((B, T), jnp.int32)
-  function = _on_shards(shards, window=window)
-  actual = jax.jit(lambda *a: _values_and_gradients(lambda q, k, v: function(q, k, v, ids), *a))(
-    *arrays
-  )
-  _assert_close(actual, _expected(arrays, window, SEGMENTS if is_packed else None), 1e-5)
+  _assert_law(_on_shards(shards, window=window), window, is_packed)
 
 
-@pytest.mark.parametrize("window", [5, None])
-def test_without_segments_or_tracking(window):
-  arrays = _draw()
-  mapped = jax.shard_map(
-    partial(attention, window=window, context_axis="context"),
-    mesh=mesh_of(4),
-    in_specs=(TOKENS,) * 3,
-    out_specs=TOKENS,
-    check_vma=False,
-  )
-  actual = jax.jit(partial(_values_and_gradients, mapped))(*arrays)
-  _assert_close(actual, _expected(arrays, window, None), 1e-5)
+@PACKED
+@pytest.mark.parametrize("window", [5, 17])
+@pytest.mark.parametrize("shards", [0, 8])
+def test_wide_windows(shards, window, is_packed, monkeypatch):
+  """The path of windows that are too wide for blocks of their length."""
+  monkeypatch.setattr("ttt_jax.ops.attention._LOCAL_WINDOW", 0)
+  monkeypatch.setattr("ttt_jax.ops.blockwise.BLOCK", 4)
+  _assert_law(_on_shards(shards, window=window), window, is_packed)
 
 
-@pytest.mark.parametrize("window", [70, None])
+# Shards of 12, 8 and, odd, of 3 tokens; on three shards the one in the middle is its own mirror.
+@PACKED
+@pytest.mark.parametrize("balance", [True, False], ids=["balanced", "as it lies"])
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_full_attention_on_shards(shards, balance, is_packed, monkeypatch):
+  """Every shard several blocks of queries, and every half of a shard."""
+  monkeypatch.setattr("ttt_jax.ops.blockwise.BLOCK", 2)
+  _assert_law(_on_shards(shards, balance=balance), None, is_packed)
+
+
+@pytest.mark.parametrize(("window", "local"), [(5, 128), (5, 0), (None, 0)])
+def test_without_segments_or_tracking(window, local, monkeypatch):
+  monkeypatch.setattr("ttt_jax.ops.blockwise.BLOCK", 2)
+  monkeypatch.setattr("ttt_jax.ops.attention._LOCAL_WINDOW", local)
+  function = _on_shards_unpacked(4, window=window)
+  _assert_law(lambda q, k, v, _: function(q, k, v), window, False)
+
+
+@pytest.mark.parametrize("window", [70, 140, None])
 def test_lengths_that_no_block_divides(window, monkeypatch):
   """Several blocks, the last one not full; and blocks taken one after another."""
-  t = 150
-  arrays = _draw(t=t)
-  ids = packed(B, t)
-  monkeypatch.setattr("ttt_jax.ops.attention._FULL_BLOCK", 64)
-  law = _expected(arrays, window, ids)
-  for at_once in (1 << 26, 1):
+  monkeypatch.setattr("ttt_jax.ops.blockwise.BLOCK", 64)
+  for at_once in (1 << 26, 1) if window == 70 else (1,):
     monkeypatch.setattr("ttt_jax.ops.attention._SCORES_AT_ONCE", at_once)
-    actual = jax.jit(
-      lambda *a: _values_and_gradients(
-        lambda q, k, v: attention(q, k, v, window=window, segment_ids=jnp.asarray(ids)), *a
-      )
-    )(*arrays)
-    _assert_close(actual, law, 1e-5)
+    _assert_law(_on_shards(0, window=window), window, True, _draw(t=150))
+
+
+@pytest.mark.parametrize("window", [5, 150, None])
+def test_float64(window):
+  with jax.enable_x64(True):
+    arrays = _draw("float64", t=160)
+    (o, *_) = _assert_law(_on_shards(2, window=window), window, True, arrays, 1e-12)
+    assert o.dtype == jnp.float64
+
+
+def test_under_vmap_scan_and_checkpoint(monkeypatch):
+  """Rows mapped with segments of their own; the op as the body of a checkpointed scan."""
+  monkeypatch.setattr("ttt_jax.ops.blockwise.BLOCK", 5)
+
+  def row(q, k, v, ids):
+    return attention(*(x[None] for x in (q, k, v)), segment_ids=ids[None])[0]
+
+  def scanned(q, k, v, ids):
+    body = jax.checkpoint(lambda carry, row_of: (carry, row(*row_of)))
+    return jax.lax.scan(body, 0, (q, k, v, ids))[1]
+
+  _assert_law(jax.vmap(row), None, True)
+  _assert_law(scanned, None, True)
+
+
+@pytest.mark.parametrize("balance", [True, False])
+def test_work_is_balanced(balance, monkeypatch):
+  """Blocks of keys that each device computes, as the program runs: of 64 blocks, one per token."""
+  bounds, work = blockwise.bounds, []
+
+  def counted(seen):
+    first, end = bounds(seen)
+    jax.debug.callback(lambda n: work.append(int(n)), jnp.sum(end - first))
+    return first, end
+
+  monkeypatch.setattr("ttt_jax.ops.blockwise.bounds", counted)
+  monkeypatch.setattr("ttt_jax.ops.blockwise.BLOCK", 1)
+  q, k, v, _ = _draw(t=64)
+  function = jax.jit(_on_shards(8, balance=balance))
+  jax.block_until_ready(function(q, k, v, jnp.ones((B, 64), jnp.int32)))
+  jax.effects_barrier()
+  if balance:
+    assert work == [65 * 64 // 2 // 8] * 8  # an eighth of all pairs each
+  else:
+    assert sorted(work) == [sum(range(8 * p + 1, 8 * p + 9)) for p in range(8)]
+
+
+def test_blocks_of_other_documents_are_not_computed():
+  """Eight documents of one block each: a block of queries computes its own block alone."""
+  q_position = jnp.arange(64).reshape(8, 8)
+  ids = jnp.broadcast_to(jnp.arange(1, 9)[:, None, None], (8, B, 8))
+  seen = blockwise.visible_blocks(q_position, (ids, ids), keys=(8, 8), window=None)
+  np.testing.assert_array_equal(seen, np.eye(8, dtype=bool))
 
 
 @pytest.mark.parametrize("window", [5, None])
@@ -123,10 +206,9 @@ def test_bfloat16(window):
   """Inputs of 8 bits: a few times 2^-8, softmax in float32."""
   arrays, ids = _draw("bfloat16"), jnp.asarray(SEGMENTS)
   function = _on_shards(4, window=window)
-  with jax.numpy_dtype_promotion("standard"):  # jax.nn.dot_product_attention mixes dtypes
-    actual = jax.jit(lambda *a: _values_and_gradients(lambda q, k, v: function(q, k, v, ids), *a))(
-      *arrays
-    )
+  actual = jax.jit(lambda *a: _values_and_gradients(lambda q, k, v: function(q, k, v, ids), *a))(
+    *arrays
+  )
   assert actual[0].dtype == jnp.bfloat16
   _assert_close(actual, _expected(arrays, window, SEGMENTS), 2.5e-2)
 
@@ -139,7 +221,7 @@ def _shapes(jaxpr):
       yield from _shapes(inner)
 
 
-@pytest.mark.parametrize("window", [64, None])
+@pytest.mark.parametrize("window", [64, 1024, None])
 def test_never_makes_tokens_by_tokens(window):
   t = 4096
   q = jnp.ones((1, t, H, K))
@@ -151,21 +233,23 @@ def test_never_makes_tokens_by_tokens(window):
   jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, kv, kv)
   shapes = list(_shapes(jaxpr.jaxpr))
   assert all(sum(n >= t for n in shape) <= 1 for shape in shapes)
-  if window:
-    assert max(np.prod(s, dtype=int) for s in shapes) <= H * t * 2 * window
+  block = H * blockwise.BLOCK**2
+  largest = H * t * 2 * window if window == 64 else max(block, 2 * H * t * K)
+  assert max(np.prod(s, dtype=int) for s in shapes) <= largest
 
 
 @pytest.mark.parametrize(
-  ("window", "expected"),
+  ("how", "expected"),
   [
-    (1, {}),
-    (3, {"collective-permute": 2}),  # keys and values together, segment ids
-    (5, {"collective-permute": 4}),  # 4 tokens before a shard of 3: two hops
-    (None, {"all-gather": 2}),
+    ({"window": 1}, {}),
+    ({"window": 3}, {"collective-permute": 2}),  # keys and values together, segment ids
+    ({"window": 5}, {"collective-permute": 4}),  # 4 tokens before a shard of 3: two hops
+    ({"balance": False}, {"all-gather": 2}),
+    ({}, {"all-gather": 2, "collective-permute": 2}),  # queries to their mirror, outputs back
   ],
 )
-def test_collectives(window, expected):
-  function = _on_shards(8, window=window)
+def test_collectives(how, expected):
+  function = _on_shards(8, **how)
   ids = jnp.asarray(SEGMENTS)
   compiled = jax.jit(function).lower(*_draw()[:3], ids).compile()
   assert count_collectives(compiled.as_text()) == expected
@@ -189,7 +273,7 @@ def _bad(**changes):
     ({"window": 0}, "window=0 must be at least 1"),
     ({"segment_ids": jnp.ones((1, 9), jnp.int32)}, r"segment_ids has shape \(1, 9\)"),
     ({"context_axis": "context"}, "'context' is not a mesh axis of an enclosing"),
-    ({"implementation": "flash"}, "implementation='flash' is not one of 'xla', 'cudnn'"),
+    ({"implementation": "flash"}, "implementation='flash' is not one of 'xla', 'splash', 'cudnn'"),
   ],
 )
 def test_bad_input(changes, message, unchecked_types):
@@ -198,5 +282,126 @@ def test_bad_input(changes, message, unchecked_types):
 
 
 def test_cudnn_says_what_it_cannot_take():
-  with pytest.raises(NotImplementedError, match=r"segment_ids, dtype float32, the cpu backend"):
+  with pytest.raises(NotImplementedError, match=r"segment_ids .*dtype float32, the cpu backend"):
     _bad(implementation="cudnn", segment_ids=jnp.ones((1, 8), jnp.int32))
+  on_shards = _on_shards_unpacked(2, implementation="cudnn")
+  with pytest.raises(
+    NotImplementedError, match="full attention over a sequence split over devices"
+  ):
+    on_shards(*_draw()[:3])
+
+
+@pytest.mark.parametrize("window", [1, 5, 17])
+@pytest.mark.parametrize("shards", [0, 8])
+def test_halo_for_cudnn(shards, window, monkeypatch):
+  """What surrounds cuDNN's kernel, with the library's own in its place; its inputs have 16 bits."""
+  library, calls = jax.nn.dot_product_attention, []
+
+  def in_its_place(*args, implementation, **how):
+    calls.append(implementation)
+    return library(*args, implementation="xla", **how)
+
+  monkeypatch.setattr("jax.nn.dot_product_attention", in_its_place)
+  monkeypatch.setattr("ttt_jax.ops.attention._refusals_of_cudnn", lambda *_: [])
+  function = _on_shards_unpacked(shards, window=window, implementation="cudnn")
+  _assert_law(lambda q, k, v, _: function(q, k, v), window, False)
+  assert set(calls) == {"cudnn"}
+
+
+@pytest.mark.parametrize(
+  ("tokens", "shards", "window", "is_packed"),
+  [
+    (256, 0, 70, True),
+    (256, 0, None, False),
+    (256, 4, 70, False),
+    (256, 4, None, True),  # shards of half a block: nothing to balance
+    (1024, 2, 70, True),
+    (1024, 2, None, True),
+  ],
+)
+def test_splash_interpreted(tokens, shards, window, is_packed, monkeypatch):
+  """The TPU's kernel, run by Pallas on CPU; its blocks are 128 tokens."""
+  monkeypatch.setattr("ttt_jax.ops.splash._INTERPRET", True)
+  monkeypatch.setattr("ttt_jax.ops.splash._BLOCKS", (128,))
+  how = {"window": window, "implementation": "splash"}
+  if is_packed:
+    function = _on_shards(shards, check_vma=False, **how)
+  else:
+    unpacked = _on_shards_unpacked(shards, **how)
+    function = lambda q, k, v, _: unpacked(q, k, v)  # noqa: E731
+  _assert_law(function, window, is_packed, _draw(t=tokens))
+
+
+def _lowered_for_tpu(mesh, dtype="bfloat16", **how):
+  """The gradients on a mesh that need not exist here, traced and lowered for TPU."""
+  tokens = jax.NamedSharding(mesh, TOKENS)
+  arrays = [jax.ShapeDtypeStruct((1, 4096, h, 128), dtype, sharding=tokens) for h in (H, G, G)]
+  ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=tokens)
+  mapped = jax.shard_map(
+    partial(_call, context_axis="context", **how),
+    mesh=mesh,
+    in_specs=(TOKENS,) * 4,
+    out_specs=TOKENS,
+    check_vma=how.get("implementation") != "splash",
+  )
+  gradients = jax.grad(lambda *a: jnp.sum(mapped(*a).astype(jnp.float32)), (0, 1, 2))
+  return jax.jit(gradients).trace(*arrays, ids).lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.parametrize("window", [300, None])
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_lowers_for_tpu(implementation, window):
+  mesh = jax.sharding.AbstractMesh((16,), ("context",))
+  text = _lowered_for_tpu(mesh, window=window, implementation=implementation).as_text()
+  kernels = text.count("@tpu_custom_call")
+  assert kernels == (3 if implementation == "splash" else 0)  # outputs; dq; dk and dv
+
+
+@pytest.mark.parametrize("window", [300, None])
+def test_compiles_for_tpu(window, monkeypatch):
+  """Ahead of time, for sixteen chips, by the compiler that TPU users have."""
+  pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
+  mesh = jax.sharding.Mesh(np.asarray(topology.devices), ("context",))
+  compiled = _lowered_for_tpu(mesh, window=window, implementation="splash").compile()
+  assert compiled.as_text().count("tpu_custom_call") >= 3
+
+
+def test_splash_says_what_it_cannot_take():
+  with pytest.raises(NotImplementedError, match="dtype float16: use 'xla'"):
+    _bad(implementation="splash", **{name: jnp.ones((1, 8, 2, 6), "float16") for name in "qkv"})
+  with pytest.raises(NotImplementedError, match=r"shard_map with check_vma=True \(pass False\)"):
+    _on_shards(2, implementation="splash")(*_draw()[:3], jnp.asarray(SEGMENTS))
+
+
+@pytest.mark.parametrize(
+  ("backend", "changes", "expected"),
+  [
+    ("cpu", {}, "xla"),
+    ("tpu", {}, "splash"),
+    ("tpu", {"dtype": "float16"}, "xla"),
+    ("gpu", {"dtype": "bfloat16"}, "cudnn"),
+    ("gpu", {"dtype": "bfloat16", "head_size": 12}, "xla"),
+    ("gpu", {"dtype": "bfloat16", "head_size": 256}, "xla"),  # of an A100: 128 at most
+    ("gpu", {"dtype": "bfloat16", "segment_ids": jnp.ones((1, 8), jnp.int32)}, "xla"),
+    ("gpu", {"dtype": "float32"}, "xla"),
+  ],
+)
+def test_the_best_that_can_express_the_call(backend, changes, expected, monkeypatch):
+  class A100:
+    compute_capability = "8.0"
+
+  monkeypatch.setattr("jax.default_backend", lambda: backend)
+  monkeypatch.setattr("jax.devices", lambda: [A100])
+  shape = (1, 8, 2, changes.get("head_size", 8))
+  q = jax.ShapeDtypeStruct(shape, changes.get("dtype", "float32"))
+  chosen = []
+
+  def choose(q):
+    chosen.append(_choose(None, q, q, q, None, changes.get("segment_ids"), None))
+    return q
+
+  jax.eval_shape(choose, q)
+  assert chosen == [expected]

@@ -37,6 +37,7 @@ class Attention(nnx.Module):
     self.key_norm = norm() if model.qk_norm else None
     self.window = window
     self.implementation = config.implementation
+    self.balance = config.balance
 
   def __call__(
     self,
@@ -59,6 +60,7 @@ class Attention(nnx.Module):
       documents,
       dims=(heads, heads, heads, None if documents is None else ("batch", "sequence")),
       out_dims=heads,
+      check_vma=False,  # refused by splash attention
     )
     return project("bthk,hkd->btd", mixed, self.out, x.dtype)
 
@@ -74,4 +76,5 @@ class Attention(nnx.Module):
       segment_ids=documents,
       context_axis=context_axis,
       implementation=self.implementation,
+      balance=self.balance,
     )
