@@ -1,5 +1,9 @@
 """Eight CPU devices, strict dtype and rank promotion, and shape-checked calls in every test."""
 
+import os
+import shutil
+import tempfile
+
 import jax
 import jaxtyping
 import pytest
@@ -13,6 +17,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 jaxtyping.install_import_hook("ttt_jax", "beartype.beartype")
+
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def pytest_configure(config):
+  """Programs compiled once are shared by the workers and by the commands that tests run."""
+  if _CACHE in os.environ:  # the user's, or in a worker the first process's
+    return
+  os.environ[_CACHE] = tempfile.mkdtemp(prefix="ttt_jax-tests-")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+  config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(_CACHE)))
 
 
 @pytest.fixture

@@ -156,14 +156,15 @@ def test_steps_after_the_last_checkpoint_are_logged_once(tmp_path, monkeypatch):
 # One TTT layer with documents: 2 all-to-all and a gather of keeps, forward and backward; the rematerialised
 # layer keeps the state that came in and exchanges nothing again. Windowed attention: keys, values and
 # segment ids forward, again for the rematerialised layer, and their gradient back. Full attention: one
-# gather of keys, values and of ids, forward and rematerialised, and a reduce-scatter back. Documents: one
+# gather of keys, values and of ids, forward and rematerialised, and a reduce-scatter back; queries and
+# outputs swapped with the mirror shard, each forward, rematerialised, and back. Documents: one
 # neighbour's id, one gather of counts. All-reduce: gradients, loss, its weight and statistics.
 # Newer compilers (seen with jax 0.12) send the integers again for the rematerialised layers.
 COLLECTIVES = {
   "all-to-all": {4},
   "all-gather": {6, 7},
   "reduce-scatter": {1},
-  "collective-permute": {6, 8},
+  "collective-permute": {12, 14},
 }
 ALL_REDUCES = {"context 8": {3}, "data 2 x context 4": {7}}
 

@@ -10,8 +10,16 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 def count_collectives(compiled_text: str) -> dict[str, int]:
-  """How often each collective stands in a compiled program; a loop's body counts once."""
-  return dict(Counter(found.group(2) for found in _INSTRUCTION.finditer(compiled_text)))
+  """How often each collective stands in a compiled program; a loop's body counts once.
+
+  One whose groups are of a single device sends nothing and is not counted.
+  """
+  counts = Counter()
+  for found in _INSTRUCTION.finditer(compiled_text):
+    _, name, _, rest = found.groups()
+    if name == "collective-permute" or _group_size(_attribute(rest, "replica_groups")) > 1:
+      counts[name] += 1
+  return dict(counts)
 
 
 def sent_bytes(compiled_text: str) -> dict[str, int]:
