@@ -83,6 +83,8 @@ class ModelConfig:
   dtype: str = "float32"  # of the computation
   state_dtype: str = "float32"  # of fast weights and their prefix sums
   remat: bool = True  # recompute each layer in the backward pass
+  max_positions: int | None = None
+  eos_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
     _require_positive(

@@ -70,6 +70,12 @@ def _manual_context_axis() -> str | None:
   return CONTEXT if CONTEXT in jax.sharding.get_abstract_mesh().manual_axes else None
 
 
+def context_size() -> int:
+  """How many shards of the sequence `over_shards` makes."""
+  mesh = _ambient_mesh()
+  return 1 if mesh is None else mesh.shape.get(CONTEXT, 1)
+
+
 def positions(length: int) -> jax.Array:
   """The positions in the sequence of the `length` tokens at hand."""
   axis = _manual_context_axis()

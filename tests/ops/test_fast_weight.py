@@ -248,6 +248,45 @@ def test_reading_on_equals_reading_at_once(how):
   assert (middle.pending, end.pending, state.pending) == (0, 2, 2)
 
 
+@EACH_WAY
+@pytest.mark.parametrize("shards", [None, 4])
+def test_rows_of_different_lengths(how, shards):
+  """Each row gives what it gives alone, without what fills it up behind its end."""
+  case = make_case(batch=4, state=True, decay=0.75, clip_norm=0.5)
+  lengths = (24, 3, 17, 2)
+  values = {name: jnp.asarray(x, jnp.float32) for name, x in case.arrays.items()}
+  common = {"chunk_size": 3, "inner_lr": 0.25, "decay": 0.75, "clip_norm": 0.5, **how}
+
+  def read(z, v, w, s, lengths=None, context_axis=None):
+    y, state = ttt_jax.inplace_ttt(
+      z,
+      v,
+      w,
+      state=ttt_jax.FastWeightState(s),
+      lengths=lengths,
+      context_axis=context_axis,
+      **common,
+    )
+    return y, state.S
+
+  arguments = (values["z"], values["v"], values["w_down"], values["state"])
+  whole = read
+  if shards is not None:
+    rows = PartitionSpec(None, "context")
+    whole = jax.shard_map(
+      partial(read, context_axis="context"),
+      mesh=contract.mesh_of(shards),
+      in_specs=(rows, rows, PartitionSpec(), PartitionSpec(), PartitionSpec()),
+      out_specs=(rows, PartitionSpec()),
+    )
+  y, s = jax.jit(whole)(*arguments, jnp.asarray(lengths))
+  for row, length in enumerate(lengths):
+    z, v, w, state = arguments
+    alone = read(z[row : row + 1, :length], v[row : row + 1, :length], w, state[row : row + 1])
+    np.testing.assert_allclose(y[row, :length], alone[0][0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(s[row], alone[1][0], rtol=1e-5, atol=1e-5)
+
+
 def test_leading_dimensions_are_batch():
   case = make_case(batch=6)
   z, v, w = (_arrays(case)[name] for name in ("z", "v", "w_down"))
@@ -463,6 +502,8 @@ BAD = [
   ({"decay": 1.01}, "decay=1.01"),
   ({"decay": jnp.ones(2)}, r"decay has shape \(2,\)"),
   ({"inner_lr": jnp.ones(2)}, r"inner_lr has shape \(2,\)"),
+  ({"lengths": jnp.ones(3, jnp.int32)}, r"lengths has shape \(3,\).*expected integers \(2,\)"),
+  ({"lengths": jnp.ones(2)}, "lengths has shape .* and dtype float32"),
   ({"clip_norm": 0.0}, "clip_norm=0.0 must be positive"),
   ({"clip_norm": -1.0}, "clip_norm=-1.0 must be positive"),
   ({"clip_norm": jnp.float32(1)}, "clip_norm.*Python float"),
@@ -502,6 +543,11 @@ def _on_shards(**changes):
     in_specs=(tokens, tokens),
     out_specs=tokens,
   )(jnp.ones((2, 16, 5)), jnp.ones((2, 16, 6)))
+
+
+def test_lengths_take_a_constant_decay():
+  with pytest.raises(NotImplementedError, match="lengths with a decay that is an array"):
+    _call(lengths=jnp.ones(2, jnp.int32), decay=jnp.float32(0.5))
 
 
 def test_bad_input_on_shards(unchecked_types):

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -9,7 +10,8 @@ from jaxtyping import Array, Float, Int
 from ttt_jax.config import AttentionConfig, ModelConfig
 from ttt_jax.nn.layers import RMSNorm, normal_init, project, rotate
 from ttt_jax.ops.attention import attention
-from ttt_jax.sharding import over_shards
+from ttt_jax.ops.cached_attention import KeyValueCache, attend_span, attend_token, write
+from ttt_jax.sharding import constrain, over_shards
 
 
 class Attention(nnx.Module):
@@ -45,12 +47,7 @@ class Attention(nnx.Module):
     rotary: tuple[Float[Array, "T half"], Float[Array, "T half"]],
     documents: Int[Array, "B T"] | None,
   ) -> Float[Array, "B T D"]:
-    q = project("btd,dhk->bthk", x, self.query, x.dtype)
-    k = project("btd,dgk->btgk", x, self.key, x.dtype)
-    v = project("btd,dgk->btgk", x, self.value, x.dtype)
-    if self.query_norm is not None:
-      q, k = self.query_norm(q), self.key_norm(k)
-    q, k = rotate(q, *rotary), rotate(k, *rotary)
+    q, k, v = self._project(x, rotary)
     heads = ("batch", "sequence", None, None)
     mixed = over_shards(
       self._attend,
@@ -63,6 +60,62 @@ class Attention(nnx.Module):
       check_vma=False,  # refused by splash attention
     )
     return project("bthk,hkd->btd", mixed, self.out, x.dtype)
+
+  def _project(self, x, rotary):
+    q = project("btd,dhk->bthk", x, self.query, x.dtype)
+    k = project("btd,dgk->btgk", x, self.key, x.dtype)
+    v = project("btd,dgk->btgk", x, self.value, x.dtype)
+    if self.query_norm is not None:
+      q, k = self.query_norm(q), self.key_norm(k)
+    return rotate(q, *rotary), rotate(k, *rotary), v
+
+  def read(
+    self,
+    x: Float[Array, "B T D"],
+    rotary: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+    cache: KeyValueCache,
+    lengths: Int[Array, "B"],
+    counts: Int[Array, "B"],
+  ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
+    """The output of new tokens behind those in a cache, and the cache with their keys and values.
+
+    Args:
+      x: the input of T tokens; `counts` of a row are there, the others fill it up.
+      rotary: the angles of each row's own positions.
+      cache: what was read before, `lengths` tokens a row.
+    """
+    q, k, v = self._project(x, rotary)
+    k, v = (constrain(a, "batch", None) for a in (k, v))  # every device has all of a cache
+    before, cache = cache, write(cache, k, v, lengths, counts)
+    if x.shape[1] == 1:
+      mixed = attend_token(q, cache, lengths)
+    else:
+      heads, rows = ("batch", "sequence", None, None), ("batch", None, None, None)
+      mixed = over_shards(
+        self._attend_span,
+        q,
+        k,
+        v,
+        *(cache if self.window is None else before),  # a ring has lost what the first token sees
+        lengths,
+        dims=(heads, rows, rows, rows, rows, ("batch",)),
+        out_dims=heads,
+        check_vma=False,
+      )
+    return project("bthk,hkd->btd", mixed, self.out, x.dtype), cache
+
+  def _attend_span(self, q, k, v, cached_k, cached_v, lengths, *, context_axis):
+    first = 0 if context_axis is None else q.shape[1] * jax.lax.axis_index(context_axis)
+    return attend_span(
+      q,
+      k,
+      v,
+      KeyValueCache(cached_k, cached_v),
+      lengths,
+      window=self.window,
+      first=first,
+      implementation=self.implementation,
+    )
 
   def _attend(self, q, k, v, documents, *, context_axis):
     window = self.window

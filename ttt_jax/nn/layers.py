@@ -75,11 +75,14 @@ def rotary_angles(
 
 
 def rotate(
-  x: Float[Array, "B T H K"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]
+  x: Float[Array, "B T H K"], cos: Float[Array, "*B T half"], sin: Float[Array, "*B T half"]
 ) -> Float[Array, "B T H K"]:
-  """Rotary position embedding of channel pairs (i, i + K/2), the layout of Llama and Qwen checkpoints."""
+  """Rotary position embedding of channel pairs (i, i + K/2), the layout of Llama and Qwen checkpoints.
+
+  The angles are those of all rows, or each row's own.
+  """
   wide = accumulation_dtype(x.dtype)
   first, second = jnp.split(x.astype(wide), 2, axis=-1)
-  cos, sin = (a.astype(wide)[None, :, None, :] for a in (cos, sin))
+  cos, sin = (a.astype(wide).reshape(-1, a.shape[-2], 1, a.shape[-1]) for a in (cos, sin))
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return rotated.astype(x.dtype)

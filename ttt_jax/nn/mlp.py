@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.nn.layers import normal_init, project
-from ttt_jax.ops.fast_weight import inplace_ttt
-from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.ops.fast_weight import FastWeightState, inplace_ttt
+from ttt_jax.ops.numerics import accumulation_dtype, matmul
 from ttt_jax.ops.target import ntp_targets
-from ttt_jax.sharding import over_shards
+from ttt_jax.sharding import context_size, over_shards
 
 # inner rate = base * exp(10 s): s then moves on the scale that AdamW moves other parameters on.
 INNER_RATE_SPEED = 10.0
@@ -34,6 +34,19 @@ class MlpStats(NamedTuple):
   state_ratio: Float[Array, ""]
   output_ratio: Float[Array, ""]
   inner_lr: Float[Array, ""]
+
+
+class FastCache(NamedTuple):
+  """What a TTT layer keeps of every row it reads: what it learned, and the chunk not yet learned.
+
+  Attributes:
+    s: the state after the last full chunk.
+    z, source: activations and target sources of the tokens behind it; the rest is of no meaning.
+  """
+
+  s: Float[Array, "B F D"]
+  z: Float[Array, "B C F"]
+  source: Float[Array, "B C D"]
 
 
 class Mlp(nnx.Module):
@@ -96,16 +109,13 @@ class TttMlp(Mlp):
       segment_ids: documents of the packed rows, 0 for padding.
     """
     wide = accumulation_dtype(h.dtype)
-    lr = self.inner_lr(wide)
+    weights = self._weights(h.dtype)
     tokens = ("batch", "sequence", None)
     y, stats = over_shards(
       self._learn,
       self.hidden(h),
       source,
-      self.down[...].astype(h.dtype),
-      self.conv[...],
-      None if self.projection is None else self.projection[...],
-      lr,
+      *weights,
       segment_ids,
       dims=(
         tokens,
@@ -124,28 +134,173 @@ class TttMlp(Mlp):
       update_ratio=jnp.mean(updates) / norm,
       state_ratio=jnp.max(state) / norm,
       output_ratio=jnp.linalg.norm(fast) / jnp.linalg.norm(slow),
-      inner_lr=jax.lax.stop_gradient(lr),
+      inner_lr=jax.lax.stop_gradient(weights[-1]),
     )
 
   def _learn(self, z, source, w_down, conv, projection, lr, segment_ids, *, context_axis):
-    v = ntp_targets(
-      source, conv, projection, chunk_size=self.ttt.chunk_size, segment_ids=segment_ids
-    )
-    y, _, stats = inplace_ttt(
+    y, _, stats = self._fast_weight(
       z,
-      v,
+      source,
       w_down,
-      chunk_size=self.ttt.chunk_size,
-      inner_lr=lr,
+      conv,
+      projection,
+      lr,
       segment_ids=segment_ids,
-      decay=self.ttt.decay,
-      clip_norm=self.ttt.clip_norm,
       context_axis=context_axis,
-      implementation=self.ttt.implementation,
-      merge=self.ttt.merge,
-      wire_dtype=self.ttt.wire_dtype,
-      collective=self.ttt.collective,
-      state_dtype=self.state_dtype,
       return_stats=True,
     )
     return y, tuple(x[:, None] for x in stats)  # one entry per row and shard
+
+  def _fast_weight(self, z, source, w_down, conv, projection, lr, *, segment_ids=None, **how):
+    """`inplace_ttt` as the config says."""
+    ttt = self.ttt
+    v = ntp_targets(source, conv, projection, chunk_size=ttt.chunk_size, segment_ids=segment_ids)
+    return inplace_ttt(
+      z,
+      v,
+      w_down,
+      chunk_size=ttt.chunk_size,
+      inner_lr=lr,
+      segment_ids=segment_ids,
+      decay=ttt.decay,
+      clip_norm=ttt.clip_norm,
+      implementation=ttt.implementation,
+      merge=ttt.merge,
+      wire_dtype=ttt.wire_dtype,
+      collective=ttt.collective,
+      state_dtype=self.state_dtype,
+      **how,
+    )
+
+  def _weights(self, dtype: DTypeLike):
+    """What `_fast_weight` takes besides activations: W, convolution, projection, inner rate."""
+    projection = None if self.projection is None else self.projection[...]
+    lr = self.inner_lr(accumulation_dtype(dtype))
+    return self.down[...].astype(dtype), self.conv[...], projection, lr
+
+  def empty_cache(self, rows: int, dtype: DTypeLike) -> FastCache:
+    """Of rows that have read nothing."""
+    f, d = self.down.shape
+    c = self.ttt.chunk_size
+    return FastCache(
+      s=jnp.zeros((rows, f, d), self.state_dtype),
+      z=jnp.zeros((rows, c, f), dtype),
+      source=jnp.zeros((rows, c, d), dtype),
+    )
+
+  def read_token(
+    self,
+    h: Float[Array, "B 1 D"],
+    source: Float[Array, "B 1 D"],
+    cache: FastCache,
+    lengths: Int[Array, "B"],
+    counts: Int[Array, "B"],
+  ) -> tuple[Float[Array, "B 1 D"], FastCache]:
+    """The output of one token per row, which joins the row's unfinished chunk if its count is 1.
+
+    A chunk that is full thereby is learned by `learn_pending`, before the row's next token.
+    """
+    z = self.hidden(h)
+    c = cache.z.shape[1]
+    rows = jnp.arange(z.shape[0], dtype=jnp.int32)
+    place = jnp.where(counts > 0, lengths % c, c)  # out of bounds: dropped
+
+    def put(old, x):
+      return old.at[rows, place].set(x[:, 0].astype(old.dtype), mode="drop", unique_indices=True)
+
+    slow = project("btf,fd->btd", z, self.down, accumulation_dtype(h.dtype))
+    fast = matmul("btf,bfd->btd", z, cache.s.astype(z.dtype))
+    cache = cache._replace(z=put(cache.z, z), source=put(cache.source, source))
+    return (slow + fast).astype(h.dtype), cache
+
+  def learn_pending(self, cache: FastCache, row: Int[Array, ""]) -> FastCache:
+    """The cache after one row's chunk, which is full, was learned."""
+    of_row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), cache)
+    _, state = self._fast_weight(
+      of_row.z, of_row.source, *self._weights(cache.z.dtype), state=FastWeightState(of_row.s)
+    )
+    s = jax.lax.dynamic_update_slice_in_dim(cache.s, state.S.astype(cache.s.dtype), row, 0)
+    return cache._replace(s=s)
+
+  def read(
+    self,
+    h: Float[Array, "B T D"],
+    source: Float[Array, "B T D"],
+    cache: FastCache,
+    lengths: Int[Array, "B"],
+    counts: Int[Array, "B"],
+    *,
+    aligned: bool,
+  ) -> tuple[Float[Array, "B T D"], FastCache]:
+    """The output of T new tokens, of which `counts` of a row are there, and what is learned of them.
+
+    Args:
+      aligned: no row that reads has an unfinished chunk. Else the new tokens are moved behind it, which takes
+        room for another chunk.
+    """
+    z, c = self.hidden(h), self.ttt.chunk_size
+    pending = jnp.zeros_like(lengths) if aligned else lengths % c
+    if not aligned:
+      z, source = (
+        _join(old, x, pending, room=c * context_size())
+        for old, x in ((cache.z, z), (cache.source, source))
+      )
+    tokens, whole = ("batch", "sequence", None), ("batch", None, None)
+    y, s, z, source = over_shards(
+      self._read,
+      z,
+      source,
+      *self._weights(h.dtype),
+      cache.s,
+      pending + counts,
+      dims=(tokens, tokens, None, None, None, None, whole, ("batch",)),
+      out_dims=(tokens, whole, whole, whole),
+    )
+    if not aligned:
+      place = pending[:, None] + jnp.arange(h.shape[1], dtype=jnp.int32)[None]
+      y = jnp.take_along_axis(y, place[..., None], axis=1)
+    reads = (counts > 0)[:, None, None]  # other rows keep the chunk that they have begun
+    z, source = (
+      jnp.where(reads, new.astype(old.dtype), old)
+      for old, new in ((cache.z, z), (cache.source, source))
+    )
+    return y, FastCache(s, z, source)
+
+  def _read(self, z, source, w_down, conv, projection, lr, s, lengths, *, context_axis):
+    y, state = self._fast_weight(
+      z,
+      source,
+      w_down,
+      conv,
+      projection,
+      lr,
+      state=FastWeightState(s),
+      lengths=lengths,
+      context_axis=context_axis,
+    )
+    c = self.ttt.chunk_size
+    start = lengths // c * c
+    pending = (_chunk_at(x, start, c, context_axis) for x in (z, source))
+    return y, state.S, *pending
+
+
+def _join(
+  old: Float[Array, "B C N"], new: Float[Array, "B T N"], pending: Int[Array, "B"], *, room: int
+) -> Float[Array, "B L N"]:
+  """The first `pending` tokens of `old`, then all of `new`, then anything: T + room tokens."""
+  both = jnp.concatenate([old.astype(new.dtype), new], axis=1)
+  place = jnp.arange(new.shape[1] + room, dtype=jnp.int32)[None]
+  behind = old.shape[1] + place - pending[:, None]
+  index = jnp.where(place < pending[:, None], place, jnp.minimum(behind, both.shape[1] - 1))
+  return jnp.take_along_axis(both, index[..., None], axis=1)
+
+
+def _chunk_at(x, start, size, context_axis):
+  """The tokens `start` to `start + size - 1` of each row, zeros behind the row's end; on every shard."""
+  index = start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+  if context_axis is not None:
+    index -= x.shape[1] * jax.lax.axis_index(context_axis)
+  inside = (index >= 0) & (index < x.shape[1])
+  taken = jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[1] - 1)[..., None], axis=1)
+  taken = jnp.where(inside[..., None], taken, jnp.zeros_like(taken))
+  return taken if context_axis is None else jax.lax.psum(taken, context_axis)

@@ -306,6 +306,17 @@ def _cudnn(q, k, v, window, context_axis):
 _BLOCK_KERNELS = {"xla": blockwise, "splash": splash}
 
 
+def block_kernel(implementation: str | None, q, k, v):
+  """The module whose `attend` takes queries at any positions: of an implementation, or the best here.
+
+  cuDNN's kernel has positions of its own: who asks for it gets the best of the others.
+  """
+  on_tpu = jax.default_backend() == "tpu" and not _refusals_of_splash(q, k, v, None)
+  if implementation in (None, "cudnn"):
+    implementation = "splash" if on_tpu else "xla"
+  return _BLOCK_KERNELS[implementation]
+
+
 def _choose(implementation, q, k, v, window, segment_ids, context_axis) -> str:
   """The implementation named, or the first of the default backend's that can express the call."""
   refusals = partial(_refusals, q, k, v, window, segment_ids, context_axis)

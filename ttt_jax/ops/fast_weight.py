@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.ops import cost
 from ttt_jax.ops.associative import associative
@@ -78,6 +78,7 @@ def inplace_ttt(
   inner_lr: float | int | Float[Array, ""],
   state: FastWeightState | None = None,
   segment_ids: Int[Array, "*B T"] | None = None,
+  lengths: Int[Array, "*B"] | None = None,
   decay: float | int | Float[Array, ""] | None = None,
   clip_norm: float | int | None = None,
   context_axis: str | None = None,
@@ -117,6 +118,9 @@ def inplace_ttt(
     state: what an earlier call returned, to read on at a chunk boundary. It belongs to the first
       token's document. Under `context_axis` the same on every shard.
     segment_ids: documents of a packed row: neighbouring documents differ, 0 is padding.
+    lengths: how many tokens of each row of the whole sequence are there, for rows of different lengths
+      filled up behind: a chunk that is not wholly there never updates, and the state stays as it is.
+      None is all. The state returned does not say how many tokens are pending: that differs by row.
     decay: the state's factor per chunk, in (0, 1]; differentiable when an array; None is 1.
     clip_norm: a chunk's update of larger Frobenius norm is rescaled to this one; None is no clip.
     context_axis: the mesh axis of the enclosing `jax.shard_map` along which T is cut into contiguous
@@ -144,9 +148,11 @@ def inplace_ttt(
   Raises:
     ValueError: shapes or dtypes that disagree, values out of range, an unbound axis, shards that do not
       hold whole chunks, a state from the middle of a chunk, unknown names.
-    NotImplementedError: `merge=True` with an implementation that has no `W + S` to read.
+    NotImplementedError: `merge=True` with an implementation that has no `W + S` to read; `lengths` with
+      a decay that is traced.
   """
   _check_arguments(z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis)
+  _check_lengths(lengths, z.shape[:-2], decay)
   *lead, t, f = z.shape
   d = v.shape[-1]
   b = math.prod(lead)
@@ -174,7 +180,9 @@ def inplace_ttt(
   )
   implementation, merge = _choose(implementation, merge, work, dtype)
 
-  axes = varying_axes(z, v, w_down, *_arrays(inner_lr, decay, segment_ids, state and state.S))
+  axes = varying_axes(
+    z, v, w_down, *_arrays(inner_lr, decay, segment_ids, lengths, state and state.S)
+  )
   for axis in (context_axis, tensor_axis):
     axes |= {axis} if axis is not None and is_checked(axis) else set()
 
@@ -202,6 +210,10 @@ def inplace_ttt(
   v_full = v[:, : n * chunk_size].reshape(b, n, chunk_size, d)
   if facts is not None:
     v_full = _where(facts.writes, v_full)
+  if lengths is not None:
+    whole = _whole_chunks(localized(lengths, jnp.int32).reshape(b), n, chunk_size, context_axis)
+    v_full = _where(jnp.broadcast_to(whole[..., None], (b, n, chunk_size)), v_full)
+    keep = None if keep is None else jnp.where(whole, keep, 1)
   chunks = Chunks(
     z=z[:, : n * chunk_size].reshape(b, n, chunk_size, f),
     v=v_full,
@@ -230,7 +242,7 @@ def inplace_ttt(
 
   if context_axis is not None:
     s = last_shard(s, context_axis)
-  state = FastWeightState(S=s.reshape(*lead, f, d), pending=tail)
+  state = FastWeightState(S=s.reshape(*lead, f, d), pending=tail if lengths is None else 0)
   y = y.reshape(*lead, t, d)
   if stats is None:
     return y, state
@@ -254,6 +266,13 @@ def _read_chunks(chunks, options, w, facts, implementation, merge):
     z = chunks.z.reshape(b, n * c, -1)
     slow = matmul("btf,fd->btd", z, w.astype(dtype))
   return (slow + reads.reshape(b, n * c, d)).astype(dtype), s
+
+
+def _whole_chunks(lengths, n, chunk_size, context_axis) -> Bool[Array, "B N"]:
+  """Which of this device's chunks lie wholly among their row's `lengths` tokens."""
+  first = 0 if context_axis is None else n * jax.lax.axis_index(context_axis)
+  ends = (first + 1 + jnp.arange(n, dtype=jnp.int32)) * chunk_size
+  return ends[None] <= lengths[:, None]
 
 
 def _where(mask, x):
@@ -356,6 +375,17 @@ def _check_arguments(
         f"chunk_size={chunk_size} does not divide the {t} tokens of a shard ({shards} shards over "
         f"{context_axis!r}, {t * shards} tokens): shards hold whole chunks"
       )
+
+
+def _check_lengths(lengths, lead, decay) -> None:
+  if lengths is None:
+    return
+  if lengths.shape != lead or not jnp.issubdtype(lengths.dtype, jnp.integer):
+    raise ValueError(
+      f"lengths has shape {lengths.shape} and dtype {lengths.dtype}, expected integers {lead}: one a row"
+    )
+  if isinstance(decay, jax.Array):
+    raise NotImplementedError("lengths with a decay that is an array: pass decay as a Python float")
 
 
 def _check_state(state, shape, dtype, context_axis) -> None:

@@ -1,0 +1,399 @@
+"""Generation in batches: prompts are read in segments, then one token per row and step.
+
+Rows have prompts of different lengths, fast weights and chunks of their own. Two programs do the work,
+`_read` for a segment and `_write` for a run of steps; a third, `_learn`, runs when a row's chunk is full.
+"""
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int
+
+from ttt_jax.generation.sampling import check_sampling, sample
+from ttt_jax.generation.state import NOTHING, GenerationState, fingerprint, grow, place
+from ttt_jax.nn.transformer import Cache, Transformer
+from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.sharding import context_size
+
+_SEGMENT = 2048  # tokens of a row read at once, at least one chunk on every shard
+_SHORTEST_SEGMENT = 16
+_ROOM = 256  # slots are made in multiples, so that programs are compiled for few sizes
+_STEPS = 16  # tokens made between two looks of the host
+
+
+@dataclass(frozen=True)
+class Generation:
+  """What `generate` returns.
+
+  Attributes:
+    tokens: prompts and what follows; rows that are shorter end with -1.
+    prompt_lengths, lengths: tokens of each row: given, and in all.
+    state: to go on from.
+    read_seconds, write_seconds: for the prompts, and for the new tokens; both with compilation, if any.
+  """
+
+  tokens: Int[np.ndarray, "B T"]
+  prompt_lengths: Int[np.ndarray, "B"]
+  lengths: Int[np.ndarray, "B"]
+  state: GenerationState
+  read_seconds: float
+  write_seconds: float
+
+  @property
+  def new_tokens(self) -> list[np.ndarray]:
+    """What was made for each row."""
+    return [
+      row[start:end] for row, start, end in zip(self.tokens, self.prompt_lengths, self.lengths)
+    ]
+
+
+def generate(
+  model: Transformer,
+  tokens: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  temperature: float = 0.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  seed: int = 0,
+  stop: Sequence[int] | None = None,
+  state: GenerationState | None = None,
+  update: bool = True,
+) -> Generation:
+  """Continues every row; its fast weights learn along the prompt and along what it writes.
+
+  A row's chunks are counted from its first token, over prompt and new tokens, and over what earlier calls
+  read into `state`. A chunk is learned when it is full; its own tokens are read with the weights before.
+  Runs on the devices that hold the model, prompts split over the mesh's `context` axis, rows over `data`
+  and `fsdp`.
+
+  Args:
+    tokens: prompts, `[B, T]` or lists of different lengths. With a state, what follows it: may be empty.
+    max_new_tokens: for each row.
+    temperature: 0 takes the likeliest token.
+    top_k, top_p: draw from the `top_k` likeliest tokens, and of these from the fewest whose probabilities
+      sum to at least `top_p`.
+    seed: of the draws. A row's draws do not depend on the other rows, nor on interruptions.
+    stop: tokens after which a row ends; None for the model's own, () for none.
+    state: what an earlier call returned, with as many rows; it stays usable.
+    update: False keeps the fast weights as they are.
+
+  Raises:
+    ValueError: an empty prompt, a token out of the vocabulary, a value out of range, another model's
+      state.
+
+  Example:
+      result = ttt_jax.generate(model, [[5, 7, 9], [4]], max_new_tokens=20)
+      result.new_tokens[0]; result.state.save("state.safetensors")
+  """
+  stream = Stream(
+    model,
+    tokens,
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    seed=seed,
+    stop=stop,
+    state=state,
+    update=update,
+  )
+  for _ in stream:
+    pass
+  return stream.result()
+
+
+class Stream:
+  """`generate` as an iterator: yields, for each row, the tokens made since the last time.
+
+  Reads the prompts when it is made. `result()` may be called at any time and says where things stand.
+  """
+
+  def __init__(
+    self,
+    model: Transformer,
+    tokens: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: Sequence[int] | None = None,
+    state: GenerationState | None = None,
+    update: bool = True,
+  ):
+    if max_new_tokens < 0:
+      raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
+    check_sampling(temperature, top_k, top_p)
+    self._fingerprint = fingerprint(model)
+    if state is not None and state.model != self._fingerprint:
+      raise ValueError(
+        f"state belongs to another model: fingerprint {state.model}, this one's is {self._fingerprint}"
+      )
+    self._prompts = _prompts(tokens, model.model.vocab_size, state)
+    _check_positions(model, self._prompts, max_new_tokens, state)
+    self._model = model
+    self._mesh = _mesh_of(model)
+    self._chunk = model.ttt.chunk_size if model.ttt.layers and update else None
+    self._left = max_new_tokens
+    self._written: list[list[int]] = [[] for _ in self._prompts]
+    self._how = {
+      "seed": jnp.int32(seed),
+      "temperature": jnp.float32(temperature),
+      "top_k": top_k,
+      "top_p": top_p,
+      "stop": model.model.eos_ids if stop is None else tuple(stop),
+    }
+    started = time.perf_counter()
+    with self._devices():
+      self._start(state, max_new_tokens, update)
+      self._read_prompts()
+    self._read_seconds = time.perf_counter() - started
+    self._write_seconds = 0.0
+
+  def __iter__(self) -> Iterator[list[list[int]]]:
+    return self
+
+  def __next__(self) -> list[list[int]]:
+    if not self._left or not self._active.any():
+      raise StopIteration
+    started = time.perf_counter()
+    with self._devices():
+      made = self._write()
+    self._write_seconds += time.perf_counter() - started
+    for row, tokens in zip(self._written, made):
+      row.extend(tokens)
+    return made
+
+  def result(self) -> Generation:
+    """The tokens so far, and a state that later steps leave alone."""
+    rows = [[*prompt, *written] for prompt, written in zip(self._prompts, self._written)]
+    lengths = np.array([len(row) for row in rows], np.int64)
+    tokens = np.full((len(rows), lengths.max()), NOTHING, np.int32)
+    for row, filled in zip(rows, tokens):
+      filled[: len(row)] = row
+    kept = jax.tree.map(lambda x: jnp.copy(x[: len(rows)]), (self._cache, self._logits))
+    return Generation(
+      tokens=tokens,
+      prompt_lengths=np.array([len(prompt) for prompt in self._prompts], np.int64),
+      lengths=lengths,
+      state=GenerationState(*kept, self._fingerprint),
+      read_seconds=self._read_seconds,
+      write_seconds=self._write_seconds,
+    )
+
+  def _devices(self):
+    return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+  def _start(self, state: GenerationState | None, max_new_tokens: int, update: bool) -> None:
+    """Places a cache with room for all that will be read."""
+    real = len(self._prompts)
+    rows = real + -real % _row_shards(self._mesh)  # rows of nothing fill up
+    vocabulary = self._model.model.vocab_size
+    if state is None:
+      cache = self._model.empty_cache(rows, 0, update=update)
+      logits = jnp.zeros((rows, vocabulary), accumulation_dtype(self._model.model.dtype))
+    else:
+      cache, logits = jax.tree.map(lambda x: _pad_rows(x, rows), (state.cache, state.logits))
+    self._lengths = np.asarray(cache.lengths).astype(np.int64)
+    self._active = np.arange(rows) < real
+    new = [len(prompt) + max_new_tokens for prompt in self._prompts]
+    most = int(np.max(self._lengths[:real] + new))
+    cache = grow(cache, self._model, -(-most // _ROOM) * _ROOM)
+    self._cache, self._logits = place((cache, logits), self._mesh)
+
+  def _read_prompts(self) -> None:
+    rest = [list(prompt) for prompt in self._prompts]
+    rest += [[] for _ in range(len(self._active) - len(rest))]
+    while any(rest):
+      begun = self._lengths % self._chunk if self._chunk else np.zeros_like(self._lengths)
+      length = _segment_length([len(prompt) for prompt in rest], begun, self._chunk or 1)
+      # All rows end at a chunk's end, or at their own.
+      counts = np.minimum([len(prompt) for prompt in rest], np.maximum(length - begun, 0))
+      tokens = np.zeros((len(rest), length), np.int32)
+      for row, count in enumerate(counts):
+        tokens[row, :count] = rest[row][:count]
+        del rest[row][:count]
+      self._logits, self._cache = _read(
+        self._model,
+        tokens,
+        self._logits,
+        self._cache,
+        counts.astype(np.int32),
+        aligned=not np.any(begun[counts > 0]),
+      )
+      self._lengths += counts
+    jax.block_until_ready(self._logits)
+
+  def _write(self) -> list[list[int]]:
+    """Makes tokens until some are to be shown, a row's chunk is full, or all rows have ended."""
+    steps = min(_STEPS, self._left)
+    made, active, self._logits, self._cache = _write(
+      self._model,
+      self._logits,
+      self._cache,
+      self._active,
+      np.int32(steps),
+      chunk_size=self._chunk,
+      **self._how,
+    )
+    made = np.asarray(made)
+    made = made[:, : np.max(np.sum(made != NOTHING, axis=1))]
+    counts = np.sum(made != NOTHING, axis=1)
+    self._left -= made.shape[1]
+    self._lengths += counts
+    self._active = np.asarray(active)
+    if self._chunk:
+      for row in np.flatnonzero((counts > 0) & (self._lengths % self._chunk == 0)):
+        self._cache = _learn(self._model, self._cache, np.int32(row))
+    return [row[row != NOTHING].tolist() for row in made[: len(self._prompts)]]
+
+
+@partial(jax.jit, static_argnames="aligned", donate_argnames=("logits", "cache"))
+def _read(
+  model: Transformer,
+  tokens: Int[Array, "B T"],
+  logits: Float[Array, "B V"],
+  cache: Cache,
+  counts: Int[Array, "B"],
+  *,
+  aligned: bool,
+) -> tuple[Float[Array, "B V"], Cache]:
+  """Reads a segment; rows without new tokens keep their logits."""
+  new, cache = model.read(tokens, cache, counts, aligned=aligned)
+  return jnp.where((counts > 0)[:, None], new, logits), cache
+
+
+@partial(
+  jax.jit,
+  static_argnames=("chunk_size", "top_k", "top_p", "stop"),
+  donate_argnames=("logits", "cache"),
+)
+def _write(
+  model: Transformer,
+  logits: Float[Array, "B V"],
+  cache: Cache,
+  active: Bool[Array, "B"],
+  limit: Int[Array, ""],
+  *,
+  seed: Int[Array, ""],
+  temperature: Float[Array, ""],
+  chunk_size: int | None,
+  top_k: int | None,
+  top_p: float | None,
+  stop: tuple[int, ...],
+) -> tuple[Int[Array, "B steps"], Bool[Array, "B"], Float[Array, "B V"], Cache]:
+  """Draws a token for every active row and reads it, up to `limit` times.
+
+  Ends earlier when all rows have ended, or when a chunk is full and has to be learned.
+
+  Returns:
+    The tokens (-1 where a row made none), the rows that go on, and where they stand.
+  """
+  ends = jnp.asarray(stop, jnp.int32)
+
+  def goes_on(carry):
+    step, active, full, *_ = carry
+    return (step < limit) & jnp.any(active) & ~full
+
+  def make(carry):
+    step, active, _, made, logits, cache = carry
+    token = sample(logits, seed, cache.lengths, temperature, top_k=top_k, top_p=top_p)
+    new, cache = model.read(jnp.where(active, token, 0)[:, None], cache, active.astype(jnp.int32))
+    logits = jnp.where(active[:, None], new, logits)
+    made = made.at[:, step].set(jnp.where(active, token, NOTHING))
+    full = jnp.zeros((), bool)
+    if chunk_size is not None:
+      full = jnp.any(active & (cache.lengths % chunk_size == 0))
+    if stop:
+      active &= jnp.all(token[:, None] != ends[None], axis=1)
+    return step + 1, active, full, made, logits, cache
+
+  made = jnp.full((logits.shape[0], _STEPS), NOTHING, jnp.int32)
+  start = (jnp.int32(0), active, jnp.zeros((), bool), made, logits, cache)
+  _, active, _, made, logits, cache = jax.lax.while_loop(goes_on, make, start)
+  return made, active, logits, cache
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _learn(model: Transformer, cache: Cache, row: Int[Array, ""]) -> Cache:
+  return model.learn_pending(cache, row)
+
+
+def _segment_length(left: list[int], begun: Int[np.ndarray, "B"], chunk_size: int) -> int:
+  """How many tokens to read next: a whole segment, or one of few sizes that holds all that is left.
+
+  Args:
+    left: tokens of each row.
+    begun: tokens of each row's unfinished chunk.
+  """
+  shards = context_size()
+  unit = chunk_size * shards
+  segment = -(-_SEGMENT // unit) * unit
+  if max(n + b for n, b in zip(left, begun)) >= segment:
+    return segment
+  short = max(_SHORTEST_SEGMENT, 1 << (max(left) - 1).bit_length())
+  return min(segment, short if shards == 1 else -(-short // unit) * unit)
+
+
+def _prompts(tokens, vocab_size: int, state: GenerationState | None) -> list[list[int]]:
+  """The prompts as lists; raises ValueError for what cannot be read."""
+  if isinstance(tokens, (jax.Array, np.ndarray)):
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+      raise ValueError(
+        f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, expected integers [B, T]"
+      )
+    tokens = np.asarray(tokens).tolist()
+  prompts = [list(map(int, prompt)) for prompt in tokens]
+  if not prompts:
+    raise ValueError("tokens has no rows: give at least one prompt")
+  if state is not None and len(prompts) != len(state.cache.lengths):
+    raise ValueError(f"tokens has {len(prompts)} rows, the state {len(state.cache.lengths)}")
+  for row, prompt in enumerate(prompts):
+    if not prompt and (state is None or not state.cache.lengths[row]):
+      raise ValueError(
+        f"prompt {row} is empty: give at least one token, the model's bos for instance"
+      )
+    for token in prompt:
+      if not 0 <= token < vocab_size:
+        raise ValueError(
+          f"prompt {row} holds token {token}, the model has 0 to {vocab_size - 1}: is it another "
+          "model's tokenizer?"
+        )
+  return prompts
+
+
+def _check_positions(model, prompts, max_new_tokens, state) -> None:
+  read = [0] * len(prompts) if state is None else np.asarray(state.cache.lengths).tolist()
+  longest = max(n + len(prompt) for n, prompt in zip(read, prompts)) + max_new_tokens
+  limit = model.model.max_positions
+  if limit is not None and longest > limit:
+    warnings.warn(
+      f"{longest} tokens are more than the model's max_positions={limit}: its attention was not trained "
+      "there; its fast weights read on",
+      stacklevel=4,
+    )
+
+
+def _mesh_of(model: Transformer) -> Mesh | None:
+  """The mesh that a model lies on; None for a single device."""
+  where = model.embed.table[...].sharding
+  return where.mesh if isinstance(where, NamedSharding) and where.mesh.size > 1 else None
+
+
+def _row_shards(mesh: Mesh | None) -> int:
+  """How many parts rows are split into."""
+  return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _pad_rows(x: Array, rows: int) -> Array:
+  return jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))

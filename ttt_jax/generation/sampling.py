@@ -1,0 +1,52 @@
+"""Which token comes next, given the logits."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+  """Raises ValueError for a value out of range."""
+  if not 0 <= temperature < float("inf"):
+    raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
+  if top_k is not None and top_k < 1:
+    raise ValueError(f"top_k={top_k} must be at least 1; None for all tokens")
+  if top_p is not None and not 0 < top_p <= 1:
+    raise ValueError(f"top_p={top_p} must be in (0, 1]; None for all tokens")
+
+
+def sample(
+  logits: Float[Array, "B V"],
+  seed: Int[Array, ""],
+  position: Int[Array, "B"],
+  temperature: Float[Array, ""],
+  *,
+  top_k: int | None,
+  top_p: float | None,
+) -> Int[Array, "B"]:
+  """A token per row from `softmax(logits / temperature)`, or the likeliest at temperature 0.
+
+  Only the `top_k` likeliest tokens are drawn from, and of these the fewest whose probabilities sum to at
+  least `top_p`. What a row draws depends on the seed, its index and the position of the token alone: not
+  on the rows beside it, nor on where a text was interrupted.
+  """
+  likeliest = jnp.argmax(logits, axis=-1)
+
+  def draw(_):
+    k = logits.shape[1] if top_k is None else min(top_k, logits.shape[1])
+    scaled, token = jax.lax.top_k(logits / temperature, k)
+    if top_p is not None:
+      p = jax.nn.softmax(scaled, axis=-1)
+      before = jnp.cumsum(p, axis=-1) - p
+      scaled = jnp.where(before < top_p, scaled, -jnp.inf)
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
+
+    def of_row(row, position, scaled):
+      key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
+      return jax.random.categorical(key, scaled)
+
+    place = jax.vmap(of_row)(rows, position, scaled)
+    return jnp.take_along_axis(token, place[:, None], axis=1)[:, 0]
+
+  chosen = jax.lax.cond(temperature > 0, draw, lambda _: likeliest.astype(jnp.int32), None)
+  return chosen.astype(jnp.int32)

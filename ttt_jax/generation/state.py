@@ -1,0 +1,172 @@
+"""What generation leaves behind, to read and write on: in memory, and in a file."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+from ttt_jax.nn.transformer import Cache, Transformer
+from ttt_jax.sharding import sharding
+
+_FORMAT = "ttt_jax generation state 1"
+NOTHING = -1  # in place of a token
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationState:
+  """Where every row of a generation stands.
+
+  Attributes:
+    cache: fast weights, unfinished chunks, keys and values; `cache.lengths` tokens of a row were read.
+    logits: of each row's next token; of no meaning where nothing was read.
+    model: a fingerprint of the model, whose parameters give the cache its meaning.
+  """
+
+  cache: Cache
+  logits: Float[Array, "B V"]
+  model: str
+
+  def fast_weights_only(self) -> "GenerationState":
+    """What was learned, without the text: no keys and values, positions from 0.
+
+    The tokens behind the last full chunk were never learned, and are gone.
+    """
+    layers = tuple(
+      layer._replace(
+        attention=jax.tree.map(lambda x: x[:, :0], layer.attention),
+        fast=None
+        if layer.fast is None
+        else layer.fast._replace(
+          z=jnp.zeros_like(layer.fast.z), source=jnp.zeros_like(layer.fast.source)
+        ),
+      )
+      for layer in self.cache.layers
+    )
+    return GenerationState(
+      cache=Cache(jnp.zeros_like(self.cache.lengths), layers),
+      logits=jnp.zeros_like(self.logits),
+      model=self.model,
+    )
+
+  def save(self, path: str | Path) -> None:
+    """Writes the state to a safetensors file; one that is there is replaced only by a whole one.
+
+    Slots for tokens that were not read yet are left out.
+    """
+    path = Path(path)
+    longest = int(jnp.max(self.cache.lengths, initial=0))
+    layers = tuple(
+      layer._replace(attention=jax.tree.map(lambda x: x[:, :longest], layer.attention))
+      for layer in self.cache.layers
+    )
+    arrays = _named(Cache(self.cache.lengths, layers)) | {"logits": self.logits}
+    metadata = {"format": _FORMAT, "model": self.model}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
+      written = Path(directory) / "state"
+      save_file(
+        {name: jax.device_put(x, jax.devices()[0]) for name, x in arrays.items()}, written, metadata
+      )
+      os.replace(written, path)
+
+
+def load_state(path: str | Path, model: Transformer) -> GenerationState:
+  """A state that was saved, on the model's devices: the mesh may be another one.
+
+  Raises:
+    ValueError: no such file, not a state, or one of another model.
+  """
+  path = Path(path)
+  if not path.is_file():
+    raise ValueError(f"state {str(path)!r} is not there")
+  try:
+    with safe_open(path, framework="flax") as file:
+      metadata = file.metadata() or {}
+      arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+  except SafetensorError as error:
+    raise ValueError(
+      f"state {str(path)!r} cannot be read, it is cut off or no state: {error}"
+    ) from error
+  if metadata.get("format") != _FORMAT:
+    raise ValueError(f"{str(path)!r} is no saved state of ttt_jax: write one with state.save(path)")
+  state_of = metadata["model"]
+  if state_of != fingerprint(model):
+    raise ValueError(
+      f"state {str(path)!r} belongs to another model (fingerprint {state_of}, this one's is "
+      f"{fingerprint(model)}): its keys, values and fast weights mean nothing here"
+    )
+  logits = arrays.pop("logits")
+  rows = logits.shape[0]
+  update = any(".fast." in name for name in arrays)
+  like = jax.eval_shape(lambda: model.empty_cache(rows, 1, update=update))
+  leaves = [arrays[name] for name in _named(like)]
+  cache = jax.tree.unflatten(jax.tree.structure(like), leaves)
+  return GenerationState(cache, logits, state_of)
+
+
+def fingerprint(model: Transformer) -> str:
+  """A number that tells models apart: of their configs and of every bit of their parameters.
+
+  Sums of integers do not depend on the mesh.
+  """
+  sums = {name: int(x) for name, x in _named(_bit_sums(model)).items()}
+  configs = [dataclasses.asdict(c) for c in (model.model, model.attention, model.ttt)]
+  for config, computed in zip(configs, _HOW_COMPUTED):
+    for name in computed:
+      config.pop(name, None)
+  text = json.dumps([configs, sums], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Fields of the three configs that change how numbers are computed, not which.
+_HOW_COMPUTED = (
+  ("remat",),
+  ("implementation", "balance"),
+  ("implementation", "merge", "collective", "wire_dtype"),
+)
+
+
+@jax.jit
+def _bit_sums(model: Transformer) -> Any:
+  def bit_sum(x):
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(4, x.dtype.itemsize)}"))
+    weights = jnp.arange(1, bits.size + 1, dtype=jnp.uint32).reshape(bits.shape)  # order matters
+    return jnp.sum(bits.astype(jnp.uint32) * weights, dtype=jnp.uint32)
+
+  return jax.tree.map(bit_sum, model)
+
+
+def _named(tree: Any) -> dict[str, Array]:
+  leaves, _ = jax.tree.flatten_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def place(tree: Any, mesh: Mesh | None) -> Any:
+  """A cache's arrays, rows split over the mesh; copies, so that they can be donated."""
+  if mesh is None:
+    return jax.tree.map(jnp.copy, tree)
+  return jax.device_put(jax.tree.map(jnp.copy, tree), sharding(mesh, "batch"))
+
+
+def grow(cache: Cache, model: Transformer, capacity: int) -> Cache:
+  """The cache with slots for rows of `capacity` tokens."""
+  like = jax.eval_shape(lambda: model.empty_cache(cache.lengths.shape[0], capacity))
+
+  def fill(x, target):
+    missing = target.shape[1] - x.shape[1]
+    return jnp.pad(x, [(0, 0), (0, max(0, missing)), (0, 0), (0, 0)])
+
+  layers = tuple(
+    layer._replace(attention=jax.tree.map(fill, layer.attention, wanted.attention))
+    for layer, wanted in zip(cache.layers, like.layers)
+  )
+  return cache._replace(layers=layers)
