@@ -173,8 +173,8 @@ def _sequential_fwd(chunks, base, options):
     s = learn(i - 1, s)
     return s, read(i, s, y)
 
-  # The loop ends with a read: its y is the output, and what no chunk here reads is learned outside, which
-  # costs nothing when the outgoing state is not used. The shard's total, where there is one, has it already.
+  # The loop ends with a read: its y is the output. What no chunk here reads is learned outside, which costs
+  # nothing when the outgoing state is not used; the shard's total, where there is one, has it already.
   y = _zeros(v.shape, accumulation_dtype(z.dtype) if base is None else z.dtype, z)
   with jax.named_scope("chunks"):
     s, y = lax.fori_loop(1, n, body, (s, read(0, s, y)))
