@@ -38,6 +38,26 @@ def test_memory_does_not_grow_with_the_number_of_chunks(merge):
   assert many < 1.15 * few
 
 
+def test_a_million_tokens_take_the_memory_of_a_few_states():
+  """Beside inputs and outputs: values and gradients are written where they stay."""
+  d, f = 256, 768
+
+  def values_and_gradients(z, v, w, cotangent):
+    def read(z, v, w):
+      return inplace_ttt(z, v, w, chunk_size=1024, inner_lr=1e-3, implementation="sequential")[0]
+
+    y, transpose = jax.vjp(read, z, v, w)
+    return y, transpose(cotangent)
+
+  def temp_bytes(t):
+    shapes = [(t, f), (t, d), (f, d), (t, d)]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    compiled = jax.jit(values_and_gradients).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temp_bytes(1 << 20) == temp_bytes(1 << 16) < 24 * (f * d * 4)
+
+
 def test_the_measure_does_measure():
   few, many = (_temp_bytes(chunks, implementation="associative") for chunks in (8, 64))
   assert many > 1.5 * few

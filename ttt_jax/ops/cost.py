@@ -61,8 +61,8 @@ DEVICES = {
            "NVIDIA H100 datasheet, SXM"),
     Device("h200", "NVIDIA H200", 989e12, 495e12, 4.8e12, 900e9 / 2, 10e-6, False, False,
            "NVIDIA H200 datasheet, SXM"),
-    Device("cpu", "cpu", 1.5e11, 1.5e11, 2e10, 5e9, 100e-6, False, False,
-           "two cores of an AMD EPYC, measured"),
+    Device("cpu", "cpu", 1.5e11, 1.5e11, 2e10, 8e8, 500e-6, False, False,
+           "two cores of an AMD EPYC as 8 devices, measured"),
   )
 }
 # fmt: on

@@ -165,21 +165,20 @@ def _sequential_fwd(chunks, base, options):
   def read(i, s, y):
     return _put(y, _reader(base, i).through("bcf,bfd->bcd", _at(z, i), s), i)
 
-  def step(i, s):
+  def learn(i, s):
     return _follow(_at(factors, i), _update(_at(z, i), _at(v, i), lr, options), s)
 
   def body(i, carry):
     s, y = carry
-    y = read(i, s, y)  # before the update: strictly causal
-    return step(i, s), y
+    s = learn(i - 1, s)
+    return s, read(i, s, y)
 
+  # The loop ends with a read: its y is the output. What no chunk here reads is learned outside, which costs
+  # nothing when the outgoing state is not used; the shard's total, where there is one, has it already.
   y = _zeros(v.shape, accumulation_dtype(z.dtype) if base is None else z.dtype, z)
   with jax.named_scope("chunks"):
-    s, y = lax.fori_loop(0, n - 1, body, (s, y))
-    y = read(n - 1, s, y)
-  # Nobody here reads after the last update. It is outside of the loop, so that it costs nothing when the
-  # outgoing state is not used, and the shard's total, where there is one, has it already.
-  s_end = step(n - 1, s) if total is None else _follow(total.keep, total.delta, s_in)
+    s, y = lax.fori_loop(1, n, body, (s, read(0, s, y)))
+  s_end = learn(n - 1, s) if total is None else _follow(total.keep, total.delta, s_in)
   return (y, s_end), (chunks._replace(s_in=s_in), base)
 
 
@@ -221,46 +220,58 @@ def _sequential_bwd(options, saved, cotangents):
     suffix = exchange(Update(through, _follow(through, own, g_out)), options.exchange, True)
     g_out = g_out + suffix.delta
 
-  def forwards(i, carry):
-    s, tangent, dz, d_decay = carry
-    z_i, d_i, reader = _at(z, i), _at(d_y, i), _reader(base, i)
-    dz = _put(dz, reader.through("bcd,bfd->bcf", d_i, s), i)
+  def advance(i, s, tangent):
+    """From S_i and its tangent to those of i + 1."""
+    f = _at(factors, i)
+    if decay is not None:
+      tangent = _follow(f, s if keep is None else scale(_at(keep, i), s), tangent)
+    return _follow(f, _update(_at(z, i), _at(v, i), lr, options), s), tangent
+
+  def through_read(i, s, tangent, dz, d_decay):
+    d_i = _at(d_y, i)
+    dz = _put(dz, _reader(base, i).through("bcd,bfd->bcf", d_i, s), i)
     if decay is not None:
       d_i = d_i if reads is None else jnp.where(_at(reads, i)[..., None], d_i, jnp.zeros_like(d_i))
-      along = matmul("bcf,bfd->bcd", z_i, tangent.astype(z.dtype))
+      along = matmul("bcf,bfd->bcd", _at(z, i), tangent.astype(z.dtype))
       d_decay += jnp.sum(along * d_i.astype(wide))
-      tangent = _follow(_at(factors, i), s if keep is None else scale(_at(keep, i), s), tangent)
-    s = _follow(_at(factors, i), _update(z_i, _at(v, i), lr, options), s)
     return s, tangent, dz, d_decay
 
+  def forwards(i, carry):
+    s, tangent, dz, d_decay = carry
+    return through_read(i, *advance(i - 1, s, tangent), dz, d_decay)
+
   tangent = None if decay is None else jnp.zeros_like(s_in)
-  carry = (s_in, tangent, jnp.zeros_like(z), jnp.zeros_like(lr))
   with jax.named_scope("chunks_forwards"):
-    carry = lax.fori_loop(0, n - 1, forwards, carry)
-    _, tangent, dz, d_decay = forwards(n - 1, carry)
+    carry = through_read(0, s_in, tangent, jnp.zeros_like(z), jnp.zeros_like(lr))
+    s, tangent, dz, d_decay = lax.fori_loop(1, n, forwards, carry)
   if decay is not None:
+    tangent = advance(n - 1, s, tangent)[1]
     d_decay = (d_decay.astype(decay.dtype) + jnp.sum(tangent * g_out)).astype(decay.dtype)
 
-  def backwards(j, carry):
-    i = n - 1 - j
-    g, dw, dz, dv, d_lr = carry
+  def retreat(i, g, dw):
+    """From G_{i+1} to G_i, and what chunk i adds to dW."""
+    own, all_tokens = _reader(base, i).outer(_at(z, i), _at(d_y, i))
+    g = _follow(_at(factors, i), own.astype(g.dtype), g)
+    return g, dw if dw is None else dw + jnp.sum(all_tokens, axis=0)
+
+  def through_update(i, g, dw, dz, dv, d_lr):
     z_i, v_i = _at(z, i), _at(v, i)
     du = _through_clip(g, z_i, v_i, lr, options).astype(z.dtype)
     z_du = matmul("bcf,bfd->bcd", z_i, du)
     d_lr += jnp.sum(z_du * v_i.astype(wide))
-    dv = _put(dv, lr * z_du, i)
     dz_i = _at(dz, i).astype(wide) + lr * matmul("bcd,bfd->bcf", v_i, du)
-    own, all_tokens = _reader(base, i).outer(z_i, _at(d_y, i))
-    g = _follow(_at(factors, i), own.astype(g.dtype), g)
-    if dw is not None:
-      dw += jnp.sum(all_tokens, axis=0)
-    return g, dw, _put(dz, dz_i, i), dv, d_lr
+    return g, dw, _put(dz, dz_i, i), _put(dv, lr * z_du, i), d_lr
+
+  def backwards(j, carry):
+    i = n - 1 - j
+    g, dw, dz, dv, d_lr = carry
+    return through_update(i, *retreat(i + 1, g, dw), dz, dv, d_lr)
 
   dw = None if base is None or dw_is_g else _zeros(base.w.shape, wide, z)
-  carry = (g_out, dw, dz, jnp.zeros_like(v), jnp.zeros_like(lr))
   with jax.named_scope("chunks_backwards"):
-    carry = lax.fori_loop(0, n - 1, backwards, carry)
-    g_in, dw, dz, dv, d_lr = backwards(n - 1, carry)
+    carry = through_update(n - 1, g_out, dw, dz, jnp.zeros_like(v), jnp.zeros_like(lr))
+    g, dw, dz, dv, d_lr = lax.fori_loop(1, n, backwards, carry)
+    g_in, dw = retreat(0, g, dw)
   if base is not None and dw_is_g:
     dw = jnp.sum(g_in - g_out if options.exchange is None else own, axis=0)
   if options.exchange is not None:
