@@ -14,12 +14,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from ttt_jax.generation.reader import Cache, Reader
 from ttt_jax.generation.sampling import check_sampling, sample
-from ttt_jax.generation.state import NOTHING, GenerationState, fingerprint, grow, place
-from ttt_jax.nn.transformer import Cache, Transformer
+from ttt_jax.generation.state import NOTHING, GenerationState, check_model, grow, place
+from ttt_jax.nn.transformer import Transformer
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.sharding import context_size
 
@@ -56,7 +57,7 @@ class Generation:
 
 
 def generate(
-  model: Transformer,
+  model: Transformer | Reader,
   tokens: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int]],
   *,
   max_new_tokens: int,
@@ -119,7 +120,7 @@ class Stream:
 
   def __init__(
     self,
-    model: Transformer,
+    model: Transformer | Reader,
     tokens: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -134,15 +135,13 @@ class Stream:
     if max_new_tokens < 0:
       raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
     check_sampling(temperature, top_k, top_p)
-    self._fingerprint = fingerprint(model)
-    if state is not None and state.model != self._fingerprint:
-      raise ValueError(
-        f"state belongs to another model: fingerprint {state.model}, this one's is {self._fingerprint}"
-      )
+    self._reader = model = Reader.of(model)
+    self._fingerprint = model.fingerprint()
+    if state is not None:
+      check_model(state.model, self._fingerprint)
     self._prompts = _prompts(tokens, model.model.vocab_size, state)
     _check_positions(model, self._prompts, max_new_tokens, state)
-    self._model = model
-    self._mesh = _mesh_of(model)
+    self._mesh = model.mesh()
     self._chunk = model.ttt.chunk_size if model.ttt.layers and update else None
     self._left = max_new_tokens
     self._written: list[list[int]] = [[] for _ in self._prompts]
@@ -198,17 +197,17 @@ class Stream:
     """Places a cache with room for all that will be read."""
     real = len(self._prompts)
     rows = real + -real % _row_shards(self._mesh)  # rows of nothing fill up
-    vocabulary = self._model.model.vocab_size
+    vocabulary = self._reader.model.vocab_size
     if state is None:
-      cache = self._model.empty_cache(rows, 0, update=update)
-      logits = jnp.zeros((rows, vocabulary), accumulation_dtype(self._model.model.dtype))
+      cache = self._reader.empty_cache(rows, 0, update=update)
+      logits = jnp.zeros((rows, vocabulary), accumulation_dtype(self._reader.model.dtype))
     else:
       cache, logits = jax.tree.map(lambda x: _pad_rows(x, rows), (state.cache, state.logits))
     self._lengths = np.asarray(cache.lengths).astype(np.int64)
     self._active = np.arange(rows) < real
     new = [len(prompt) + max_new_tokens for prompt in self._prompts]
     most = int(np.max(self._lengths[:real] + new))
-    cache = grow(cache, self._model, -(-most // _ROOM) * _ROOM)
+    cache = grow(cache, self._reader, -(-most // _ROOM) * _ROOM)
     self._cache, self._logits = place((cache, logits), self._mesh)
 
   def _read_prompts(self) -> None:
@@ -224,7 +223,7 @@ class Stream:
         tokens[row, :count] = rest[row][:count]
         del rest[row][:count]
       self._logits, self._cache = _read(
-        self._model,
+        self._reader,
         tokens,
         self._logits,
         self._cache,
@@ -238,7 +237,7 @@ class Stream:
     """Makes tokens until some are to be shown, a row's chunk is full, or all rows have ended."""
     steps = min(_STEPS, self._left)
     made, active, self._logits, self._cache = _write(
-      self._model,
+      self._reader,
       self._logits,
       self._cache,
       self._active,
@@ -254,13 +253,13 @@ class Stream:
     self._active = np.asarray(active)
     if self._chunk:
       for row in np.flatnonzero((counts > 0) & (self._lengths % self._chunk == 0)):
-        self._cache = _learn(self._model, self._cache, np.int32(row))
+        self._cache = _learn(self._reader, self._cache, np.int32(row))
     return [row[row != NOTHING].tolist() for row in made[: len(self._prompts)]]
 
 
 @partial(jax.jit, static_argnames="aligned", donate_argnames=("logits", "cache"))
 def _read(
-  model: Transformer,
+  reader: Reader,
   tokens: Int[Array, "B T"],
   logits: Float[Array, "B V"],
   cache: Cache,
@@ -269,7 +268,7 @@ def _read(
   aligned: bool,
 ) -> tuple[Float[Array, "B V"], Cache]:
   """Reads a segment; rows without new tokens keep their logits."""
-  new, cache = model.read(tokens, cache, counts, aligned=aligned)
+  new, cache = reader.read(tokens, cache, counts, aligned=aligned)
   return jnp.where((counts > 0)[:, None], new, logits), cache
 
 
@@ -279,7 +278,7 @@ def _read(
   donate_argnames=("logits", "cache"),
 )
 def _write(
-  model: Transformer,
+  reader: Reader,
   logits: Float[Array, "B V"],
   cache: Cache,
   active: Bool[Array, "B"],
@@ -308,7 +307,7 @@ def _write(
   def make(carry):
     step, active, _, made, logits, cache = carry
     token = sample(logits, seed, cache.lengths, temperature, top_k=top_k, top_p=top_p)
-    new, cache = model.read(jnp.where(active, token, 0)[:, None], cache, active.astype(jnp.int32))
+    new, cache = reader.read(jnp.where(active, token, 0)[:, None], cache, active.astype(jnp.int32))
     logits = jnp.where(active[:, None], new, logits)
     made = made.at[:, step].set(jnp.where(active, token, NOTHING))
     full = jnp.zeros((), bool)
@@ -325,8 +324,8 @@ def _write(
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _learn(model: Transformer, cache: Cache, row: Int[Array, ""]) -> Cache:
-  return model.learn_pending(cache, row)
+def _learn(reader: Reader, cache: Cache, row: Int[Array, ""]) -> Cache:
+  return reader.learn_pending(cache, row)
 
 
 def _segment_length(left: list[int], begun: Int[np.ndarray, "B"], chunk_size: int) -> int:
@@ -382,12 +381,6 @@ def _check_positions(model, prompts, max_new_tokens, state) -> None:
       "there; its fast weights read on",
       stacklevel=4,
     )
-
-
-def _mesh_of(model: Transformer) -> Mesh | None:
-  """The mesh that a model lies on; None for a single device."""
-  where = model.embed.table[...].sharding
-  return where.mesh if isinstance(where, NamedSharding) and where.mesh.size > 1 else None
 
 
 def _row_shards(mesh: Mesh | None) -> int:

@@ -1,8 +1,6 @@
 """What generation leaves behind, to read and write on: in memory, and in a file."""
 
 import dataclasses
-import hashlib
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -15,7 +13,8 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from ttt_jax.nn.transformer import Cache, Transformer
+from ttt_jax.generation.reader import Cache, Reader, named_leaves
+from ttt_jax.nn.transformer import Transformer
 from ttt_jax.sharding import sharding
 
 _FORMAT = "ttt_jax generation state 1"
@@ -69,7 +68,7 @@ class GenerationState:
       layer._replace(attention=jax.tree.map(lambda x: x[:, :longest], layer.attention))
       for layer in self.cache.layers
     )
-    arrays = _named(Cache(self.cache.lengths, layers)) | {"logits": self.logits}
+    arrays = named_leaves(Cache(self.cache.lengths, layers)) | {"logits": self.logits}
     metadata = {"format": _FORMAT, "model": self.model}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
       written = Path(directory) / "state"
@@ -79,7 +78,7 @@ class GenerationState:
       os.replace(written, path)
 
 
-def load_state(path: str | Path, model: Transformer) -> GenerationState:
+def load_state(path: str | Path, model: Transformer | Reader) -> GenerationState:
   """A state that was saved, on the model's devices: the mesh may be another one.
 
   Raises:
@@ -98,56 +97,24 @@ def load_state(path: str | Path, model: Transformer) -> GenerationState:
     ) from error
   if metadata.get("format") != _FORMAT:
     raise ValueError(f"{str(path)!r} is no saved state of ttt_jax: write one with state.save(path)")
-  state_of = metadata["model"]
-  if state_of != fingerprint(model):
-    raise ValueError(
-      f"state {str(path)!r} belongs to another model (fingerprint {state_of}, this one's is "
-      f"{fingerprint(model)}): its keys, values and fast weights mean nothing here"
-    )
+  reader = Reader.of(model)
+  check_model(metadata["model"], reader.fingerprint())
   logits = arrays.pop("logits")
   rows = logits.shape[0]
   update = any(".fast." in name for name in arrays)
-  like = jax.eval_shape(lambda: model.empty_cache(rows, 1, update=update))
-  leaves = [arrays[name] for name in _named(like)]
+  like = jax.eval_shape(lambda: reader.empty_cache(rows, 1, update=update))
+  leaves = [arrays[name] for name in named_leaves(like)]
   cache = jax.tree.unflatten(jax.tree.structure(like), leaves)
-  return GenerationState(cache, logits, state_of)
+  return GenerationState(cache, logits, metadata["model"])
 
 
-def fingerprint(model: Transformer) -> str:
-  """A number that tells models apart: of their configs and of every bit of their parameters.
-
-  Sums of integers do not depend on the mesh.
-  """
-  sums = {name: int(x) for name, x in _named(_bit_sums(model)).items()}
-  configs = [dataclasses.asdict(c) for c in (model.model, model.attention, model.ttt)]
-  for config, computed in zip(configs, _HOW_COMPUTED):
-    for name in computed:
-      config.pop(name, None)
-  text = json.dumps([configs, sums], sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-# Fields of the three configs that change how numbers are computed, not which.
-_HOW_COMPUTED = (
-  ("remat",),
-  ("implementation", "balance"),
-  ("implementation", "merge", "collective", "wire_dtype"),
-)
-
-
-@jax.jit
-def _bit_sums(model: Transformer) -> Any:
-  def bit_sum(x):
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(4, x.dtype.itemsize)}"))
-    weights = jnp.arange(1, bits.size + 1, dtype=jnp.uint32).reshape(bits.shape)  # order matters
-    return jnp.sum(bits.astype(jnp.uint32) * weights, dtype=jnp.uint32)
-
-  return jax.tree.map(bit_sum, model)
-
-
-def _named(tree: Any) -> dict[str, Array]:
-  leaves, _ = jax.tree.flatten_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+def check_model(state_of: str, model: str) -> None:
+  """Raises ValueError unless a state's fingerprint is the model's."""
+  if state_of != model:
+    raise ValueError(
+      f"the state is of a model with fingerprint {state_of}, this one's is {model}: keys, values and "
+      "fast weights of one model mean nothing to another"
+    )
 
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
@@ -157,9 +124,9 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
   return jax.device_put(jax.tree.map(jnp.copy, tree), sharding(mesh, "batch"))
 
 
-def grow(cache: Cache, model: Transformer, capacity: int) -> Cache:
+def grow(cache: Cache, reader: Reader, capacity: int) -> Cache:
   """The cache with slots for rows of `capacity` tokens."""
-  like = jax.eval_shape(lambda: model.empty_cache(cache.lengths.shape[0], capacity))
+  like = jax.eval_shape(lambda: reader.empty_cache(cache.lengths.shape[0], capacity))
 
   def fill(x, target):
     missing = target.shape[1] - x.shape[1]

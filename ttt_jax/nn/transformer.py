@@ -79,18 +79,6 @@ class LayerCache(NamedTuple):
   fast: FastCache | None
 
 
-class Cache(NamedTuple):
-  """What a model keeps of the rows it reads.
-
-  Attributes:
-    lengths: tokens read of each row: the next one's position.
-    layers: from the first to the last.
-  """
-
-  lengths: Int[Array, "B"]
-  layers: tuple[LayerCache, ...]
-
-
 class Block(nnx.Module):
   """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
@@ -154,7 +142,7 @@ class Block(nnx.Module):
       else:
         source = self._source(embeddings, h)
         y, fast = self.mlp.read(h, source, cache.fast, lengths, counts, aligned=aligned)
-    return constrain(x + y, "batch", _split(x), None), LayerCache(attention, fast)
+    return constrain(x + y, "batch", split_tokens(x), None), LayerCache(attention, fast)
 
 
 class Transformer(nnx.Module):
@@ -268,83 +256,13 @@ class Transformer(nnx.Module):
       if stats is not None:
         collected.append(stats)
 
-    logits = self._logits(x)
+    logits = next_token_logits(x, self.embed, self.norm, self.head)
     if not return_stats:
       return logits
     if not collected:
       return logits, None
     # [repeats, places] of each group, in the order of the layers.
     return logits, jax.tree.map(lambda *s: jnp.concatenate([a.reshape(-1) for a in s]), *collected)
-
-  def read(
-    self,
-    tokens: Int[Array, "B T"],
-    cache: Cache,
-    counts: Int[Array, "B"],
-    *,
-    aligned: bool = False,
-  ) -> tuple[Float[Array, "B V"], Cache]:
-    """Reads new tokens behind those in a cache, made by `empty_cache`; fast weights learn on.
-
-    A row's chunk that is full after a call with one token is not learned yet: `learn_pending` does that,
-    before the row's next token.
-
-    Args:
-      tokens: T new tokens a row, of which the first `counts` are there; the others fill up rows of
-        different lengths.
-      aligned: no row that reads has an unfinished chunk, which saves work.
-
-    Returns:
-      The logits of the successor of each row's last new token, in float32 or wider, and the cache.
-    """
-    t = tokens.shape[1]
-    place = cache.lengths[:, None] + jnp.arange(t, dtype=cache.lengths.dtype)[None]
-    rotary = rotary_angles(place.reshape(-1), self.model.head_size, self.model.rope_theta)
-    rotary = tuple(a.reshape(*place.shape, -1) for a in rotary)
-    with jax.named_scope("embed"):
-      x = embeddings = constrain(self.embed(tokens), "batch", _split(tokens), None)
-    layers = []
-    for block, layer in zip(self._blocks(), cache.layers):
-      x, layer = block.read(x, embeddings, rotary, layer, cache.lengths, counts, aligned=aligned)
-      layers.append(layer)
-    last = jnp.clip(counts - 1, 0)[:, None, None]
-    logits = self._logits(jnp.take_along_axis(x, last, axis=1))[:, 0]
-    return logits, Cache(cache.lengths + counts, tuple(layers))
-
-  def learn_pending(self, cache: Cache, row: Int[Array, ""]) -> Cache:
-    """The cache after every TTT layer learned one row's chunk, which is full."""
-    layers = tuple(
-      layer if layer.fast is None else layer._replace(fast=block.mlp.learn_pending(layer.fast, row))
-      for block, layer in zip(self._blocks(), cache.layers)
-    )
-    return cache._replace(layers=layers)
-
-  def empty_cache(self, rows: int, capacity: int, *, update: bool = True) -> Cache:
-    """Of rows that have read nothing, with room for `capacity` tokens each.
-
-    Args:
-      update: whether fast weights learn; False keeps nothing for them and reads with W.
-    """
-    dtype = jnp.dtype(self.model.dtype)
-    layers = []
-    for kind, block in zip(layer_kinds(self.model, self.attention, self.ttt), self._blocks()):
-      slots = capacity if kind.window is None else min(kind.window, capacity)
-      shape = (rows, slots, self.model.num_kv_heads, self.model.head_size)
-      cache = KeyValueCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-      fast = block.mlp.empty_cache(rows, dtype) if kind.ttt and update else None
-      layers.append(LayerCache(cache, fast))
-    return Cache(jnp.zeros((rows,), jnp.int32), tuple(layers))
-
-  def _logits(self, x):
-    with jax.named_scope("head"):
-      x = self.norm(x)
-      if self.head is None:
-        return self.embed.attend(x)
-      return project("btd,dv->btv", x, self.head, accumulation_dtype(x.dtype))
-
-  def _blocks(self) -> list[Block]:
-    """Every layer by itself, from the first to the last."""
-    return [jax.tree.map(lambda x, r=r: x[r], self.groups[g][p]) for g, p, r in self.layers()]
 
   def layers(self) -> list[tuple[int, int, int]]:
     """For every layer its place in the parameters: group, place in the pattern, repeat."""
@@ -356,7 +274,18 @@ class Transformer(nnx.Module):
     ]
 
 
-def _split(x: Array) -> str | None:
+def next_token_logits(
+  x: Float[Array, "B T D"], embed: Embed, norm: RMSNorm, head: nnx.Param | None
+) -> Float[Array, "B T V"]:
+  """The last norm and the head, tied if there is none of its own; in float32 or wider."""
+  with jax.named_scope("head"):
+    x = norm(x)
+    if head is None:
+      return embed.attend(x)
+    return project("btd,dv->btv", x, head, accumulation_dtype(x.dtype))
+
+
+def split_tokens(x: Array) -> str | None:
   """The logical dimension of the tokens of `[B, T, ...]`: a single one cannot be split."""
   return "sequence" if x.shape[1] > 1 else None
 

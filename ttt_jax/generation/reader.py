@@ -1,0 +1,174 @@
+"""A model laid out to read on, token by token, with a cache of what it has read."""
+
+import dataclasses
+import hashlib
+import json
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
+
+from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig
+from ttt_jax.nn.layers import Embed, RMSNorm, rotary_angles
+from ttt_jax.nn.transformer import (
+  Block,
+  LayerCache,
+  Transformer,
+  layer_kinds,
+  next_token_logits,
+  split_tokens,
+)
+from ttt_jax.ops.cached_attention import KeyValueCache
+from ttt_jax.sharding import constrain
+
+
+class Cache(NamedTuple):
+  """What a model keeps of the rows it reads.
+
+  Attributes:
+    lengths: tokens read of each row: the next one's position.
+    layers: from the first to the last.
+  """
+
+  lengths: Int[Array, "B"]
+  layers: tuple[LayerCache, ...]
+
+
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["embed", "blocks", "norm", "head"],
+  meta_fields=["model", "attention", "ttt"],
+)
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """Every layer of a `Transformer` by itself, as a program that reads token by token needs them.
+
+  Cut out of the stacked layers inside of such a program, they would be copied again at every call.
+  A reader takes the memory of the layers once more: delete the model if it is not needed.
+  """
+
+  embed: Embed
+  blocks: list[Block]
+  norm: RMSNorm
+  head: nnx.Param | None
+  model: ModelConfig
+  attention: AttentionConfig
+  ttt: TTTConfig
+
+  @staticmethod
+  def of(model: "Transformer | Reader") -> "Reader":
+    if isinstance(model, Reader):
+      return model
+    blocks = [_layer(model.groups[g][p], r) for g, p, r in model.layers()]
+    return Reader(
+      model.embed, blocks, model.norm, model.head, model.model, model.attention, model.ttt
+    )
+
+  def read(
+    self,
+    tokens: Int[Array, "B T"],
+    cache: Cache,
+    counts: Int[Array, "B"],
+    *,
+    aligned: bool = False,
+  ) -> tuple[Float[Array, "B V"], Cache]:
+    """Reads new tokens behind those in a cache, made by `empty_cache`; fast weights learn on.
+
+    A row's chunk that is full after a call with one token is not learned yet: `learn_pending` does
+    that, before the row's next token.
+
+    Args:
+      tokens: T new tokens a row, of which the first `counts` are there; the others fill up rows of
+        different lengths.
+      aligned: no row that reads has an unfinished chunk, which saves work.
+
+    Returns:
+      The logits of the successor of each row's last new token, in float32 or wider, and the cache.
+    """
+    place = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=cache.lengths.dtype)[None]
+    angles = rotary_angles(place.reshape(-1), self.model.head_size, self.model.rope_theta)
+    rotary = tuple(a.reshape(*place.shape, -1) for a in angles)
+    with jax.named_scope("embed"):
+      x = embeddings = constrain(self.embed(tokens), "batch", split_tokens(tokens), None)
+    layers = []
+    for block, layer in zip(self.blocks, cache.layers):
+      x, layer = block.read(x, embeddings, rotary, layer, cache.lengths, counts, aligned=aligned)
+      layers.append(layer)
+    last = jnp.clip(counts - 1, 0)[:, None, None]
+    x = jnp.take_along_axis(x, last, axis=1)
+    logits = next_token_logits(x, self.embed, self.norm, self.head)[:, 0]
+    return logits, Cache(cache.lengths + counts, tuple(layers))
+
+  def learn_pending(self, cache: Cache, row: Int[Array, ""]) -> Cache:
+    """The cache after every TTT layer learned one row's chunk, which is full."""
+    layers = tuple(
+      layer if layer.fast is None else layer._replace(fast=block.mlp.learn_pending(layer.fast, row))
+      for block, layer in zip(self.blocks, cache.layers)
+    )
+    return cache._replace(layers=layers)
+
+  def empty_cache(self, rows: int, capacity: int, *, update: bool = True) -> Cache:
+    """Of rows that have read nothing, with room for `capacity` tokens each.
+
+    Args:
+      update: whether fast weights learn; False keeps nothing for them and reads with W.
+    """
+    dtype = jnp.dtype(self.model.dtype)
+    layers = []
+    for kind, block in zip(layer_kinds(self.model, self.attention, self.ttt), self.blocks):
+      slots = capacity if kind.window is None else min(kind.window, capacity)
+      shape = (rows, slots, self.model.num_kv_heads, self.model.head_size)
+      cache = KeyValueCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+      fast = block.mlp.empty_cache(rows, dtype) if kind.ttt and update else None
+      layers.append(LayerCache(cache, fast))
+    return Cache(jnp.zeros((rows,), jnp.int32), tuple(layers))
+
+  def mesh(self) -> Mesh | None:
+    """The mesh that the parameters lie on; None for a single device."""
+    where = self.embed.table[...].sharding
+    return where.mesh if isinstance(where, NamedSharding) and where.mesh.size > 1 else None
+
+  def fingerprint(self) -> str:
+    """A number that tells models apart: of their configs and of every bit of their parameters."""
+    configs = [dataclasses.asdict(c) for c in (self.model, self.attention, self.ttt)]
+    for config, computed in zip(configs, _HOW_COMPUTED):
+      for name in computed:
+        del config[name]
+    sums = {name: int(x) for name, x in named_leaves(_bit_sums(self)).items()}
+    text = json.dumps([configs, sums], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Fields of the three configs that say how numbers are computed, not which.
+_HOW_COMPUTED = (
+  ("remat",),
+  ("implementation", "balance"),
+  ("implementation", "merge", "collective", "wire_dtype"),
+)
+
+
+@partial(jax.jit, static_argnums=1)
+def _layer(blocks: Block, repeat: int) -> Block:
+  return jax.tree.map(lambda x: x[repeat], blocks)
+
+
+@jax.jit
+def _bit_sums(reader: Reader) -> Any:
+  """Of every parameter, the sum of its numbers' bits times their places: equal on every mesh."""
+
+  def bit_sum(x):
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    places = jnp.arange(1, bits.size + 1, dtype=jnp.uint32).reshape(bits.shape)
+    return jnp.sum(bits.astype(jnp.uint32) * places, dtype=jnp.uint32)
+
+  return jax.tree.map(bit_sum, reader)
+
+
+def named_leaves(tree: Any) -> dict[str, Array]:
+  """The arrays of a tree by their paths, such as `layers.3.fast.s`."""
+  leaves, _ = jax.tree.flatten_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
