@@ -65,6 +65,50 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched beyond the trained length (`ttt_jax.nn.rope`).
+
+  Kinds, fields and their defaults are those of `rope_scaling` in `transformers`.
+  """
+
+  kind: str = "linear"  # "linear", "llama3" or "yarn"
+  factor: float = 1.0
+  original_max_positions: int | None = None  # the trained length, of llama3 and yarn
+  low_freq_factor: float = 1.0  # llama3
+  high_freq_factor: float = 4.0  # llama3
+  beta_fast: float = 32.0  # yarn
+  beta_slow: float = 1.0  # yarn
+  attention_factor: float | None = None  # yarn: of cos and sin; None: from factor and mscale
+  mscale: float | None = None  # yarn
+  mscale_all_dim: float | None = None  # yarn
+  truncate: bool = True  # yarn: whole channels as borders of the ramp
+
+  def check(self) -> None:
+    """Raises ValueError for a field out of range; `ModelConfig` calls it."""
+    section = "model.rope_scaling"
+    _require_choice(f"{section}.kind", self.kind, ("linear", "llama3", "yarn"))
+    _require_positive(section, self, "factor")
+    if self.kind != "linear":
+      length = self.original_max_positions
+      _require(
+        length is not None and length > 0,
+        f"{section}.original_max_positions={length}: {section}.kind={self.kind!r} needs the length "
+        "the model was trained on",
+      )
+    if self.kind == "llama3":
+      _require_positive(section, self, "low_freq_factor", "high_freq_factor")
+      _require(
+        self.high_freq_factor > self.low_freq_factor,
+        f"{section}.high_freq_factor={self.high_freq_factor} must be above "
+        f"{section}.low_freq_factor={self.low_freq_factor}",
+      )
+    if self.kind == "yarn":
+      _require_positive(section, self, "beta_fast", "beta_slow")
+      if self.attention_factor is not None:
+        _require_positive(section, self, "attention_factor")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
   """A decoder of the Llama / Qwen3 kind."""
 
@@ -76,21 +120,35 @@ class ModelConfig:
   num_kv_heads: int = 4
   head_dim: int | None = None  # None: d_model // num_heads
   rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  max_positions: int | None = None  # the length it was trained for; longer rows are not refused
   norm_eps: float = 1e-6
   qk_norm: bool = False  # RMSNorm on every query and key head, as Qwen3 has it
+  attention_bias: str | None = None  # "qkv" as Qwen2 has it, "qkvo" on the output projection too
   tie_embeddings: bool = True
+  bos_id: int | None = None  # the token that begins a text
+  eos_ids: tuple[int, ...] = ()  # the tokens that end one
   param_dtype: str = "float32"
   dtype: str = "float32"  # of the computation
   state_dtype: str = "float32"  # of fast weights and their prefix sums
   remat: bool = True  # recompute each layer in the backward pass
-  max_positions: int | None = None
-  eos_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
     _require_positive(
       "model", self, "vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads"
     )
     _require_positive("model", self, "rope_theta", "norm_eps")
+    if self.rope_scaling is not None:
+      self.rope_scaling.check()
+    if self.max_positions is not None:
+      _require_positive("model", self, "max_positions")
+    _require_choice("model.attention_bias", self.attention_bias, (None, "qkv", "qkvo"))
+    for token in (*self.eos_ids, *(() if self.bos_id is None else (self.bos_id,))):
+      _require(
+        0 <= token < self.vocab_size,
+        f"model.bos_id={self.bos_id}, model.eos_ids={list(self.eos_ids)}: {token} is no token, "
+        f"model.vocab_size={self.vocab_size}",
+      )
     for name in ("param_dtype", "dtype", "state_dtype"):
       _require_choice(f"model.{name}", getattr(self, name), DTYPES)
     _require(
@@ -145,7 +203,8 @@ class TTTConfig:
   projection: bool = True
   # "next_token": convolution 1 at t+1, projection the identity, learns from the first step.
   # "identity": convolution 0, projection the identity: the model starts exactly as without TTT.
-  init: str = "next_token"
+  # None: "next_token" in a new model, "identity" in one that `load_pretrained` gives fast weights.
+  init: str | None = None
   inner_lr: float = 0.05
   inner_lr_scale: str = "1/F"  # "fixed": inner_lr as it is; "1/F": inner_lr / d_ff
   learn_inner_lr: bool = True  # multiply by exp(10 s), s learned per layer from 0
@@ -161,11 +220,11 @@ class TTTConfig:
     _require_positive("ttt", self, "chunk_size", "conv_width", "inner_lr")
     _require(self.conv_width % 2 == 1, f"ttt.conv_width={self.conv_width} must be odd (centred)")
     _require_choice("ttt.target", self.target, ("input_embed", "hidden_states"))
-    _require_choice("ttt.init", self.init, ("next_token", "identity"))
+    _require_choice("ttt.init", self.init, (None, "next_token", "identity"))
     _require_choice("ttt.inner_lr_scale", self.inner_lr_scale, ("1/F", "fixed"))
     _require(
-      not (self.init == "next_token" and self.conv_width < 3),
-      f"ttt.init='next_token' needs ttt.conv_width >= 3, got {self.conv_width}",
+      not (self.init != "identity" and self.conv_width < 3),
+      f"ttt.init={self.init!r} needs ttt.conv_width >= 3, got {self.conv_width}",
     )
     _require_choice("ttt.implementation", self.implementation, (None, *IMPLEMENTATIONS))
     _require_choice("ttt.collective", self.collective, (None, *COLLECTIVES))

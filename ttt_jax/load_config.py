@@ -153,8 +153,14 @@ def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
   """Dotted names and types of all fields, sections included."""
   for name, hint in typing.get_type_hints(cls).items():
     yield f"{prefix}{name}", hint
-    if dataclasses.is_dataclass(hint):
-      yield from _fields(hint, f"{prefix}{name}.")
+    if _section(hint) is not None:
+      yield from _fields(_section(hint), f"{prefix}{name}.")
+
+
+def _section(hint: Any) -> type | None:
+  """The dataclass of a section; of one that may be null, `SECTION | None`, too."""
+  options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  return next((option for option in options if dataclasses.is_dataclass(option)), None)
 
 
 _FIELDS = dict(_fields(Config))
@@ -189,11 +195,12 @@ def _check(cls: type, tree: dict, path: tuple[str, ...], where: str) -> None:
         )
       raise _unknown(name, where)
     hint = hints[key]
-    if not dataclasses.is_dataclass(hint):
+    section = _section(hint)
+    if section is None:
       if not _fits(value, hint):
         raise ValueError(f"{name}={value!r} is not {_describe(hint)} ({where})")
     elif isinstance(value, dict):
-      _check(hint, value, (*path, key), where)
+      _check(section, value, (*path, key), where)
     elif value is not None:
       raise ValueError(f"{name}={value!r} is not a section ({where}): write {name}.FIELD")
 

@@ -90,7 +90,10 @@ class Reader:
       The logits of the successor of each row's last new token, in float32 or wider, and the cache.
     """
     place = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=cache.lengths.dtype)[None]
-    angles = rotary_angles(place.reshape(-1), self.model.head_size, self.model.rope_theta)
+    config = self.model
+    angles = rotary_angles(
+      place.reshape(-1), config.head_size, config.rope_theta, config.rope_scaling
+    )
     rotary = tuple(a.reshape(*place.shape, -1) for a in angles)
     with jax.named_scope("embed"):
       x = embeddings = constrain(self.embed(tokens), "batch", split_tokens(tokens), None)

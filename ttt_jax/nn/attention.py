@@ -3,15 +3,20 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.config import AttentionConfig, ModelConfig
-from ttt_jax.nn.layers import RMSNorm, normal_init, project, rotate
+from ttt_jax.nn.layers import RMSNorm, add_bias, normal_init, project, rotate
 from ttt_jax.ops.attention import attention
 from ttt_jax.ops.cached_attention import KeyValueCache, attend_span, attend_token, write
 from ttt_jax.sharding import constrain, over_shards
+
+
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
+  return nnx.Param(jnp.zeros(shape, dtype))
 
 
 class Attention(nnx.Module):
@@ -34,6 +39,11 @@ class Attention(nnx.Module):
       2 * model.num_layers
     ) ** -0.5  # keeps the residual stream's variance independent of depth
     self.out = normal_init(rngs.params(), (h, k, d), param_dtype, fan_in=h * k, gain=gain)
+    bias = model.attention_bias
+    self.query_bias = _zeros((h, k), param_dtype) if bias else None
+    self.key_bias = _zeros((g, k), param_dtype) if bias else None
+    self.value_bias = _zeros((g, k), param_dtype) if bias else None
+    self.out_bias = _zeros((d,), param_dtype) if bias == "qkvo" else None
     norm = partial(RMSNorm, k, eps=model.norm_eps, param_dtype=param_dtype)
     self.query_norm = norm() if model.qk_norm else None
     self.key_norm = norm() if model.qk_norm else None
@@ -59,12 +69,12 @@ class Attention(nnx.Module):
       out_dims=heads,
       check_vma=False,  # refused by splash attention
     )
-    return project("bthk,hkd->btd", mixed, self.out, x.dtype)
+    return add_bias(project("bthk,hkd->btd", mixed, self.out, x.dtype), self.out_bias)
 
   def _project(self, x, rotary):
-    q = project("btd,dhk->bthk", x, self.query, x.dtype)
-    k = project("btd,dgk->btgk", x, self.key, x.dtype)
-    v = project("btd,dgk->btgk", x, self.value, x.dtype)
+    q = add_bias(project("btd,dhk->bthk", x, self.query, x.dtype), self.query_bias)
+    k = add_bias(project("btd,dgk->btgk", x, self.key, x.dtype), self.key_bias)
+    v = add_bias(project("btd,dgk->btgk", x, self.value, x.dtype), self.value_bias)
     if self.query_norm is not None:
       q, k = self.query_norm(q), self.key_norm(k)
     return rotate(q, *rotary), rotate(k, *rotary), v
@@ -102,7 +112,7 @@ class Attention(nnx.Module):
         out_dims=heads,
         check_vma=False,
       )
-    return project("bthk,hkd->btd", mixed, self.out, x.dtype), cache
+    return add_bias(project("bthk,hkd->btd", mixed, self.out, x.dtype), self.out_bias), cache
 
   def _attend_span(self, q, k, v, cached_k, cached_v, lengths, *, context_axis):
     first = 0 if context_axis is None else q.shape[1] * jax.lax.axis_index(context_axis)

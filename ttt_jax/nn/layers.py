@@ -6,6 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ttt_jax.config import RopeScaling
+from ttt_jax.nn.rope import scaled_frequencies
 from ttt_jax.ops.numerics import accumulation_dtype
 
 
@@ -65,13 +67,31 @@ def project(subscripts: str, x: Array, kernel: nnx.Param, out_dtype: DTypeLike) 
   return y.astype(out_dtype)
 
 
+def add_bias(x: Array, bias: nnx.Param | None) -> Array:
+  """`x + bias` over the last axes of x, or x."""
+  if bias is None:
+    return x
+  return x + bias[...].astype(x.dtype).reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
+
+
 def rotary_angles(
-  positions: Int[Array, "T"], head_dim: int, theta: float
+  positions: Int[Array, "T"],
+  head_dim: int,
+  theta: float,
+  scaling: RopeScaling | None = None,
 ) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
-  """cos and sin of `position * theta^(-2 i / head_dim)`, formed in float32 as the published models do."""
-  exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  angles = positions.astype(jnp.float32)[:, None] / (theta**exponents)[None, :]
-  return jnp.cos(angles), jnp.sin(angles)
+  """cos and sin of `position * theta^(-2 i / head_dim)`, formed in float32 as the published models do.
+
+  With `scaling` the frequencies are those of `ttt_jax.nn.rope`, and both are multiplied by its factor.
+  """
+  positions = positions.astype(jnp.float32)[:, None]
+  if scaling is None:
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    angles = positions / (theta**exponents)[None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+  frequencies, factor = scaled_frequencies(head_dim, theta, scaling)
+  angles = positions * frequencies[None, :]
+  return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(

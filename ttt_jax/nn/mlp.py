@@ -80,7 +80,7 @@ class TttMlp(Mlp):
     super().__init__(model, param_dtype=param_dtype, rngs=rngs)
     d, width = model.d_model, ttt.conv_width
     kernel = jnp.zeros((width, d), param_dtype)
-    if ttt.init == "next_token":
+    if ttt.init != "identity":
       kernel = kernel.at[width // 2 + 1].set(1)
     self.conv = nnx.Param(kernel)
     self.projection = nnx.Param(jnp.eye(d, dtype=param_dtype)) if ttt.projection else None

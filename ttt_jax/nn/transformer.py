@@ -1,4 +1,4 @@
-"""A decoder of the Llama / Qwen3 kind in which any MLP can have fast weights.
+"""A decoder of the Llama / Qwen kind in which any MLP can have fast weights.
 
 Layers of one kind pattern are stacked and scanned: `plan_groups` finds the shortest program for any
 choice of layers, so that compile time follows the number of distinct layers, not the depth.
@@ -229,7 +229,12 @@ class Transformer(nnx.Module):
       check_segment_ids(segment_ids, tokens.shape)
       rows = ("batch", "sequence")
       documents = over_shards(number_documents, segment_ids, dims=(rows,), out_dims=rows)
-    rotary = rotary_angles(positions(tokens.shape[1]), self.model.head_size, self.model.rope_theta)
+    rotary = rotary_angles(
+      positions(tokens.shape[1]),
+      self.model.head_size,
+      self.model.rope_theta,
+      self.model.rope_scaling,
+    )
     with jax.named_scope("embed"):
       embeddings = constrain(self.embed(tokens), "batch", "sequence", None)
 

@@ -1,0 +1,87 @@
+"""Rotary frequencies of models stretched beyond the length they were trained on.
+
+The three ways that published Llama and Qwen checkpoints use, in float32 and in the order of operations
+of `transformers` (modeling_rope_utils), so that the angles agree at long positions too.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Float
+
+from ttt_jax.config import RopeScaling
+
+
+def scaled_frequencies(
+  head_dim: int, theta: float, scaling: RopeScaling
+) -> tuple[Float[np.ndarray, "half"], float]:
+  """The angle per position of every channel pair, and the factor that cos and sin are multiplied with.
+
+  Args:
+    head_dim: K, channels per head.
+    theta: the base, plain frequencies are `theta^(-2 i / K)`.
+    scaling: how these are stretched; checked by `ModelConfig`.
+  """
+  periods = np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+  if scaling.kind == "linear":
+    return _plain(periods) / np.float32(scaling.factor), 1.0
+  if scaling.kind == "llama3":
+    return _llama3(_plain(periods), scaling), 1.0
+  return _yarn(periods, head_dim, theta, scaling), _yarn_attention_factor(scaling)
+
+
+def _plain(periods: Float[np.ndarray, "half"]) -> Float[np.ndarray, "half"]:
+  return np.float32(1) / periods
+
+
+def _llama3(plain: Float[np.ndarray, "half"], scaling: RopeScaling) -> Float[np.ndarray, "half"]:
+  """Wavelengths beyond `L / low` are divided by the factor, below `L / high` kept, between blended.
+
+  L is the trained length; the blend is linear in L / wavelength.
+  """
+  factor, low, high = (
+    np.float32(x) for x in (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor)
+  )
+  length = np.float32(scaling.original_max_positions)
+  wavelength = np.float32(2 * math.pi) / plain
+  keep = (length / wavelength - low) / (high - low)
+  blended = (1 - keep) * plain / factor + keep * plain
+  stretched = np.where(wavelength > length / low, plain / factor, blended)
+  return np.where(wavelength < length / high, plain, stretched).astype(np.float32)
+
+
+def _yarn(
+  periods: Float[np.ndarray, "half"], head_dim: int, theta: float, scaling: RopeScaling
+) -> Float[np.ndarray, "half"]:
+  """Pairs that turn more than `beta_fast` times within L are kept, fewer than `beta_slow` stretched.
+
+  Between them the weight is a linear ramp over the pairs (Peng et al., YaRN, arXiv 2309.00071).
+  """
+
+  def pair_that_turns(times: float) -> float:
+    turns = scaling.original_max_positions / (times * 2 * math.pi)
+    return head_dim * math.log(turns) / (2 * math.log(theta))
+
+  low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+  if scaling.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, head_dim - 1)
+  if low == high:
+    high += 0.001
+  pairs = np.arange(head_dim // 2, dtype=np.float32)
+  keep = 1 - np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
+  stretched = np.float32(1) / (np.float32(scaling.factor) * periods)
+  return (stretched * (1 - keep) + _plain(periods) * keep).astype(np.float32)
+
+
+def _yarn_attention_factor(scaling: RopeScaling) -> float:
+  """`m(factor, mscale) / m(factor, mscale_all_dim)` with `m(s, c) = 1 + 0.1 c log s`, else `m(factor, 1)`."""
+  if scaling.attention_factor is not None:
+    return scaling.attention_factor
+
+  def magnitude(scale: float) -> float:
+    return 1.0 if scaling.factor <= 1 else 0.1 * scale * math.log(scaling.factor) + 1.0
+
+  if scaling.mscale and scaling.mscale_all_dim:
+    return magnitude(scaling.mscale) / magnitude(scaling.mscale_all_dim)
+  return magnitude(1.0)

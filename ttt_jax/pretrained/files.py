@@ -1,0 +1,282 @@
+"""Bytes of a checkpoint directory: safetensors read and written tensor by tensor, directories whole or not at all.
+
+The `safetensors` library checks every file, read or written. The bytes are read by seeking, not by its
+memory map, whose pages would count as the process's memory; and written without its list of all tensors.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+SHARD_BYTES = 5_000_000_000  # of a file that is written, as in transformers
+
+_DTYPES = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_HEADER_LENGTH = struct.Struct("<Q")  # the first bytes of a safetensors file
+_ALIGNMENT = 64  # of arrays that JAX takes on a CPU without a copy
+
+
+class StoredTensor(NamedTuple):
+  """A tensor in a file: its kind is known, its numbers are read when asked for."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """The object in a JSON file.
+
+  Raises:
+    ValueError: no such file, or not a JSON object.
+  """
+  try:
+    data = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise ValueError(f"{path} does not exist") from None
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from None
+  if not isinstance(data, dict):
+    raise ValueError(f"{path} holds no JSON object but {type(data).__name__}")
+  return data
+
+
+def open_tensors(directory: Path) -> dict[str, StoredTensor]:
+  """The tensors of a directory's `model.safetensors`, or of the files that its index names.
+
+  Raises:
+    ValueError: there are none, a file is missing or damaged, or the index leads out of the directory.
+  """
+  if (directory / WEIGHTS).is_file():
+    return open_safetensors(directory / WEIGHTS)
+  if not (directory / INDEX).is_file():
+    pickled = sorted(path.name for path in directory.glob("*.bin"))
+    remedy = ""
+    if pickled:
+      remedy = (
+        f"; {', '.join(pickled[:3])} is a pickle, which could execute code: load it in transformers "
+        "and save it with safe_serialization=True"
+      )
+    raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX}{remedy}")
+  weight_map = read_json(directory / INDEX).get("weight_map")
+  if not isinstance(weight_map, dict):
+    raise ValueError(f"{directory / INDEX} has no weight_map: it is not an index of tensors")
+  tensors = {}
+  for name in sorted(set(map(str, weight_map.values()))):
+    for tensor, stored in open_safetensors(_indexed_file(directory, name)).items():
+      if tensor in tensors:
+        raise ValueError(f"{directory / INDEX}: {tensor} is in two of its files, {name} is one")
+      tensors[tensor] = stored
+  lost = sorted(set(weight_map) - set(tensors))
+  if lost:
+    raise ValueError(
+      f"{directory / INDEX} names {len(lost)} tensors that are in none of its files, "
+      f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}: the download is not complete"
+    )
+  return tensors
+
+
+def _indexed_file(directory: Path, name: str) -> Path:
+  """The file an index names; it must lie in the directory, or in the blobs of a hub cache."""
+  path = directory / name
+  root = directory.resolve()
+  allowed = [root]
+  if root.parent.name == "snapshots":
+    allowed.append(root.parent.parent / "blobs")  # a hub cache: snapshots/REVISION/NAME -> blobs/HASH
+  inside = any(path.resolve().is_relative_to(place) for place in allowed)
+  if Path(name).is_absolute() or ".." in Path(name).parts or not inside:
+    raise ValueError(
+      f"{directory / INDEX} names {name!r}, which lies outside of {directory}: it is not read"
+    )
+  if not path.is_file():
+    raise ValueError(f"{directory / INDEX} names {name!r}, which is not there: download it too")
+  return path
+
+
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+  """The tensors of a file.
+
+  Raises:
+    ValueError: the file is cut short or damaged.
+    NotImplementedError: tensors that are no floats.
+  """
+  check_safetensors(path)
+  with path.open("rb") as file:
+    (length,) = _HEADER_LENGTH.unpack(file.read(_HEADER_LENGTH.size))
+    header = json.loads(file.read(length))
+  header.pop("__metadata__", None)
+  foreign = sorted({entry["dtype"] for entry in header.values()} - set(_DTYPES))
+  if foreign:
+    raise NotImplementedError(
+      f"{path} holds tensors of dtype {', '.join(foreign)}: there are {', '.join(_DTYPES)}; "
+      "load a checkpoint that is not quantised"
+    )
+  start = _HEADER_LENGTH.size + length
+  return {name: _stored(path, start, entry) for name, entry in header.items()}
+
+
+def check_safetensors(path: Path) -> None:
+  """Raises ValueError unless the file is whole, by the library's checks."""
+  try:
+    with safe_open(path, framework="numpy"):
+      pass
+  except (SafetensorError, OSError) as error:
+    raise ValueError(
+      f"{path} is cut short or damaged ({error}): download or write it again"
+    ) from error
+
+
+def _stored(path: Path, start: int, entry: dict[str, Any]) -> StoredTensor:
+  shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
+  begin, _ = entry["data_offsets"]
+
+  def read() -> np.ndarray:
+    array = aligned_empty(shape, dtype)
+    with path.open("rb", buffering=0) as file:
+      file.seek(start + begin)
+      rest = memoryview(array.reshape(-1).view(np.uint8))
+      while rest:
+        count = file.readinto(rest)
+        if not count:
+          raise ValueError(f"{path} has been cut short while it was read")
+        rest = rest[count:]
+    return array
+
+  return StoredTensor(shape, dtype, read)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """An array at an address that JAX on a CPU can use in place."""
+  size = int(np.prod(shape)) * dtype.itemsize
+  buffer = np.empty(size + _ALIGNMENT, np.uint8)
+  offset = -buffer.ctypes.data % _ALIGNMENT
+  return buffer[offset : offset + size].view(dtype).reshape(shape)
+
+
+def write_safetensors(
+  directory: Path,
+  kinds: dict[str, tuple[tuple[int, ...], np.dtype]],
+  arrays: Iterable[np.ndarray],
+  *,
+  shard_bytes: int = SHARD_BYTES,
+) -> None:
+  """Writes tensors in files of at most `shard_bytes`, with an index if there are several.
+
+  Args:
+    directory: where to.
+    kinds: shape and dtype of every tensor, by name.
+    arrays: the tensors in that order; each is written before the next is asked for.
+  """
+  shards = _split(kinds, shard_bytes)
+  names = [WEIGHTS]
+  if len(shards) > 1:
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+  arrays = iter(arrays)
+  for name, shard in zip(names, shards):
+    with (directory / name).open("wb") as file:
+      file.write(_header({tensor: kinds[tensor] for tensor in shard}))
+      for _, array in zip(shard, arrays):
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+      file.flush()
+      os.fsync(file.fileno())
+    check_safetensors(directory / name)
+  if len(shards) > 1:
+    total = sum(_size(*kind) for kind in kinds.values())
+    weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(directory / INDEX, index)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+  path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:
+  return int(np.prod(shape)) * dtype.itemsize
+
+
+def _split(kinds: dict[str, tuple[tuple[int, ...], np.dtype]], limit: int) -> list[list[str]]:
+  shards, filled = [[]], 0
+  for name, kind in kinds.items():
+    if shards[-1] and filled + _size(*kind) > limit:
+      shards.append([])
+      filled = 0
+    shards[-1].append(name)
+    filled += _size(*kind)
+  return shards
+
+
+def _header(kinds: dict[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+  end = 0
+  for name, (shape, dtype) in kinds.items():
+    begin, end = end, end + _size(shape, dtype)
+    header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+  text = json.dumps(header).encode()
+  text += b" " * (-len(text) % 8)  # tensors begin aligned
+  return _HEADER_LENGTH.pack(len(text)) + text
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+  """A directory to fill that becomes `path` when the block ends, and vanishes if it fails.
+
+  Raises:
+    ValueError: `path` exists and is not an empty directory. Nothing has been written.
+  """
+  path = Path(path).expanduser()
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    raise ValueError(f"{path} exists already: nothing is written over it, give another path")
+  unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  unfinished.mkdir(parents=True)
+  try:
+    yield unfinished
+    os.rename(unfinished, path)  # also replaces an empty directory
+  except BaseException:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    raise
+
+
+def local_path(path: str | Path) -> Path:
+  """The path, or where the hub's package has put the model of that name.
+
+  Raises:
+    ValueError: there is no such path, nor a package to ask the hub for a model of that name.
+  """
+  local = Path(path).expanduser()
+  if local.exists():
+    return local
+  parts = str(path).split("/")
+  if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~")):
+    raise ValueError(f"{str(path)!r} does not exist: give a directory, a .gguf file or a hub name")
+  try:
+    from huggingface_hub import snapshot_download
+  except ImportError:
+    raise ValueError(
+      f"{str(path)!r} does not exist; if it is a model on the hub: pip install huggingface_hub"
+    ) from None
+  try:
+    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"{str(path)!r} does not exist here, and could not be had from the hub: "
+      f"{str(error).splitlines()[0]}"
+    ) from error

@@ -1,0 +1,144 @@
+"""The tokenizer inside a GGUF file, made into one of the `tokenizers` library.
+
+A byte-level BPE ("gpt2" in the file) stores tokens and merges, and only the name of the rule that cuts text
+into words; SentencePiece ("llama") stores tokens and scores, from which the merges follow.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import (
+  AddedToken,
+  Regex,
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  processors,
+)
+
+from ttt_jax.pretrained.gguf import read_gguf, special_tokens
+from ttt_jax.pretrained.tokenizer import Tokenizer
+
+_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_SPACE = "\u2581"  # how SentencePiece writes one
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+  r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+# How text is cut, by tokenizer.ggml.pre: each rule cuts the pieces of the one before. As in llama.cpp.
+_RULES = {
+  "gpt-2": (_GPT2,),
+  "gpt2": (_GPT2,),
+  "smollm": (r"\p{N}", _GPT2),
+  "llama-bpe": (_LLAMA3,),
+  "llama3": (_LLAMA3,),
+  "llama-v3": (_LLAMA3,),
+  "qwen2": (_QWEN2,),
+  "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+
+
+def gguf_tokenizer(path: Path) -> Tokenizer:
+  """The tokenizer of a GGUF file.
+
+  Raises:
+    ValueError: there is none, or its tokens are damaged.
+    NotImplementedError: a model or a rule for words that is not there, by name.
+  """
+  fields, _ = read_gguf(path)
+  kind, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
+  if not tokens:
+    raise ValueError(f"{path} has no tokenizer: give the path of another one")
+  if len(set(tokens)) != len(tokens):
+    raise ValueError(f"{path}: tokenizer.ggml.tokens names {len(tokens) - len(set(tokens))} tokens twice")
+  if kind == "gpt2":
+    backend = _byte_level(path, fields)
+  elif kind == "llama":
+    backend = _sentence_piece(fields)
+  else:
+    raise NotImplementedError(
+      f"{path}: tokenizer.ggml.model={kind!r} is not supported: there are 'gpt2' and 'llama'"
+    )
+  types = fields.get("tokenizer.ggml.token_type", [])
+  special = [tokens[i] for i, type_ in enumerate(types) if type_ == _CONTROL]
+  defined = [tokens[i] for i, type_ in enumerate(types) if type_ == _USER_DEFINED]
+  backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+  backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in defined])
+  ids = special_tokens(fields)
+  bos = ids["bos_token_id"]
+  if bos is not None and fields.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+    backend.post_processor = processors.TemplateProcessing(
+      single=f"{tokens[bos]} $A",
+      pair=f"{tokens[bos]} $A {tokens[bos]} $B",
+      special_tokens=[(tokens[bos], bos)],
+    )
+  return Tokenizer(
+    backend,
+    bos_id=bos,
+    eos_ids=tuple(ids["eos_token_id"]),
+    chat_template=fields.get("tokenizer.chat_template"),
+  )
+
+
+def _byte_level(path: Path, fields: dict[str, Any]) -> tokenizers.Tokenizer:
+  rule = fields.get("tokenizer.ggml.pre", "default")
+  if rule not in _RULES:
+    raise NotImplementedError(
+      f"{path}: tokenizer.ggml.pre={rule!r} is not supported: there are {', '.join(_RULES)}"
+    )
+  vocabulary = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
+  # A merge is "left right"; neither has a space, which byte-level BPE writes as another character.
+  merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
+  backend = tokenizers.Tokenizer(
+    models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _LLAMA3_NAMES)
+  )
+  if rule == "qwen2":
+    backend.normalizer = normalizers.NFC()
+  backend.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _RULES[rule]),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  backend.decoder = decoders.ByteLevel()
+  return backend
+
+
+def _sentence_piece(fields: dict[str, Any]) -> tokenizers.Tokenizer:
+  """BPE that merges the pair whose token has the highest score, with a fallback to bytes."""
+  tokens, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
+  vocabulary = {token: i for i, token in enumerate(tokens)}
+  merges = [
+    (-score, vocabulary[token[:cut]], vocabulary[token[cut:]], token[:cut], token[cut:])
+    for token, score in zip(tokens, scores)
+    for cut in range(1, len(token))
+    if token[:cut] in vocabulary and token[cut:] in vocabulary
+  ]
+  unknown = fields.get("tokenizer.ggml.unknown_token_id")
+  backend = tokenizers.Tokenizer(
+    models.BPE(
+      vocab=vocabulary,
+      merges=[pair for *_, left, right in sorted(merges) for pair in [(left, right)]],
+      unk_token=None if unknown is None else tokens[unknown],
+      fuse_unk=True,
+      byte_fallback=True,
+    )
+  )
+  prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+  steps = [normalizers.Prepend(_SPACE)] if prefix else []
+  backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+  backend.decoder = decoders.Sequence(
+    [
+      decoders.Replace(_SPACE, " "),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      *([decoders.Strip(" ", 1, 0)] if prefix else []),
+    ]
+  )
+  return backend

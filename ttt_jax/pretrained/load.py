@@ -1,0 +1,251 @@
+"""Pretrained weights into a model, tensor by tensor, straight to where they belong.
+
+The model is never initialised: its shapes come from `jax.eval_shape`, each parameter is made as zeros on its
+sharding, and every tensor is written into it by a donated update. The host holds one tensor at a time.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from ttt_jax.config import DTYPES, ModelConfig, TTTConfig
+from ttt_jax.nn.transformer import Transformer
+from ttt_jax.pretrained.files import (
+  CONFIG,
+  GENERATION_CONFIG,
+  StoredTensor,
+  local_path,
+  open_tensors,
+  read_json,
+)
+from ttt_jax.pretrained.hf_config import read_config
+from ttt_jax.pretrained.tensors import EMBEDDING, HEAD, Row, named_parameters, tensor_table
+from ttt_jax.pretrained.ttt_config import read_published, read_section
+from ttt_jax.sharding import sharding
+
+_MAX_NAMED = 20  # how many misfits an error spells out
+_TTT_TENSORS = (".mlp.ttt_conv.weight", ".mlp.ttt_proj.weight", ".mlp.ttt_log_rate")
+# Constants that old checkpoints store; the model forms them itself.
+_DERIVED = ".self_attn.rotary_emb.inv_freq"
+
+
+class Checkpoint(NamedTuple):
+  """A checkpoint as it lies on the disk, of whatever format."""
+
+  where: str  # in messages
+  config: dict[str, Any]
+  generation: dict[str, Any]
+  tensors: dict[str, StoredTensor]
+
+
+def load_pretrained(
+  path: str | Path,
+  *,
+  dtype: str | None = None,
+  param_dtype: str | None = None,
+  mesh: Mesh | None = None,
+  ttt: TTTConfig | None = None,
+) -> Transformer:
+  """The model of a Hugging Face directory, a GGUF file or a hub name, with its weights.
+
+  Args:
+    path: a directory with config.json and safetensors of a Llama, Mistral, Qwen2 or Qwen3 model, with or
+      without fast weights in the published format; a `.gguf` file of a Llama; or the name of a model on
+      the hub, which is asked only if there is no such path.
+    dtype: of the computation, "float32", "bfloat16" or "float64". None: the widest that the tensors are
+      stored in, so that nothing is lost (float32 for float16 and GGUF).
+    param_dtype: of the parameters; None: `dtype`.
+    mesh: where the parameters live, replicated; None: on the default device.
+    ttt: which MLPs get fast weights, in place of what the checkpoint says. Tensors of its TTT layers are
+      used where the checkpoint has them; others start as `ttt.init` says, by default so that the logits
+      are bit for bit those of the plain model.
+
+  Raises:
+    NotImplementedError: an architecture, a rope type, a quantisation or a feature that is not there.
+    ValueError: damaged files; tensors that are missing, unknown, of another shape (all are listed) or
+      not finite; fast weights in the checkpoint that its config does not say how to use.
+  """
+  checkpoint = open_checkpoint(local_path(path))
+  if dtype is None:
+    dtype = _widest(stored.dtype for stored in checkpoint.tensors.values())
+  for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+    if value is not None and value not in DTYPES:
+      raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, DTYPES))}")
+    if value == "float64" and not jax.config.jax_enable_x64:
+      raise ValueError(f"{name}='float64' needs jax_enable_x64: set it, or give dtype='float32'")
+  architecture = read_config(checkpoint.config, generation=checkpoint.generation)
+  model = dataclasses.replace(
+    architecture.model, dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype
+  )
+  fresh_allowed = ttt is not None
+  if ttt is None:
+    ttt = _ttt_of(checkpoint, model)
+  elif ttt.init is None:
+    ttt = dataclasses.replace(ttt, init="identity")
+
+  def make() -> Transformer:
+    return Transformer(model, architecture.attention, ttt, rngs=nnx.Rngs(0))
+
+  abstract = jax.eval_shape(make)
+  rows = tensor_table(abstract)
+  _check_tensors(checkpoint, rows, fresh_allowed=fresh_allowed)
+  where = None if mesh is None else sharding(mesh)
+  fresh = {row.parameter for row in rows if row.name not in checkpoint.tensors}
+  values = _initial(make, fresh, where)
+  _fill(values, abstract, checkpoint, rows, where)
+  leaves = [values[name] for name in named_parameters(abstract)]
+  return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+  """The checkpoint at a path, its weights not yet read."""
+  if path.is_dir():
+    generation = path / GENERATION_CONFIG
+    return Checkpoint(
+      str(path),
+      read_json(path / CONFIG),
+      read_json(generation) if generation.is_file() else {},
+      open_tensors(path),
+    )
+  if path.suffix == ".gguf":
+    from ttt_jax.pretrained.gguf import open_gguf
+
+    config, tensors = open_gguf(path)
+    return Checkpoint(str(path), config, {}, tensors)
+  raise ValueError(
+    f"{path} is neither a directory nor a .gguf file: give the directory that holds {CONFIG} and the "
+    "safetensors"
+  )
+
+
+def _widest(dtypes: Iterable[np.dtype]) -> str:
+  """float64 over float32 over bfloat16; float16 needs float32 to keep its bits."""
+  names = {np.dtype(dtype).name for dtype in dtypes}
+  if "float64" in names:
+    return "float64"
+  return "bfloat16" if names == {"bfloat16"} else "float32"
+
+
+def _ttt_of(checkpoint: Checkpoint, model: ModelConfig) -> TTTConfig:
+  """What the checkpoint says of its fast weights; that it has none, if it has none."""
+  ttt = read_section(checkpoint.config)
+  if ttt is None:
+    ttt, beyond = read_published(checkpoint.config, model.num_layers)
+    if beyond:
+      warnings.warn(
+        f"{checkpoint.where}: ttt_layers names {beyond}, beyond num_hidden_layers={model.num_layers}: "
+        "ignored, as the published code does",
+        stacklevel=3,
+      )
+  stored = [name for name in checkpoint.tensors if name.endswith(_TTT_TENSORS)]
+  if ttt is None and stored:
+    layers = sorted({int(name.split(".")[2]) for name in stored})
+    raise ValueError(
+      f"{checkpoint.where} has fast weights ({stored[0]} and {len(stored) - 1} more) but its config.json "
+      "does not say how they learn (no ttt_mode): pass ttt=TTTConfig(layers="
+      f"{tuple(layers)}, chunk_size=..., inner_lr=..., ...), or ttt=TTTConfig() to leave them out"
+    )
+  return TTTConfig() if ttt is None else ttt
+
+
+def _check_tensors(checkpoint: Checkpoint, rows: tuple[Row, ...], *, fresh_allowed: bool) -> None:
+  """Raises ValueError with a line for every tensor that is missing, unknown or of another shape."""
+  stored = checkpoint.tensors
+  lines = []
+  for row in rows:
+    if row.name not in stored:
+      if not (fresh_allowed and row.is_ttt):
+        lines.append(f"{row.name}: {list(row.shape)} expected, missing in the checkpoint")
+    elif stored[row.name].shape != row.shape:
+      there = list(stored[row.name].shape)
+      lines.append(f"{row.name}: {list(row.shape)} expected, {there} in the checkpoint")
+  expected = {row.name for row in rows}
+  unused = [name for name in stored if name not in expected and not name.endswith(_DERIVED)]
+  if HEAD in unused and EMBEDDING in stored:
+    _check_tied(checkpoint)
+    unused.remove(HEAD)
+  left_out = [name for name in unused if fresh_allowed and name.endswith(_TTT_TENSORS)]
+  if left_out:
+    warnings.warn(
+      f"{checkpoint.where}: left out, as ttt says: {', '.join(left_out)}", stacklevel=3
+    )
+  lines += [
+    f"{name}: {list(stored[name].shape)} in the checkpoint, not expected"
+    for name in unused
+    if name not in left_out
+  ]
+  if lines:
+    rest = len(lines) - _MAX_NAMED
+    shown = lines[:_MAX_NAMED] + ([f"and {rest} more"] if rest > 0 else [])
+    raise ValueError(
+      f"{checkpoint.where}: {len(lines)} tensor{'s do' if len(lines) > 1 else ' does'} not fit the model "
+      "of its config.json\n  " + "\n  ".join(shown)
+    )
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+  """Raises ValueError unless the head stored beside a tied embedding is that embedding."""
+  head, table = (checkpoint.tensors[name] for name in (HEAD, EMBEDDING))
+  if head.shape != table.shape or not np.array_equal(head.read(), table.read()):
+    raise ValueError(
+      f"{checkpoint.where} stores a {HEAD} that is not its {EMBEDDING}, but tie_word_embeddings is true: "
+      "set it to false in config.json to use the head, or delete the tensor"
+    )
+
+
+def _initial(make, names: set[str], where) -> dict[str, Array]:
+  """The parameters `names` of a new model; the others are not computed."""
+  if not names:
+    return {}
+
+  def chosen() -> dict[str, Array]:
+    return {name: x for name, x in named_parameters(make()).items() if name in names}
+
+  return jax.jit(chosen, out_shardings=where)()
+
+
+def _fill(
+  values: dict[str, Array],
+  abstract: Transformer,
+  checkpoint: Checkpoint,
+  rows: tuple[Row, ...],
+  where,
+) -> None:
+  """Reads every tensor into its place in `values`, the largest first, while there is most room."""
+  shapes = named_parameters(abstract)
+  present = [row for row in rows if row.name in checkpoint.tensors]
+  finite = {}
+  for row in sorted(present, key=lambda row: -np.prod(row.shape)):
+    if row.parameter not in values:
+      kind = shapes[row.parameter]
+      values[row.parameter] = jnp.zeros(kind.shape, kind.dtype, device=where)
+    tensor = jax.device_put(checkpoint.tensors[row.name].read(), where, may_alias=True)
+    values[row.parameter], finite[row.name] = _place(
+      values[row.parameter], tensor, row.repeat, layout=row.layout
+    )
+    jax.block_until_ready(values[row.parameter])  # else the next tensor is read beside this one
+  broken = [name for name, ok in finite.items() if not ok]
+  if broken:
+    raise ValueError(
+      f"{checkpoint.where}: {len(broken)} tensors hold NaN or infinities: {', '.join(broken[:_MAX_NAMED])}"
+      f"{', ...' if len(broken) > _MAX_NAMED else ''}: the checkpoint is damaged or of a diverged run"
+    )
+
+
+@partial(jax.jit, static_argnames="layout", donate_argnums=0)
+def _place(parameter: Array, tensor: Array, repeat: int | None, *, layout: Row):
+  """The parameter with the tensor in it, and whether all of the tensor is finite."""
+  value = layout.to_parameter(tensor).astype(parameter.dtype)
+  if repeat is not None:
+    value = jax.lax.dynamic_update_index_in_dim(parameter, value, repeat, 0)
+  return value, jnp.all(jnp.isfinite(tensor))

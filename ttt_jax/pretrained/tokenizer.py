@@ -1,0 +1,173 @@
+"""Text to tokens and back: tokenizer.json, the tokenizer inside a GGUF file, or bytes."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from ttt_jax.pretrained.files import (
+  CONFIG,
+  GENERATION_CONFIG,
+  local_path,
+  read_json,
+  write_json,
+)
+
+BYTES = "bytes"  # the name of the tokenizer of 256 bytes
+_TOKENIZER = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+# What belongs to a tokenizer in a Hugging Face directory.
+TOKENIZER_FILES = (
+  _TOKENIZER,
+  _TOKENIZER_CONFIG,
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+  "tokenizer.model",
+  "chat_template.jinja",
+)
+
+
+class Tokenizer:
+  """A `tokenizers.Tokenizer`, with the special tokens that a model begins and ends texts with.
+
+  Attributes:
+    vocab_size: one more than the highest token.
+    bos_id: the token that begins a text, or None.
+    eos_ids: the tokens that end one.
+  """
+
+  def __init__(
+    self,
+    backend: tokenizers.Tokenizer,
+    *,
+    bos_id: int | None = None,
+    eos_ids: tuple[int, ...] = (),
+    chat_template: str | None = None,
+    source: Path | None = None,
+  ):
+    self._backend = backend
+    self._chat_template = chat_template
+    self._source = source  # the directory whose files `save` copies
+    self.bos_id = bos_id
+    self.eos_ids = eos_ids
+    self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+
+  def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """The tokens of a text; by default with those the tokenizer puts around it, as `transformers` does."""
+    return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+  def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    """The text of tokens; U+FFFD stands for bytes that are not UTF-8."""
+    return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+  def check_vocabulary(self, vocab_size: int, model: str = "the model") -> None:
+    """Raises ValueError if a token is beyond a model's vocabulary."""
+    if self.vocab_size > vocab_size:
+      raise ValueError(
+        f"the tokenizer has {self.vocab_size} tokens, {model} only vocab_size={vocab_size}: they do not "
+        "belong together"
+      )
+
+  def save(self, directory: Path) -> None:
+    """Writes the files that `load_tokenizer` and `transformers` read; copies them where they came from files."""
+    if self._source is not None:
+      for name in TOKENIZER_FILES:
+        if (self._source / name).is_file():
+          shutil.copyfile(self._source / name, directory / name)
+      return
+    self._backend.save(str(directory / _TOKENIZER))
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for key, token in (("bos_token", self.bos_id), ("eos_token", next(iter(self.eos_ids), None))):
+      if token is not None:
+        config[key] = self._backend.id_to_token(token)
+    if self._chat_template is not None:
+      config["chat_template"] = self._chat_template
+    write_json(directory / _TOKENIZER_CONFIG, config)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+  """The tokenizer of a model.
+
+  Args:
+    path: a Hugging Face directory or a hub name with tokenizer.json, that file, a `.gguf` file, or
+      "bytes": one token per byte of UTF-8, as models that `ttt-jax train` made from scratch read.
+
+  Raises:
+    ValueError: there is none, it is damaged, or it has more tokens than the model it lies beside.
+    NotImplementedError: a GGUF tokenizer of an unknown kind.
+  """
+  if str(path) == BYTES:
+    return byte_tokenizer()
+  path = local_path(path)
+  if path.suffix == ".gguf":
+    from ttt_jax.pretrained.gguf_tokenizer import gguf_tokenizer
+
+    return gguf_tokenizer(path)
+  return _from_directory(path if path.is_dir() else path.parent, path)
+
+
+def byte_tokenizer() -> Tokenizer:
+  """Token i is byte i."""
+  vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+  backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  backend.decoder = decoders.ByteLevel()
+  return Tokenizer(backend)
+
+
+def _byte_characters() -> list[str]:
+  """The printable character that byte-level BPE, since GPT-2, writes for each byte."""
+  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [byte for byte in range(256) if byte not in printable]
+  spelled = {byte: byte for byte in printable} | {b: 256 + i for i, b in enumerate(others)}
+  return [chr(spelled[byte]) for byte in range(256)]
+
+
+def _from_directory(directory: Path, path: Path) -> Tokenizer:
+  file = directory / _TOKENIZER if path.is_dir() else path
+  if not file.is_file():
+    raise ValueError(
+      f"{directory} has no {_TOKENIZER}: save it from a fast tokenizer of transformers, or give another "
+      f"path, or {BYTES!r} for a model of bytes"
+    )
+  try:
+    backend = tokenizers.Tokenizer.from_file(str(file))
+  except Exception as error:  # the library raises nothing more specific
+    raise ValueError(f"{file} is not a tokenizer: {str(error)[:200]}") from error
+  named = _optional_json(directory / _TOKENIZER_CONFIG)
+  config = _optional_json(directory / CONFIG)
+  generation = _optional_json(directory / GENERATION_CONFIG)
+  eos, bos = (
+    _special(key, backend, generation, config, named) for key in ("eos_token", "bos_token")
+  )
+  tokenizer = Tokenizer(backend, bos_id=next(iter(bos), None), eos_ids=eos, source=directory)
+  if isinstance(config.get("vocab_size"), int):
+    tokenizer.check_vocabulary(config["vocab_size"], str(directory / CONFIG))
+  return tokenizer
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+  return read_json(path) if path.is_file() else {}
+
+
+def _special(
+  key: str,
+  backend: tokenizers.Tokenizer,
+  generation: dict[str, Any],
+  config: dict[str, Any],
+  named: dict[str, Any],
+) -> tuple[int, ...]:
+  """Ids of `eos_token` or `bos_token`: as the model says, else as the tokenizer's config names it."""
+  for source in (generation, config):
+    ids = source.get(f"{key}_id")
+    if ids is not None:
+      return tuple(ids) if isinstance(ids, list) else (ids,)
+  token = named.get(key)
+  token = token.get("content") if isinstance(token, dict) else token
+  found = None if token is None else backend.token_to_id(token)
+  return () if found is None else (found,)
