@@ -95,7 +95,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _text(tokenizer: Tokenizer, tokens: np.ndarray | list[int]) -> str:
-  return tokenizer.decode(list(tokens), skip_special_tokens=True)
+  return tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
 
 
 def _show_as_made(stream: Stream, tokenizer: Tokenizer) -> None:

@@ -26,7 +26,7 @@ from ttt_jax.sharding import context_size
 
 _SEGMENT = 2048  # tokens of a row read at once, at least one chunk on every shard
 _SHORTEST_SEGMENT = 16
-_ROOM = 256  # slots are made in multiples, so that programs are compiled for few sizes
+_SMALLEST_CAPACITY = 256
 _STEPS = 16  # tokens made between two looks of the host
 
 
@@ -205,13 +205,14 @@ class Stream:
       cache = self._reader.empty_cache(rows, 0, update=update)
       logits = jnp.zeros((rows, vocabulary), accumulation_dtype(self._reader.model.dtype))
     else:
-      cache, logits = jax.tree.map(lambda x: _pad_rows(x, rows), (state.cache, state.logits))
+      here = place((state.cache, state.logits), self._reader)
+      cache, logits = jax.tree.map(lambda x: _pad_rows(x, rows), here)
     self._lengths = np.asarray(cache.lengths).astype(np.int64)
     self._active = np.arange(rows) < real
     new = [len(prompt) + max_new_tokens for prompt in self._prompts]
     most = int(np.max(self._lengths[:real] + new))
-    cache = grow(cache, self._reader, -(-most // _ROOM) * _ROOM)
-    self._cache, self._logits = place((cache, logits), self._mesh)
+    cache = grow(cache, self._reader, _capacity(most))
+    self._cache, self._logits = place((cache, logits), self._reader, "batch")
 
   def _read_prompts(self) -> None:
     rest = [list(prompt) for prompt in self._prompts]
@@ -329,6 +330,12 @@ def _write(
 @partial(jax.jit, donate_argnames="cache")
 def _learn(reader: Reader, cache: Cache, row: Int[Array, ""]) -> Cache:
   return reader.learn_pending(cache, row)
+
+
+def _capacity(tokens: int) -> int:
+  """Slots for so many tokens, at most a quarter more: programs are compiled for few sizes."""
+  step = max(_SMALLEST_CAPACITY, 1 << max(0, tokens.bit_length() - 3))
+  return -(-tokens // step) * step
 
 
 def _segment_length(left: list[int], begun: Int[np.ndarray, "B"], chunk_size: int) -> int:

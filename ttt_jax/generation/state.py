@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
@@ -117,11 +116,11 @@ def check_model(state_of: str, model: str) -> None:
     )
 
 
-def place(tree: Any, mesh: Mesh | None) -> Any:
-  """A cache's arrays, rows split over the mesh; copies, so that they can be donated."""
-  if mesh is None:
-    return jax.tree.map(jnp.copy, tree)
-  return jax.device_put(jax.tree.map(jnp.copy, tree), sharding(mesh, "batch"))
+def place(tree: Any, reader: Reader, *dims: str) -> Any:
+  """Copies of arrays, which can be donated, where the model is; `dims` are split over its mesh."""
+  mesh = reader.mesh()
+  where = reader.embed.table[...].sharding if mesh is None else sharding(mesh, *dims)
+  return jax.tree.map(jnp.copy, jax.device_put(tree, where))
 
 
 def grow(cache: Cache, reader: Reader, capacity: int) -> Cache:
