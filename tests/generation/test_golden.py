@@ -16,7 +16,7 @@ CASES = sorted((Path(__file__).parents[1] / "golden" / "model").iterdir())
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_generation(case):
   """Alone, and with other prompts beside it."""
-  model = ttt_jax.load_pretrained(case / "checkpoint")
+  model = ttt_jax.load_pretrained(case / "checkpoint", dtype="float32")
   golden = np.load(case / "generation.npz")
   prompt, sequence = golden["prompt"].tolist(), golden["sequence"].tolist()
   new = len(sequence) - len(prompt)
