@@ -147,7 +147,7 @@ def stated_ttt(checkpoint: Checkpoint) -> TTTConfig | None:
     warnings.warn(
       f"{checkpoint.where}: ttt_layers names {beyond}, beyond num_hidden_layers={num_layers}: "
       "ignored, as the published code does",
-      stacklevel=3,
+      stacklevel=4,
     )
   return ttt
 
