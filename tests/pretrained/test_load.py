@@ -194,8 +194,13 @@ def test_a_head_stored_beside_a_tied_embedding(write):
 def test_frequencies_that_old_checkpoints_store_are_ignored(write):
   path, _ = write()
   name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-  edit_tensors(path, lambda t: t.update({name: np.ones(3, np.float32)}))
-  load_pretrained(path)
+
+  def edit(tensors):
+    tensors |= {key: x.astype(ml_dtypes.bfloat16) for key, x in tensors.items()}
+    tensors[name] = np.ones(3, np.float32)
+
+  edit_tensors(path, edit)
+  assert load_pretrained(path).model.param_dtype == "bfloat16"
 
 
 def test_one_tensor_at_a_time(write, monkeypatch):
