@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from ttt_jax import load_pretrained, load_tokenizer, save_pretrained
 from ttt_jax.pretrained import files
 from ttt_jax.pretrained.tokenizer import byte_tokenizer
+from ttt_jax.pretrained.ttt_config import PUBLISHED_KEYS
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
@@ -166,6 +167,7 @@ def test_another_file(tmp_path):
   ("keys", "message"),
   [
     ({"ttt_mode": True, "ttt_layers": [0]}, "ttt_mode but lacks ttt_chunk, ttt_lr"),
+    (dict.fromkeys(PUBLISHED_KEYS, "0"), "ttt_layers='0' must be a list of integers"),
     (
       {
         "ttt_mode": True,
@@ -192,7 +194,7 @@ def test_tokenizer_of_another_model(path, tmp_path):
   with pytest.raises(ValueError, match=r"has 256 tokens, .*config\.json only vocab_size=17"):
     load_tokenizer(path)
   with pytest.raises(ValueError, match="has 256 tokens, the model only vocab_size=17"):
-    save_pretrained(random_model(), tmp_path / "c", tokenizer=byte_tokenizer())
+    save_pretrained(random_model(ttt=None), tmp_path / "c", tokenizer=byte_tokenizer())
   assert not (tmp_path / "c").exists()
 
 

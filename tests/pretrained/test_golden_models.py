@@ -66,7 +66,7 @@ def test_published_numbers(case):
   _compare(case, "float32", 2e-5, 2e-5, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama_b", "qwen3_a"])
+@pytest.mark.parametrize("name", ["llama_b"])
 def test_published_numbers_in_float64(name):
   """Rotary angles are float32 on both sides and gradients are stored so: the bounds are theirs."""
   with jax.enable_x64(True):

@@ -238,6 +238,8 @@ def test_special_tokens_of_the_generation_config_count():
       "rope_theta=1.0 and rope_parameters.rope_theta=2.0",
     ),
     (of("llama", hidden_size=None), ValueError, "no hidden_size"),
+    (of("llama", hidden_size="12"), ValueError, "hidden_size='12' must be an integer"),
+    (of("llama", rope_theta="1e4"), ValueError, "rope_theta='1e4' must be a number"),
     (of("qwen3", num_key_value_heads=None), ValueError, "no num_key_value_heads"),
     (of("qwen3", layer_types=["full_attention"]), ValueError, "each of num_hidden_layers=4"),
     (

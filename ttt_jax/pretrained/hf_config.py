@@ -74,24 +74,24 @@ def read_config(
   """
   kind = _model_type(config)
   _refuse_features(config, kind)
-  num_layers = _need(config, "num_hidden_layers")
+  num_layers = need_integer(config, "num_hidden_layers")
   special = {
     key: config.get(key) if (generation or {}).get(key) is None else generation[key]
     for key in ("eos_token_id", "bos_token_id")
   }
   theta, scaling = _read_rope(config)
   model = ModelConfig(
-    vocab_size=_need(config, "vocab_size"),
+    vocab_size=need_integer(config, "vocab_size"),
     num_layers=num_layers,
-    d_model=_need(config, "hidden_size"),
-    d_ff=_need(config, "intermediate_size"),
-    num_heads=_need(config, "num_attention_heads"),
+    d_model=need_integer(config, "hidden_size"),
+    d_ff=need_integer(config, "intermediate_size"),
+    num_heads=need_integer(config, "num_attention_heads"),
     num_kv_heads=_num_kv_heads(config, kind),
     head_dim=config.get("head_dim", 128 if kind == "qwen3" else None),
     rope_theta=theta,
     rope_scaling=scaling,
     max_positions=config.get("max_position_embeddings"),
-    norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+    norm_eps=_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
     qk_norm=kind == "qwen3",
     attention_bias=_attention_bias(config, kind),
     tie_embeddings=config.get("tie_word_embeddings", False),
@@ -151,13 +151,20 @@ def write_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, An
   return config
 
 
-def _need(config: dict[str, Any], key: str) -> int:
+def need_integer(config: dict[str, Any], key: str) -> int:
+  """A size in config.json; ValueError if it is not there."""
   value = config.get(key)
   if value is None:
     raise ValueError(f"config.json has no {key}: it is not the config of a whole model")
   if not isinstance(value, int):
     raise ValueError(f"config.json: {key}={value!r} must be an integer")
   return value
+
+
+def _number(value: Any, key: str) -> float:
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    raise ValueError(f"config.json: {key}={value!r} must be a number")
+  return float(value)  # JSON has 32 for 32.0
 
 
 def _model_type(config: dict[str, Any]) -> str:
@@ -199,8 +206,8 @@ def _refuse_features(config: dict[str, Any], kind: str) -> None:
 def _num_kv_heads(config: dict[str, Any], kind: str) -> int:
   # Llama's default is one per head; the others' is a number that fits one size of the model.
   if kind == "llama" and config.get("num_key_value_heads") is None:
-    return _need(config, "num_attention_heads")
-  return _need(config, "num_key_value_heads")
+    return need_integer(config, "num_attention_heads")
+  return need_integer(config, "num_key_value_heads")
 
 
 def _attention_bias(config: dict[str, Any], kind: str) -> str | None:
@@ -218,7 +225,7 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
 def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
   """The base and the scaling; in transformers 5 both are in `rope_parameters`."""
   scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-  theta = float(scaling.pop("rope_theta", config.get("rope_theta", 10000.0)))
+  theta = _number(scaling.pop("rope_theta", config.get("rope_theta", 10000.0)), "rope_theta")
   if "rope_theta" in config and theta != config["rope_theta"]:
     raise ValueError(
       f"config.json says rope_theta={config['rope_theta']} and rope_parameters.rope_theta={theta}: "
@@ -250,7 +257,7 @@ def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
   }
   for name, value in given.items():
     if name not in ("original_max_positions", "truncate"):
-      given[name] = float(value)  # JSON has 32 for 32.0
+      given[name] = _number(value, name)
   if kind == "yarn":
     given.setdefault("original_max_positions", config.get("max_position_embeddings"))
   required = ("factor",) if kind == "yarn" else _ROPE_KINDS[kind]

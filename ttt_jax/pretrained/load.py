@@ -28,7 +28,7 @@ from ttt_jax.pretrained.files import (
   open_tensors,
   read_json,
 )
-from ttt_jax.pretrained.hf_config import read_config
+from ttt_jax.pretrained.hf_config import need_integer, read_config
 from ttt_jax.pretrained.tensors import EMBEDDING, HEAD, Row, named_parameters, tensor_table
 from ttt_jax.pretrained.ttt_config import read_published, read_section
 from ttt_jax.sharding import sharding
@@ -77,7 +77,9 @@ def load_pretrained(
   """
   checkpoint = open_checkpoint(local_path(path))
   if dtype is None:
-    dtype = _widest(stored.dtype for stored in checkpoint.tensors.values())
+    dtype = _widest(
+      stored.dtype for name, stored in checkpoint.tensors.items() if not name.endswith(_DERIVED)
+    )
   for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
     if value is not None and value not in DTYPES:
       raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, DTYPES))}")
@@ -141,13 +143,13 @@ def stated_ttt(checkpoint: Checkpoint) -> TTTConfig | None:
   ttt = read_section(checkpoint.config)
   if ttt is not None:
     return ttt
-  num_layers = checkpoint.config["num_hidden_layers"]
+  num_layers = need_integer(checkpoint.config, "num_hidden_layers")
   ttt, beyond = read_published(checkpoint.config, num_layers)
   if beyond:
     warnings.warn(
       f"{checkpoint.where}: ttt_layers names {beyond}, beyond num_hidden_layers={num_layers}: "
       "ignored, as the published code does",
-      stacklevel=3,
+      stacklevel=4,
     )
   return ttt
 

@@ -57,7 +57,7 @@ def write_model(model: Transformer, directory: Path) -> None:
       warnings.warn(
         "the published code will read this checkpoint without TTT, and report its ttt_* tensors as unused, "
         "since it cannot express " + "; ".join(reasons),
-        stacklevel=4,
+        stacklevel=3,
       )
   rows = tensor_table(model)
   dtype = np.dtype(model.model.param_dtype)

@@ -48,7 +48,8 @@ def _ttt(path: Path, overrides: Sequence[str]) -> TTTConfig | None:
   """The source's fast weights with overrides; None, as the source says, without any."""
   if not overrides:
     return None
-  stated = stated_ttt(open_checkpoint(path))
+  # A GGUF file says nothing of fast weights, and takes seconds to parse.
+  stated = None if path.suffix == ".gguf" else stated_ttt(open_checkpoint(path))
   return override_section(TTTConfig() if stated is None else stated, "ttt", overrides)
 
 

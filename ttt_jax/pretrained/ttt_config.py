@@ -33,6 +33,10 @@ def read_published(config: dict[str, Any], num_layers: int) -> tuple[TTTConfig |
       f"{'does not guess' if missing else 'does not know'}: "
       "pass ttt=TTTConfig(...) to say how the fast weights learn"
     )
+  if not isinstance(config["ttt_layers"], list) or not all(
+    isinstance(layer, int) for layer in config["ttt_layers"]
+  ):
+    raise ValueError(f"config.json: ttt_layers={config['ttt_layers']!r} must be a list of integers")
   named = sorted(set(config["ttt_layers"]))
   ttt = TTTConfig(
     layers=tuple(layer for layer in named if 0 <= layer < num_layers),
