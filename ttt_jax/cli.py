@@ -4,8 +4,11 @@ import argparse
 import dataclasses
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ttt_jax.config import DTYPES, Config
 from ttt_jax.load_config import load_config
@@ -47,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
       metavar="--section.field value",
       help="config overrides",
     )
+    command.set_defaults(run=_run_config, takes_overrides=False)
   _add_convert(commands)
   _add_generate(commands)
   bench = commands.add_parser("bench", help="measure what fast weights cost on this machine")
@@ -76,6 +80,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
   convert.add_argument(
     "--dtype", choices=DTYPES, default=None, help="of the tensors (default: as they are)"
   )
+  convert.set_defaults(run=_run_convert, takes_overrides=True)
 
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:
@@ -109,12 +114,28 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
   )
   start.add_argument("--load-state", type=Path, metavar="FILE", help="go on from a saved state")
   generate.add_argument("--save-state", type=Path, metavar="FILE", help="to go on from later")
+  generate.set_defaults(run=_run_generate, takes_overrides=True)
 
 
-def _run_convert(parsed: argparse.Namespace, overrides: list[str]) -> None:
+def _run_convert(parsed: argparse.Namespace) -> None:
   from ttt_jax.pretrained.convert import convert
 
-  convert(parsed.source, parsed.destination, dtype=parsed.dtype, ttt_overrides=overrides)
+  convert(parsed.source, parsed.destination, dtype=parsed.dtype, ttt_overrides=parsed.overrides)
+
+
+def _run_generate(parsed: argparse.Namespace) -> None:
+  from ttt_jax.generation import command
+
+  command.run(parsed)
+
+
+def _run_config(parsed: argparse.Namespace) -> None:
+  """`train` and `eval`."""
+  config = load_config(parsed.config, parsed.overrides)
+  _start_runtime(config)
+  from ttt_jax.run import run_evaluation, run_training
+
+  (run_training if parsed.command == "train" else run_evaluation)(config)
 
 
 def _add_fast_weights(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +154,7 @@ def _add_fast_weights(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--op-only", action="store_true", help="the down projection alone")
   parser.add_argument("--name", default="bench_fast_weights", help="of the files written")
   parser.add_argument("--out", type=Path, default=Path("bench"), help="directory (default bench)")
+  parser.set_defaults(run=_run_bench, takes_overrides=False)
 
 
 def _add_generation_bench(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +175,7 @@ def _add_generation_bench(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--name", default="bench_generation", help="of the file written")
   parser.add_argument("--out", type=Path, default=Path("bench"), help="directory (default bench)")
+  parser.set_defaults(run=_run_generation_bench, takes_overrides=False)
 
 
 def _run_generation_bench(parsed: argparse.Namespace) -> None:
@@ -188,37 +211,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a command; a user's mistake is one line on stderr and exit status 2."""
   parser = _parser()
   parsed, overrides = parser.parse_known_args(arguments)
-  if overrides and parsed.command not in (
-    "convert",
-    "generate",
-  ):  # the others' are an argument of their own
+  if overrides and not parsed.takes_overrides:
     parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+  parsed.overrides = [*getattr(parsed, "overrides", []), *overrides]
   try:
-    if parsed.command == "bench":
-      {"fast-weights": _run_bench, "generation": _run_generation_bench}[parsed.bench](parsed)
-      return 0
-    if parsed.command == "generate":
-      from ttt_jax.generation import command
-
-      command.run(parsed, overrides)
-      return 0
-    if parsed.command == "convert":
-      _run_convert(parsed, overrides)
-      return 0
-    config = load_config(parsed.config, parsed.overrides)
-    _start_runtime(config)
-    from ttt_jax.run import run_evaluation, run_training
-
-    if parsed.command == "train":
-      run_training(config)
-    else:
-      run_evaluation(config)
+    with warnings.catch_warnings():
+      warnings.showwarning = partial(_show_warning, warnings.showwarning)
+      parsed.run(parsed)
   except (ValueError, NotImplementedError) as error:
     if not _is_ours(error):
       raise
     print(f"ttt-jax {parsed.command}: {error}", file=sys.stderr)
     return 2
   return 0
+
+
+def _show_warning(
+  show: Callable, message: Warning, category: type, *where: Any, **more: Any
+) -> None:
+  """What ttt_jax tells its user is a line without the place in the code; other warnings as ever."""
+  if category is UserWarning:
+    print(f"ttt-jax: {message}", file=sys.stderr)
+  else:
+    show(message, category, *where, **more)
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,12 @@ from ttt_jax.pretrained.source import open_model, open_tokenizer
 from ttt_jax.pretrained.tokenizer import Tokenizer
 
 
-def run(parsed: argparse.Namespace, ttt_overrides: Sequence[str]) -> None:
+def run(parsed: argparse.Namespace) -> None:
   """Reads what is to be read, then writes; prints text on stdout, everything else on stderr."""
   console = Console(stderr=True)
   prompts = _prompts(parsed)
   tokenizer = open_tokenizer(parsed.model)
-  model = Reader.of(open_model(parsed.model, dtype=parsed.dtype, ttt_overrides=ttt_overrides))
+  model = Reader.of(open_model(parsed.model, dtype=parsed.dtype, ttt_overrides=parsed.overrides))
   tokenizer.check_vocabulary(model.model.vocab_size)
   _say(console, _describe(model))
   state = _start(parsed, model, tokenizer, len(prompts), console)

@@ -53,7 +53,7 @@ def convert(
   )
   console.print(f"written: {', '.join(there)}", highlight=False, soft_wrap=True)
   if not set(there) & set(TOKENIZER_FILES):
-    console.print(f"{source} has no tokenizer, so there is none beside the model")
+    console.print(f"{source} has no tokenizer, so there is none beside the model", soft_wrap=True)
 
 
 def _write_tokenizer(
