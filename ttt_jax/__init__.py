@@ -2,8 +2,12 @@
 
 In-Place Test-Time Training (Feng et al., ICLR 2026, arXiv 2604.06169) in JAX: the down projections of
 gated MLPs become fast weights, updated chunk by chunk along the sequence. The ops are pure functions
-on arrays and run on a sequence split over devices inside `jax.shard_map`.
+on arrays and run on a sequence split over devices inside `jax.shard_map`. What is built on them with Flax,
+pretrained models and their tokenizers, is imported when it is first used.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ttt_jax.context_parallel import context_parallel as context_parallel
 from ttt_jax.ops.context import exclusive_prefix as exclusive_prefix
@@ -15,6 +19,11 @@ from ttt_jax.ops.target import ntp_targets as ntp_targets
 from ttt_jax.ops.update import Update as Update
 from ttt_jax.ops.update import combine as combine
 
+if TYPE_CHECKING:
+  from ttt_jax.pretrained.load import load_pretrained as load_pretrained
+  from ttt_jax.pretrained.save import save_pretrained as save_pretrained
+  from ttt_jax.pretrained.tokenizer import load_tokenizer as load_tokenizer
+
 __all__ = [
   "FastWeightState",
   "FastWeightStats",
@@ -24,5 +33,21 @@ __all__ = [
   "exclusive_prefix",
   "explain",
   "inplace_ttt",
+  "load_pretrained",
+  "load_tokenizer",
   "ntp_targets",
+  "save_pretrained",
 ]
+
+# Names whose modules need Flax, by the module that has them.
+_WITH_FLAX = {
+  "load_pretrained": "ttt_jax.pretrained.load",
+  "load_tokenizer": "ttt_jax.pretrained.tokenizer",
+  "save_pretrained": "ttt_jax.pretrained.save",
+}
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _WITH_FLAX:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  return getattr(importlib.import_module(_WITH_FLAX[name]), name)

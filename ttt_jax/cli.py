@@ -7,11 +7,15 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from ttt_jax.config import Config
+from ttt_jax.config import DTYPES, Config
 from ttt_jax.load_config import load_config
 
 _EPILOG = """Every field of the config can be overridden, as in
   ttt-jax train configs/quickstart.yaml --train.steps 100 --ttt.layers "[2]" --run_dir runs/short
+"""
+
+_CONVERT_EPILOG = """For example, a GGUF file with fast weights in two of its MLPs that change nothing yet:
+  ttt-jax convert smollm2.gguf models/smollm2 --dtype bfloat16 --ttt.layers "[14, 28]" --ttt.chunk_size 512
 """
 
 
@@ -38,11 +42,36 @@ def _parser() -> argparse.ArgumentParser:
       metavar="--section.field value",
       help="config overrides",
     )
+  _add_convert(commands)
   bench = commands.add_parser("bench", help="measure what fast weights cost on this machine")
   benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
   text = "dense gated MLP against TTT MLP: time, memory, bytes exchanged; tables, JSON and a plot"
   _add_fast_weights(benches.add_parser("fast-weights", help=text, description=text))
   return parser
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+  text = "write a model as a Hugging Face directory, with its tokenizer"
+  convert = commands.add_parser(
+    "convert",
+    help=text,
+    description=text,
+    epilog=_CONVERT_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    usage="%(prog)s [-h] source destination [--dtype DTYPE] [--ttt.field value ...]",
+    allow_abbrev=False,
+  )
+  convert.add_argument("source", help="a Hugging Face directory, a .gguf file, or a run directory")
+  convert.add_argument("destination", help="a directory that does not exist yet")
+  convert.add_argument(
+    "--dtype", choices=DTYPES, default=None, help="of the tensors (default: as they are)"
+  )
+
+
+def _run_convert(parsed: argparse.Namespace, overrides: list[str]) -> None:
+  from ttt_jax.pretrained.convert import convert
+
+  convert(parsed.source, parsed.destination, dtype=parsed.dtype, ttt_overrides=overrides)
 
 
 def _add_fast_weights(parser: argparse.ArgumentParser) -> None:
@@ -86,10 +115,16 @@ def _start_runtime(config: Config) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a command; a user's mistake is one line on stderr and exit status 2."""
-  parsed = _parser().parse_args(arguments)
+  parser = _parser()
+  parsed, overrides = parser.parse_known_args(arguments)
+  if overrides and parsed.command != "convert":  # the others' are an argument of their own
+    parser.error(f"unrecognized arguments: {' '.join(overrides)}")
   try:
     if parsed.command == "bench":
       _run_bench(parsed)
+      return 0
+    if parsed.command == "convert":
+      _run_convert(parsed, overrides)
       return 0
     config = load_config(parsed.config, parsed.overrides)
     _start_runtime(config)

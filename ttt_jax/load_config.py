@@ -83,6 +83,26 @@ def load_config(path: str | PathLike, overrides: Sequence[str] = ()) -> Config:
     raise ValueError(str(error.__cause__ or error)) from error
 
 
+def override_section(section: Any, name: str, overrides: Sequence[str]) -> Any:
+  """A section of a config with command-line overrides of its own fields, `--NAME.field value`.
+
+  Raises:
+    ValueError: as `load_config`, or a field of another section.
+  """
+  tree = {name: dataclasses.asdict(section)}
+  tree[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in tree[name].items()}
+  for field, text in _split_overrides(overrides):
+    if not field.startswith(f"{name}."):
+      raise ValueError(f"--{field} cannot be given here, only --{name}.FIELD")
+    patch = _nested(field, _override_value(field, text))
+    _check(Config, patch, (), "on the command line")
+    tree = _merge(tree, patch)
+  try:
+    return draccus.decode(type(section), tree[name])
+  except draccus.utils.ParsingError as error:
+    raise ValueError(str(error.__cause__ or error)) from error
+
+
 def dump_config(config: Config) -> str:
   """All fields of a config as YAML that `load_config` reads back."""
   return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -22,7 +22,9 @@ def scaled_frequencies(
     theta: the base, plain frequencies are `theta^(-2 i / K)`.
     scaling: how these are stretched; checked by `ModelConfig`.
   """
-  periods = np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+  periods = np.float32(theta) ** (
+    np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  )
   if scaling.kind == "linear":
     return _plain(periods) / np.float32(scaling.factor), 1.0
   if scaling.kind == "llama3":
@@ -75,7 +77,7 @@ def _yarn(
 
 
 def _yarn_attention_factor(scaling: RopeScaling) -> float:
-  """`m(factor, mscale) / m(factor, mscale_all_dim)` with `m(s, c) = 1 + 0.1 c log s`, else `m(factor, 1)`."""
+  """`m(mscale) / m(mscale_all_dim)` with `m(c) = 1 + 0.1 c log factor`; without both, `m(1)`."""
   if scaling.attention_factor is not None:
     return scaling.attention_factor
 

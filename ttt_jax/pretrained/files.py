@@ -1,4 +1,4 @@
-"""Bytes of a checkpoint directory: safetensors read and written tensor by tensor, directories whole or not at all.
+"""Files of a checkpoint: safetensors tensor by tensor, JSON, directories written whole or not at all.
 
 The `safetensors` library checks every file, read or written. The bytes are read by seeking, not by its
 memory map, whose pages would count as the process's memory; and written without its list of all tensors.
@@ -100,7 +100,9 @@ def _indexed_file(directory: Path, name: str) -> Path:
   root = directory.resolve()
   allowed = [root]
   if root.parent.name == "snapshots":
-    allowed.append(root.parent.parent / "blobs")  # a hub cache: snapshots/REVISION/NAME -> blobs/HASH
+    allowed.append(
+      root.parent.parent / "blobs"
+    )  # a hub cache: snapshots/REVISION/NAME -> blobs/HASH
   inside = any(path.resolve().is_relative_to(place) for place in allowed)
   if Path(name).is_absolute() or ".." in Path(name).parts or not inside:
     raise ValueError(

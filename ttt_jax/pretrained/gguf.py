@@ -133,9 +133,7 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, ReaderTensor]
   }
 
 
-def _llama3_scaling(
-  path: Path, config: dict[str, Any], tensor: ReaderTensor
-) -> dict[str, Any]:
+def _llama3_scaling(path: Path, config: dict[str, Any], tensor: ReaderTensor) -> dict[str, Any]:
   """The llama3 scaling whose frequencies are the plain ones divided by the tensor.
 
   The file holds the divisors, not the parameters they were made of: those of Llama 3.1 are tried.

@@ -56,7 +56,9 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
   if not tokens:
     raise ValueError(f"{path} has no tokenizer: give the path of another one")
   if len(set(tokens)) != len(tokens):
-    raise ValueError(f"{path}: tokenizer.ggml.tokens names {len(tokens) - len(set(tokens))} tokens twice")
+    raise ValueError(
+      f"{path}: tokenizer.ggml.tokens names {len(tokens) - len(set(tokens))} tokens twice"
+    )
   if kind == "gpt2":
     backend = _byte_level(path, fields)
   elif kind == "llama":

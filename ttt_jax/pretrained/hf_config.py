@@ -125,7 +125,9 @@ def write_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, An
     "rope_scaling": _write_rope(model.rope_scaling),
     "tie_word_embeddings": model.tie_embeddings,
     "bos_token_id": model.bos_id,
-    "eos_token_id": list(model.eos_ids) if len(model.eos_ids) > 1 else next(iter(model.eos_ids), None),
+    "eos_token_id": list(model.eos_ids)
+    if len(model.eos_ids) > 1
+    else next(iter(model.eos_ids), None),
     "attention_dropout": 0.0,
     "use_cache": True,
   }
@@ -181,7 +183,9 @@ def _refuse_features(config: dict[str, Any], kind: str) -> None:
       raise NotImplementedError(
         f"config.json: {key}={value!r} is not supported, only {supported[0]!r}"
       )
-  if kind == "llama" and (ignored := [k for k in ("sliding_window", "layer_types") if config.get(k)]):
+  if kind == "llama" and (
+    ignored := [k for k in ("sliding_window", "layer_types") if config.get(k)]
+  ):
     warnings.warn(
       f"config.json: {', '.join(ignored)} has no effect on LlamaForCausalLM: full attention, as in "
       "transformers",
@@ -239,9 +243,7 @@ def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
       stacklevel=4,
     )
   given = {
-    _ROPE_FIELDS[key]: scaling[key]
-    for key in _ROPE_KINDS[kind]
-    if scaling.get(key) is not None
+    _ROPE_FIELDS[key]: scaling[key] for key in _ROPE_KINDS[kind] if scaling.get(key) is not None
   }
   if kind == "yarn":
     given.setdefault("original_max_positions", config.get("max_position_embeddings"))

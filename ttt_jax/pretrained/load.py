@@ -1,7 +1,7 @@
 """Pretrained weights into a model, tensor by tensor, straight to where they belong.
 
-The model is never initialised: its shapes come from `jax.eval_shape`, each parameter is made as zeros on its
-sharding, and every tensor is written into it by a donated update. The host holds one tensor at a time.
+The model is never initialised: its shapes come from `jax.eval_shape`, each parameter is made as zeros on
+its sharding, and every tensor is written into it by a donated update. The host holds one at a time.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from ttt_jax.config import DTYPES, ModelConfig, TTTConfig
+from ttt_jax.config import DTYPES, TTTConfig
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.pretrained.files import (
   CONFIG,
@@ -89,7 +89,7 @@ def load_pretrained(
   )
   fresh_allowed = ttt is not None
   if ttt is None:
-    ttt = _ttt_of(checkpoint, model)
+    ttt = _ttt_of(checkpoint)
   elif ttt.init is None:
     ttt = dataclasses.replace(ttt, init="identity")
 
@@ -136,23 +136,31 @@ def _widest(dtypes: Iterable[np.dtype]) -> str:
   return "bfloat16" if names == {"bfloat16"} else "float32"
 
 
-def _ttt_of(checkpoint: Checkpoint, model: ModelConfig) -> TTTConfig:
-  """What the checkpoint says of its fast weights; that it has none, if it has none."""
+def stated_ttt(checkpoint: Checkpoint) -> TTTConfig | None:
+  """How the checkpoint's config says that fast weights learn; None if it does not speak of any."""
   ttt = read_section(checkpoint.config)
-  if ttt is None:
-    ttt, beyond = read_published(checkpoint.config, model.num_layers)
-    if beyond:
-      warnings.warn(
-        f"{checkpoint.where}: ttt_layers names {beyond}, beyond num_hidden_layers={model.num_layers}: "
-        "ignored, as the published code does",
-        stacklevel=3,
-      )
+  if ttt is not None:
+    return ttt
+  num_layers = checkpoint.config["num_hidden_layers"]
+  ttt, beyond = read_published(checkpoint.config, num_layers)
+  if beyond:
+    warnings.warn(
+      f"{checkpoint.where}: ttt_layers names {beyond}, beyond num_hidden_layers={num_layers}: "
+      "ignored, as the published code does",
+      stacklevel=3,
+    )
+  return ttt
+
+
+def _ttt_of(checkpoint: Checkpoint) -> TTTConfig:
+  """As stated; refused if nothing is stated but the tensors are there."""
+  ttt = stated_ttt(checkpoint)
   stored = [name for name in checkpoint.tensors if name.endswith(_TTT_TENSORS)]
   if ttt is None and stored:
     layers = sorted({int(name.split(".")[2]) for name in stored})
     raise ValueError(
-      f"{checkpoint.where} has fast weights ({stored[0]} and {len(stored) - 1} more) but its config.json "
-      "does not say how they learn (no ttt_mode): pass ttt=TTTConfig(layers="
+      f"{checkpoint.where} has fast weights ({stored[0]} and {len(stored) - 1} more) but its "
+      "config.json does not say how they learn (no ttt_mode): pass ttt=TTTConfig(layers="
       f"{tuple(layers)}, chunk_size=..., inner_lr=..., ...), or ttt=TTTConfig() to leave them out"
     )
   return TTTConfig() if ttt is None else ttt
@@ -176,9 +184,7 @@ def _check_tensors(checkpoint: Checkpoint, rows: tuple[Row, ...], *, fresh_allow
     unused.remove(HEAD)
   left_out = [name for name in unused if fresh_allowed and name.endswith(_TTT_TENSORS)]
   if left_out:
-    warnings.warn(
-      f"{checkpoint.where}: left out, as ttt says: {', '.join(left_out)}", stacklevel=3
-    )
+    warnings.warn(f"{checkpoint.where}: left out, as ttt says: {', '.join(left_out)}", stacklevel=3)
   lines += [
     f"{name}: {list(stored[name].shape)} in the checkpoint, not expected"
     for name in unused

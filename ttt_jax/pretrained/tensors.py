@@ -24,7 +24,7 @@ _TTT_PARAMETERS = ("conv", "projection", "log_rate")
 class Row:
   """A tensor of the checkpoint and its place in the model.
 
-      parameter[repeat] = tensor.reshape(split).transpose(axes)
+  parameter[repeat] = tensor.reshape(split).transpose(axes)
   """
 
   name: str  # in the checkpoint
@@ -101,7 +101,9 @@ def _layer_rows(model: Transformer, layer: int, block: str, mlp: Any, repeat: in
 
   yield _same(f"{prefix}.post_attention_layernorm.weight", f"{block}/mlp_norm/scale", (d,), repeat)
   for name, shape in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f))):
-    yield Row(f"{prefix}.mlp.{name}_proj.weight", f"{block}/mlp/{name}", repeat, shape, shape, (1, 0))
+    yield Row(
+      f"{prefix}.mlp.{name}_proj.weight", f"{block}/mlp/{name}", repeat, shape, shape, (1, 0)
+    )
   if isinstance(mlp, TttMlp):
     yield from _ttt_rows(f"{prefix}.mlp", f"{block}/mlp", mlp, d, repeat)
 

@@ -74,7 +74,7 @@ class Tokenizer:
       )
 
   def save(self, directory: Path) -> None:
-    """Writes the files that `load_tokenizer` and `transformers` read; copies them where they came from files."""
+    """Writes what `load_tokenizer` and `transformers` read; of a directory, a copy of its files."""
     if self._source is not None:
       for name in TOKENIZER_FILES:
         if (self._source / name).is_file():
