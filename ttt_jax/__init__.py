@@ -3,7 +3,7 @@
 In-Place Test-Time Training (Feng et al., ICLR 2026, arXiv 2604.06169) in JAX: the down projections of
 gated MLPs become fast weights, updated chunk by chunk along the sequence. The ops are pure functions
 on arrays and run on a sequence split over devices inside `jax.shard_map`. What is built on them with Flax,
-pretrained models and their tokenizers, is imported when it is first used.
+pretrained models, their tokenizers and generation, is imported when it is first used.
 """
 
 import importlib
@@ -20,6 +20,8 @@ from ttt_jax.ops.update import Update as Update
 from ttt_jax.ops.update import combine as combine
 
 if TYPE_CHECKING:
+  from ttt_jax.generation.generate import generate as generate
+  from ttt_jax.generation.state import load_state as load_state
   from ttt_jax.pretrained.load import load_pretrained as load_pretrained
   from ttt_jax.pretrained.save import save_pretrained as save_pretrained
   from ttt_jax.pretrained.tokenizer import load_tokenizer as load_tokenizer
@@ -32,8 +34,10 @@ __all__ = [
   "context_parallel",
   "exclusive_prefix",
   "explain",
+  "generate",
   "inplace_ttt",
   "load_pretrained",
+  "load_state",
   "load_tokenizer",
   "ntp_targets",
   "save_pretrained",
@@ -41,7 +45,9 @@ __all__ = [
 
 # Names whose modules need Flax, by the module that has them.
 _WITH_FLAX = {
+  "generate": "ttt_jax.generation.generate",
   "load_pretrained": "ttt_jax.pretrained.load",
+  "load_state": "ttt_jax.generation.state",
   "load_tokenizer": "ttt_jax.pretrained.tokenizer",
   "save_pretrained": "ttt_jax.pretrained.save",
 }

@@ -18,6 +18,11 @@ _CONVERT_EPILOG = """For example, a GGUF file with fast weights in two of its ML
   ttt-jax convert smollm2.gguf models/smollm2 --dtype bfloat16 --ttt.layers "[14, 28]" --ttt.chunk_size 512
 """
 
+_GENERATE_EPILOG = """Text goes to the standard output, everything else to the standard error. For example:
+  ttt-jax generate smollm2.gguf --prompt "The old lighthouse" --temperature 0.7
+  ttt-jax generate models/mine --learn book.txt --prompt "The captain's name was"
+"""
+
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
@@ -43,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
       help="config overrides",
     )
   _add_convert(commands)
+  _add_generate(commands)
   bench = commands.add_parser("bench", help="measure what fast weights cost on this machine")
   benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
   text = "dense gated MLP against TTT MLP: time, memory, bytes exchanged; tables, JSON and a plot"
@@ -66,6 +72,39 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
   convert.add_argument(
     "--dtype", choices=DTYPES, default=None, help="of the tensors (default: as they are)"
   )
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+  text = "continue texts with a model whose fast weights learn on while it reads and writes"
+  generate = commands.add_parser(
+    "generate",
+    help=text,
+    description=text,
+    epilog=_GENERATE_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  generate.add_argument("model", help="a Hugging Face directory, a .gguf file, or a run directory")
+  generate.add_argument(
+    "--prompt", action="append", default=[], help="a text to continue; several are done together"
+  )
+  generate.add_argument("--prompt-file", action="append", type=Path, default=[], metavar="FILE")
+  generate.add_argument("--max-new-tokens", type=int, default=200, help="(default 200)")
+  generate.add_argument("--temperature", type=float, default=0.0, help="(default 0: the likeliest)")
+  generate.add_argument("--top-k", type=int, help="draw from the K likeliest tokens")
+  generate.add_argument("--top-p", type=float, help="draw from the likeliest that sum to P")
+  generate.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+  generate.add_argument("--dtype", choices=DTYPES, help="of weights and computation")
+  generate.add_argument("--no-update", action="store_true", help="fast weights stay as they are")
+  start = generate.add_mutually_exclusive_group()
+  start.add_argument(
+    "--learn",
+    type=Path,
+    metavar="FILE",
+    help="read this text first; only what the fast weights learned of it is kept",
+  )
+  start.add_argument("--load-state", type=Path, metavar="FILE", help="go on from a saved state")
+  generate.add_argument("--save-state", type=Path, metavar="FILE", help="to go on from later")
 
 
 def _run_convert(parsed: argparse.Namespace, overrides: list[str]) -> None:
@@ -117,11 +156,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a command; a user's mistake is one line on stderr and exit status 2."""
   parser = _parser()
   parsed, overrides = parser.parse_known_args(arguments)
-  if overrides and parsed.command != "convert":  # the others' are an argument of their own
+  if overrides and parsed.command not in ("convert", "generate"):  # the others' are an argument of their own
     parser.error(f"unrecognized arguments: {' '.join(overrides)}")
   try:
     if parsed.command == "bench":
       _run_bench(parsed)
+      return 0
+    if parsed.command == "generate":
+      from ttt_jax.generation import command
+
+      command.run(parsed, overrides)
       return 0
     if parsed.command == "convert":
       _run_convert(parsed, overrides)

@@ -139,6 +139,9 @@ class Stream:
     self._fingerprint = model.fingerprint()
     if state is not None:
       check_model(state.model, self._fingerprint)
+    stop = model.model.eos_ids if stop is None else tuple(stop)
+    if any(not 0 <= token < model.model.vocab_size for token in stop):
+      raise ValueError(f"stop={list(stop)}: the model has tokens 0 to {model.model.vocab_size - 1}")
     self._prompts = _prompts(tokens, model.model.vocab_size, state)
     _check_positions(model, self._prompts, max_new_tokens, state)
     self._mesh = model.mesh()
@@ -150,7 +153,7 @@ class Stream:
       "temperature": jnp.float32(temperature),
       "top_k": top_k,
       "top_p": top_p,
-      "stop": model.model.eos_ids if stop is None else tuple(stop),
+      "stop": stop,
     }
     started = time.perf_counter()
     with self._devices():

@@ -171,7 +171,7 @@ def _bit_sums(reader: Reader) -> Any:
   return jax.tree.map(bit_sum, reader)
 
 
-def named_leaves(tree: Any) -> dict[str, Array]:
+def named_leaves(tree: Any) -> dict[str, Any]:
   """The arrays of a tree by their paths, such as `layers.3.fast.s`."""
   leaves, _ = jax.tree.flatten_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.nn.layers import normal_init, project
+from ttt_jax.nn.pending import FastCache, chunk_at, join_chunk
 from ttt_jax.ops.fast_weight import FastWeightState, inplace_ttt
 from ttt_jax.ops.numerics import accumulation_dtype, matmul
 from ttt_jax.ops.target import ntp_targets
@@ -34,19 +35,6 @@ class MlpStats(NamedTuple):
   state_ratio: Float[Array, ""]
   output_ratio: Float[Array, ""]
   inner_lr: Float[Array, ""]
-
-
-class FastCache(NamedTuple):
-  """What a TTT layer keeps of every row it reads: what it learned, and the chunk not yet learned.
-
-  Attributes:
-    s: the state after the last full chunk.
-    z, source: activations and target sources of the tokens behind it; the rest is of no meaning.
-  """
-
-  s: Float[Array, "B F D"]
-  z: Float[Array, "B C F"]
-  source: Float[Array, "B C D"]
 
 
 class Mlp(nnx.Module):
@@ -235,14 +223,14 @@ class TttMlp(Mlp):
     """The output of T new tokens, of which `counts` of a row are there, and what is learned of them.
 
     Args:
-      aligned: no row that reads has an unfinished chunk. Else the new tokens are moved behind it, which takes
-        room for another chunk.
+      aligned: no row that reads has an unfinished chunk. Else the new tokens are moved behind it, which
+        takes room for another chunk.
     """
     z, c = self.hidden(h), self.ttt.chunk_size
     pending = jnp.zeros_like(lengths) if aligned else lengths % c
     if not aligned:
       z, source = (
-        _join(old, x, pending, room=c * context_size())
+        join_chunk(old, x, pending, room=c * context_size())
         for old, x in ((cache.z, z), (cache.source, source))
       )
     tokens, whole = ("batch", "sequence", None), ("batch", None, None)
@@ -280,27 +268,5 @@ class TttMlp(Mlp):
     )
     c = self.ttt.chunk_size
     start = lengths // c * c
-    pending = (_chunk_at(x, start, c, context_axis) for x in (z, source))
+    pending = (chunk_at(x, start, c, context_axis) for x in (z, source))
     return y, state.S, *pending
-
-
-def _join(
-  old: Float[Array, "B C N"], new: Float[Array, "B T N"], pending: Int[Array, "B"], *, room: int
-) -> Float[Array, "B L N"]:
-  """The first `pending` tokens of `old`, then all of `new`, then anything: T + room tokens."""
-  both = jnp.concatenate([old.astype(new.dtype), new], axis=1)
-  place = jnp.arange(new.shape[1] + room, dtype=jnp.int32)[None]
-  behind = old.shape[1] + place - pending[:, None]
-  index = jnp.where(place < pending[:, None], place, jnp.minimum(behind, both.shape[1] - 1))
-  return jnp.take_along_axis(both, index[..., None], axis=1)
-
-
-def _chunk_at(x, start, size, context_axis):
-  """The tokens `start` to `start + size - 1` of each row, zeros behind the row's end; on every shard."""
-  index = start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
-  if context_axis is not None:
-    index -= x.shape[1] * jax.lax.axis_index(context_axis)
-  inside = (index >= 0) & (index < x.shape[1])
-  taken = jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[1] - 1)[..., None], axis=1)
-  taken = jnp.where(inside[..., None], taken, jnp.zeros_like(taken))
-  return taken if context_axis is None else jax.lax.psum(taken, context_axis)

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig, check_layers
 from ttt_jax.nn.attention import Attention
 from ttt_jax.nn.layers import Embed, RMSNorm, normal_init, project, rms_normalize, rotary_angles
-from ttt_jax.nn.mlp import FastCache, Mlp, TttMlp
+from ttt_jax.nn.mlp import Mlp, TttMlp
+from ttt_jax.nn.pending import FastCache
 from ttt_jax.ops.cached_attention import KeyValueCache
 from ttt_jax.ops.context import INCOMING_STATE
 from ttt_jax.ops.numerics import accumulation_dtype

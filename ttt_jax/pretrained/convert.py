@@ -1,30 +1,17 @@
 """`ttt-jax convert`: any model this library knows, written as a Hugging Face directory."""
 
-import dataclasses
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-from flax import nnx
 from rich.console import Console
 
-from ttt_jax.config import MeshConfig, TTTConfig
-from ttt_jax.load_config import load_config, override_section
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.pretrained.files import GENERATION_CONFIG, local_path, new_directory
-from ttt_jax.pretrained.load import load_pretrained, open_checkpoint, stated_ttt
 from ttt_jax.pretrained.save import write_model
-from ttt_jax.pretrained.tokenizer import (
-  TOKENIZER_FILES,
-  Tokenizer,
-  byte_tokenizer,
-  load_tokenizer,
-)
-from ttt_jax.run import load_model
-from ttt_jax.rundir import CONFIG_FILE
-from ttt_jax.sharding import make_mesh
+from ttt_jax.pretrained.source import is_run, open_model, open_tokenizer
+from ttt_jax.pretrained.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
 
 def convert(
@@ -51,11 +38,9 @@ def convert(
   started = time.perf_counter()
   path = local_path(source)
   with new_directory(destination) as directory:
-    if (path / CONFIG_FILE).is_file():
-      model, tokenizer = _from_run(path, dtype, ttt_overrides), byte_tokenizer()
-    else:
-      model = load_pretrained(path, dtype=dtype, ttt=_ttt(path, ttt_overrides))
-      tokenizer = load_tokenizer(path) if path.suffix == ".gguf" else None
+    model = open_model(path, dtype=dtype, ttt_overrides=ttt_overrides)
+    # A Hugging Face directory's tokenizer is copied file by file.
+    tokenizer = open_tokenizer(path) if is_run(path) or path.suffix == ".gguf" else None
     write_model(model, directory)
     _write_tokenizer(path, tokenizer, model, directory)
     there = sorted(file.name for file in directory.iterdir())
@@ -69,33 +54,6 @@ def convert(
   console.print(f"written: {', '.join(there)}", highlight=False, soft_wrap=True)
   if not set(there) & set(TOKENIZER_FILES):
     console.print(f"{source} has no tokenizer, so there is none beside the model")
-
-
-def _ttt(path: Path, overrides: Sequence[str]) -> TTTConfig | None:
-  """The source's fast weights with overrides; None, as the source says, without any."""
-  if not overrides:
-    return None
-  stated = stated_ttt(open_checkpoint(path))
-  return override_section(TTTConfig() if stated is None else stated, "ttt", overrides)
-
-
-def _from_run(run_dir: Path, dtype: str | None, overrides: Sequence[str]) -> Transformer:
-  if overrides:
-    raise ValueError(
-      f"{overrides[0]} cannot be given for the run directory {run_dir}: its model has learned with its own "
-      "config; convert it, then convert the result"
-    )
-  config = load_config(run_dir / CONFIG_FILE)
-  model = load_model(config, make_mesh(MeshConfig()), run_dir)
-  return model if dtype is None else _cast(model, dtype)
-
-
-def _cast(model: Transformer, dtype: str) -> Transformer:
-  """The model with parameters and computation in another dtype."""
-  config = dataclasses.replace(model.model, dtype=dtype, param_dtype=dtype)
-  target = jax.eval_shape(lambda: Transformer(config, model.attention, model.ttt, rngs=nnx.Rngs(0)))
-  leaves = [x.astype(dtype) for x in jax.tree.leaves(model)]
-  return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
 
 def _write_tokenizer(

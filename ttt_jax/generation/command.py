@@ -1,0 +1,129 @@
+"""`ttt-jax generate`: prompts in, text out as it is made."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from ttt_jax.generation.generate import Generation, Stream, generate
+from ttt_jax.generation.reader import Reader
+from ttt_jax.generation.state import GenerationState, load_state
+from ttt_jax.pretrained.source import open_model, open_tokenizer
+from ttt_jax.pretrained.tokenizer import Tokenizer
+
+
+def run(parsed: argparse.Namespace, ttt_overrides: Sequence[str]) -> None:
+  """Reads what is to be read, then writes; prints text on stdout, everything else on stderr."""
+  console = Console(stderr=True)
+  prompts = _prompts(parsed)
+  tokenizer = open_tokenizer(parsed.model)
+  model = Reader.of(open_model(parsed.model, dtype=parsed.dtype, ttt_overrides=ttt_overrides))
+  tokenizer.check_vocabulary(model.model.vocab_size)
+  _say(console, _describe(model))
+  state = _start(parsed, model, tokenizer, len(prompts), console)
+  stream = Stream(
+    model,
+    [_encode(tokenizer, prompt) for prompt in prompts],
+    max_new_tokens=parsed.max_new_tokens,
+    temperature=parsed.temperature,
+    top_k=parsed.top_k,
+    top_p=parsed.top_p,
+    seed=parsed.seed,
+    state=state,
+    update=not parsed.no_update,
+  )
+  if len(prompts) == 1:
+    _show_as_made(stream, tokenizer)
+    result = stream.result()
+  else:
+    for _ in stream:
+      pass
+    result = stream.result()
+    for index, new in enumerate(result.new_tokens):
+      print(f"=== {index + 1} of {len(prompts)}\n{_text(tokenizer, new)}")
+  _say(console, _speed(result))
+  if parsed.save_state is not None:
+    result.state.save(parsed.save_state)
+    _say(console, f"state written: {parsed.save_state}")
+
+
+def _prompts(parsed: argparse.Namespace) -> list[str]:
+  prompts = [*parsed.prompt, *(_read(path) for path in parsed.prompt_file)]
+  if not prompts and not sys.stdin.isatty():
+    prompts = [sys.stdin.read()]
+  if not prompts:
+    raise ValueError("there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in")
+  return prompts
+
+
+def _read(path: Path) -> str:
+  try:
+    return path.read_text(encoding="utf-8")
+  except OSError as error:
+    raise ValueError(f"cannot read {path}: {error.strerror}") from error
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _start(
+  parsed: argparse.Namespace,
+  model: Reader,
+  tokenizer: Tokenizer,
+  rows: int,
+  console: Console,
+) -> GenerationState | None:
+  """What the model knows before the prompts: a saved state, or what it learned from a text."""
+  if parsed.load_state is not None:
+    return load_state(parsed.load_state, model)
+  if parsed.learn is None:
+    return None
+  if not model.ttt.layers:
+    raise ValueError(f"--learn: {parsed.model} has no fast weights to learn with; see --ttt.layers")
+  text = _encode(tokenizer, _read(parsed.learn))
+  result = generate(model, [text] * rows, max_new_tokens=0)
+  _say(console, f"learned {parsed.learn}: {len(text)} tokens in {result.read_seconds:.1f} s")
+  return result.state.fast_weights_only()
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+  return tokenizer.encode(text) if text else []
+
+
+def _text(tokenizer: Tokenizer, tokens: np.ndarray | list[int]) -> str:
+  return tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def _show_as_made(stream: Stream, tokenizer: Tokenizer) -> None:
+  """Prints what has become certain: a character may need tokens that are yet to come."""
+  tokens, shown = [], ""
+  for (made,) in stream:
+    tokens.extend(made)
+    text = _text(tokenizer, tokens)
+    if text.startswith(shown) and not text.endswith("\ufffd"):
+      print(text[len(shown) :], end="", flush=True)
+      shown = text
+  text = _text(tokenizer, tokens)
+  print(text[len(shown) :] if text.startswith(shown) else f"\n{text}", flush=True)
+
+
+def _describe(model: Reader) -> str:
+  config = model.model
+  fast = f"fast weights in layers {list(model.ttt.layers)}" if model.ttt.layers else "no fast weights"
+  return f"{config.num_layers} layers of {config.d_model}, {config.dtype}, {fast}"
+
+
+def _speed(result: Generation) -> str:
+  read = int(result.prompt_lengths.sum())
+  written = int((result.lengths - result.prompt_lengths).sum())
+  parts = [f"read {read} tokens in {result.read_seconds:.2f} s"]
+  if written:
+    rate = written / result.write_seconds
+    parts.append(f"wrote {written} in {result.write_seconds:.2f} s, {rate:.1f} tokens/s")
+  return ", ".join(parts)
+
+
+def _say(console: Console, text: str) -> None:
+  console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
