@@ -6,6 +6,7 @@ that everything after it, the recorded config included, sees one whole config of
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,10 +34,9 @@ def resolve(config: Config) -> Config:
   """
   if config.init_from is None:
     return config
-  try:
-    checkpoint = open_checkpoint(local_path(config.init_from))
-  except ValueError as error:
-    raise ValueError(f"init_from: {error}") from error
+  if config.init_from.endswith(".gguf") and not Path(config.init_from).expanduser().is_file():
+    raise ValueError(f"init_from={config.init_from!r} does not exist")  # nor is it a hub name
+  checkpoint = open_checkpoint(local_path(config.init_from))
   there = read_config(checkpoint.config, generation=checkpoint.generation)
   ttt = config.ttt
   if ttt == TTTConfig():

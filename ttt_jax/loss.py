@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.nn.transformer import Transformer, next_token_logits
@@ -34,9 +35,9 @@ def mean_loss(losses: Float[Array, "B T"], valid: Float[Array, "B T"]) -> Float[
 
 def model_losses(
   model: Transformer,
-  tokens: Int[Array, "B T"],
-  labels: Int[Array, "B T"],
-  segment_ids: Int[Array, "B T"] | None = None,
+  tokens: Int[Array | np.ndarray, "B T"],
+  labels: Int[Array | np.ndarray, "B T"],
+  segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
   *,
   update: bool = True,
   at_once: int = LOGITS_AT_ONCE,
@@ -46,6 +47,7 @@ def model_losses(
   Beyond `at_once` logits a device reads the head in pieces of its tokens, forward and, computed once
   more, backward. Nothing is exchanged for it but the gradient of the head's own parameters, once.
   """
+  labels = jnp.asarray(labels)
   x, stats = model.hidden(tokens, segment_ids, update=update)
   head = (model.embed, model.norm, model.head)
   tokens_at_once = max(1, at_once // model.model.vocab_size)

@@ -5,9 +5,9 @@ else: the other arrays enter a step as constants and leave it as they came.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
-from jaxtyping import Array
 
 from ttt_jax.nn.transformer import Transformer
 
@@ -18,7 +18,7 @@ _NAMES = {
 }
 
 
-def trained_parameters(model: Transformer, trainable: str) -> dict[str, Array]:
+def trained_parameters(model: Transformer, trainable: str) -> dict[str, Any]:
   """The arrays that train, under their path as `groups/0/1/mlp/conv/value`; the model may be abstract.
 
   Args:
@@ -31,7 +31,7 @@ def trained_parameters(model: Transformer, trainable: str) -> dict[str, Array]:
   return {name: leaf for name, leaf in _named_leaves(model) if trains(name)}
 
 
-def with_parameters(model: Transformer, parameters: dict[str, Array]) -> Transformer:
+def with_parameters(model: Transformer, parameters: dict[str, Any]) -> Transformer:
   """The model with these arrays in the places of its own."""
   leaves = [parameters.get(name, leaf) for name, leaf in _named_leaves(model)]
   return jax.tree.unflatten(jax.tree.structure(model), leaves)
@@ -50,7 +50,7 @@ def _trains(model: Transformer, trainable: str) -> Callable[[str], bool]:
   return chosen.__contains__
 
 
-def _named_leaves(model: Transformer) -> list[tuple[str, Array]]:
+def _named_leaves(model: Transformer) -> list[tuple[str, Any]]:
   return [
     (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
     for path, leaf in jax.tree.leaves_with_path(model)
