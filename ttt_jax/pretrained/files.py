@@ -177,17 +177,15 @@ def write_safetensors(
   directory: Path,
   kinds: dict[str, tuple[tuple[int, ...], np.dtype]],
   arrays: Iterable[np.ndarray],
-  *,
-  shard_bytes: int = SHARD_BYTES,
 ) -> None:
-  """Writes tensors in files of at most `shard_bytes`, with an index if there are several.
+  """Writes tensors in files of at most `SHARD_BYTES`, with an index if there are several.
 
   Args:
     directory: where to.
     kinds: shape and dtype of every tensor, by name.
     arrays: the tensors in that order; each is written before the next is asked for.
   """
-  shards = _split(kinds, shard_bytes)
+  shards = _split(kinds, SHARD_BYTES)
   names = [WEIGHTS]
   if len(shards) > 1:
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]

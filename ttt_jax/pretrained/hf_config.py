@@ -91,7 +91,7 @@ def read_config(
     rope_theta=theta,
     rope_scaling=scaling,
     max_positions=config.get("max_position_embeddings"),
-    norm_eps=config.get("rms_norm_eps", 1e-6),
+    norm_eps=float(config.get("rms_norm_eps", 1e-6)),
     qk_norm=kind == "qwen3",
     attention_bias=_attention_bias(config, kind),
     tie_embeddings=config.get("tie_word_embeddings", False),
@@ -151,10 +151,13 @@ def write_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, An
   return config
 
 
-def _need(config: dict[str, Any], key: str) -> Any:
-  if config.get(key) is None:
+def _need(config: dict[str, Any], key: str) -> int:
+  value = config.get(key)
+  if value is None:
     raise ValueError(f"config.json has no {key}: it is not the config of a whole model")
-  return config[key]
+  if not isinstance(value, int):
+    raise ValueError(f"config.json: {key}={value!r} must be an integer")
+  return value
 
 
 def _model_type(config: dict[str, Any]) -> str:
@@ -245,6 +248,9 @@ def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
   given = {
     _ROPE_FIELDS[key]: scaling[key] for key in _ROPE_KINDS[kind] if scaling.get(key) is not None
   }
+  for name, value in given.items():
+    if name not in ("original_max_positions", "truncate"):
+      given[name] = float(value)  # JSON has 32 for 32.0
   if kind == "yarn":
     given.setdefault("original_max_positions", config.get("max_position_embeddings"))
   required = ("factor",) if kind == "yarn" else _ROPE_KINDS[kind]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from ttt_jax.config import DTYPES, TTTConfig
 from ttt_jax.nn.transformer import Transformer
@@ -147,7 +147,7 @@ def stated_ttt(checkpoint: Checkpoint) -> TTTConfig | None:
     warnings.warn(
       f"{checkpoint.where}: ttt_layers names {beyond}, beyond num_hidden_layers={num_layers}: "
       "ignored, as the published code does",
-      stacklevel=3,
+      stacklevel=4,
     )
   return ttt
 
@@ -249,7 +249,7 @@ def _fill(
 
 
 @partial(jax.jit, static_argnames="layout", donate_argnums=0)
-def _place(parameter: Array, tensor: Array, repeat: int | None, *, layout: Row):
+def _place(parameter: Array, tensor: Array, repeat: Int[Array, ""] | None, *, layout: Row):
   """The parameter with the tensor in it, and whether all of the tensor is finite."""
   value = layout.to_parameter(tensor).astype(parameter.dtype)
   if repeat is not None:

@@ -1,5 +1,6 @@
 """A model out to a Hugging Face directory, tensor by tensor, whole or not at all."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -8,8 +9,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
+from ttt_jax.nn.mlp import INNER_RATE_SPEED
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.pretrained.files import CONFIG, new_directory, write_json, write_safetensors
 from ttt_jax.pretrained.hf_config import write_config
@@ -55,7 +57,7 @@ def write_model(model: Transformer, directory: Path) -> None:
       warnings.warn(
         "the published code will read this checkpoint without TTT, and report its ttt_* tensors as unused, "
         "since it cannot express " + "; ".join(reasons),
-        stacklevel=4,
+        stacklevel=3,
       )
   rows = tensor_table(model)
   dtype = np.dtype(model.model.param_dtype)
@@ -66,12 +68,13 @@ def write_model(model: Transformer, directory: Path) -> None:
 
 
 def _inner_rates(model: Transformer) -> list[float]:
-  """The inner rate of every TTT layer, in float32."""
+  """The inner rate of every TTT layer."""
   rates = []
   for layer, (g, p, repeat) in enumerate(model.layers()):
     if layer in model.ttt.layers:
-      mlp = jax.tree.map(lambda x, r=repeat: x[r], model.groups[g][p].mlp)
-      rates.append(float(mlp.inner_lr(jnp.float32)))
+      mlp = model.groups[g][p].mlp
+      learned = 0.0 if mlp.log_rate is None else float(mlp.log_rate[...][repeat])
+      rates.append(mlp.base_rate * math.exp(INNER_RATE_SPEED * learned))
   return rates
 
 
@@ -88,7 +91,7 @@ def _tensors(model: Transformer, rows: tuple[Row, ...]) -> Iterator[np.ndarray]:
 
 
 @partial(jax.jit, static_argnames="layout")
-def _take(parameter: Array, repeat: int | None, *, layout: Row):
+def _take(parameter: Array, repeat: Int[Array, ""] | None, *, layout: Row):
   """The tensor of a row, and whether all of it is finite."""
   if repeat is not None:
     parameter = jax.lax.dynamic_index_in_dim(parameter, repeat, 0, keepdims=False)

@@ -39,7 +39,7 @@ def read_published(config: dict[str, Any], num_layers: int) -> tuple[TTTConfig |
     chunk_size=config["ttt_chunk"],
     target=config["ttt_target"],
     projection=config["ttt_proj"],
-    inner_lr=config["ttt_lr"],
+    inner_lr=float(config["ttt_lr"]),
     inner_lr_scale="fixed",
     learn_inner_lr=False,
     normalize_target=False,
