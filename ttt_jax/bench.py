@@ -276,6 +276,12 @@ def time_in_turns(cases: list[Case], repeats: int, progress: Callable[[], None])
       progress()
 
 
+def wide_console() -> Console:
+  """Standard output; a file has no edge to wrap tables at."""
+  console = Console()
+  return console if console.is_terminal else Console(width=120)
+
+
 def machine() -> dict[str, str]:
   """What the figures were measured on."""
   device = jax.devices()[0]
@@ -300,9 +306,7 @@ def run_bench(config: BenchConfig, name: str, out: Path) -> dict[str, Any]:
     raise ValueError(
       f"--shards {config.shards}: there are {available} devices ({jax.devices()[0]})"
     )
-  console = Console()
-  if not console.is_terminal:
-    console = Console(width=120)  # a file has no edge to wrap tables at
+  console = wide_console()
   where = machine()
   console.print(f"{where['device']} ({where['processor']}), jax {where['jax']}", highlight=False)
   with Progress(console=console) as progress:

@@ -53,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
   benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
   text = "dense gated MLP against TTT MLP: time, memory, bytes exchanged; tables, JSON and a plot"
   _add_fast_weights(benches.add_parser("fast-weights", help=text, description=text))
+  text = (
+    "a model that learns while it writes against its twin that does not: time per token, memory"
+  )
+  _add_generation_bench(benches.add_parser("generation", help=text, description=text))
   return parser
 
 
@@ -131,6 +135,34 @@ def _add_fast_weights(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--out", type=Path, default=Path("bench"), help="directory (default bench)")
 
 
+def _add_generation_bench(parser: argparse.ArgumentParser) -> None:
+  for flag, default in (
+    ("layers", 30),
+    ("d-model", 576),
+    ("d-ff", 1536),
+    ("heads", 9),
+    ("kv-heads", 3),
+    ("vocab", 49152),
+    ("every", 6),
+    ("chunk-size", 128),
+    ("prompt", 256),
+    ("batch", 1),
+    ("repeats", 5),
+  ):
+    parser.add_argument(f"--{flag}", type=int, default=default, help=f"(default {default})")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+  parser.add_argument("--name", default="bench_generation", help="of the file written")
+  parser.add_argument("--out", type=Path, default=Path("bench"), help="directory (default bench)")
+
+
+def _run_generation_bench(parsed: argparse.Namespace) -> None:
+  from ttt_jax.generation.bench import GenerationBenchConfig, run_generation_bench
+
+  fields = {field.name for field in dataclasses.fields(GenerationBenchConfig)}
+  config = {name: value for name, value in vars(parsed).items() if name in fields}
+  run_generation_bench(GenerationBenchConfig(**config), parsed.name, parsed.out)
+
+
 def _run_bench(parsed: argparse.Namespace) -> None:
   import jax
 
@@ -156,11 +188,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a command; a user's mistake is one line on stderr and exit status 2."""
   parser = _parser()
   parsed, overrides = parser.parse_known_args(arguments)
-  if overrides and parsed.command not in ("convert", "generate"):  # the others' are an argument of their own
+  if overrides and parsed.command not in (
+    "convert",
+    "generate",
+  ):  # the others' are an argument of their own
     parser.error(f"unrecognized arguments: {' '.join(overrides)}")
   try:
     if parsed.command == "bench":
-      _run_bench(parsed)
+      {"fast-weights": _run_bench, "generation": _run_generation_bench}[parsed.bench](parsed)
       return 0
     if parsed.command == "generate":
       from ttt_jax.generation import command

@@ -55,7 +55,9 @@ def _prompts(parsed: argparse.Namespace) -> list[str]:
   if not prompts and not sys.stdin.isatty():
     prompts = [sys.stdin.read()]
   if not prompts:
-    raise ValueError("there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in")
+    raise ValueError(
+      "there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in"
+    )
   return prompts
 
 
@@ -111,7 +113,9 @@ def _show_as_made(stream: Stream, tokenizer: Tokenizer) -> None:
 
 def _describe(model: Reader) -> str:
   config = model.model
-  fast = f"fast weights in layers {list(model.ttt.layers)}" if model.ttt.layers else "no fast weights"
+  fast = (
+    f"fast weights in layers {list(model.ttt.layers)}" if model.ttt.layers else "no fast weights"
+  )
   return f"{config.num_layers} layers of {config.d_model}, {config.dtype}, {fast}"
 
 
