@@ -96,7 +96,7 @@ def test_it_starts_bit_for_bit_as_the_model_was(pretrained):
   config = resolve(_config(pretrained))
   model = initial_model(config, mesh_of(1, 1))
   assert model.ttt.target == "hidden_states"
-  conv = trained_parameters(model, "ttt")["groups/1/0/mlp/conv/value"]
+  conv = trained_parameters(model, "ttt")["groups/0/1/mlp/conv/value"]
   assert not np.any(conv)
   tokens, segment_ids, _ = random_rows(2, 32, vocab=300)
   forward = jax.jit(lambda model: model(tokens, segment_ids))
@@ -135,7 +135,7 @@ def test_train_and_eval_from_the_command_line(pretrained, tmp_path, capsys):
     assert row["loss_before"] == row["loss_before_updates_off"] == row["loss_updates_off"]
     assert row["loss_baseline"] is None
   assert table[1]["loss"] != table[1]["loss_before"]
-  assert summary["heldout_loss_before"] == np.mean([row["loss_before"] for row in table])
+  assert table[0]["loss_before"] > summary["heldout_loss_before"] > table[1]["loss_before"]
 
   # Six documents of equal length: tokens, not bytes.
   tokenizer = load_tokenizer(pretrained)
@@ -155,7 +155,7 @@ def test_train_and_eval_from_the_command_line(pretrained, tmp_path, capsys):
     words = ["--run_dir", str(run_dir), "--eval.documents", "1", "--eval.before", "false"]
     assert main(["train", str(file), *words]) == 0
   assert main(["train", str(file), "--run_dir", str(run_dir), "--train.trainable", "all"]) == 2
-  assert "train.trainable: 'ttt' -> 'all'" in capsys.readouterr().err
+  assert "train.trainable: ttt -> all" in capsys.readouterr().err
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(pretrained, tmp_path, capsys):

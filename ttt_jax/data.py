@@ -81,7 +81,9 @@ class Corpus:
 
   def decode(self, tokens: Integer[Any, "T"] | Sequence[int]) -> str:
     """The text of tokens; U+FFFD stands for bytes that are not UTF-8."""
-    return decode(tokens) if self.tokenizer is None else self.tokenizer.decode(list(tokens))
+    if self.tokenizer is None:
+      return decode(tokens)
+    return self.tokenizer.decode(np.asarray(tokens).tolist())
 
   def report(self) -> str:
     unit = "bytes" if self.tokenizer is None else "tokens"
