@@ -66,8 +66,12 @@ def test_train_resume_and_eval(config, tmp_path):
   assert summary["params"] > summary["params_baseline"] > 1000
   table = summary["heldout_by_position"]
   assert len(table) == 8
-  assert set(table[0]) == {"from", "to", "loss", "loss_updates_off", "loss_baseline"}
-  assert all(np.isfinite(list(row.values())).all() for row in table)
+  columns = {"from", "to", "loss", "loss_updates_off", "loss_baseline"}
+  assert all(np.isfinite([row[column] for column in columns]).all() for row in table)
+  assert {column for column in table[0] if table[0][column] is None} == {
+    "loss_before",
+    "loss_before_updates_off",
+  }
   for name in ("config.yaml", "loss_by_position.png", "training_loss.png"):
     assert (run_dir / name).stat().st_size > 100
   assert [r["step"] for r in read_metrics(run_dir / "metrics.jsonl")] == [2, 4, 6]

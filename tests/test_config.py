@@ -12,6 +12,12 @@ from ttt_jax.nn.transformer import count_parameters
 from ttt_jax.sharding import make_mesh
 from ttt_jax.train import make_model
 
+# The model that a config with `init_from` names, which is not there.
+PRETRAINED = {
+  "models/smollm2.gguf": ModelConfig(
+    vocab_size=49152, num_layers=30, d_model=576, d_ff=1536, num_heads=9, num_kv_heads=3
+  )
+}
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
@@ -24,6 +30,10 @@ def test_config_parses_and_builds(path):
   assert path.read_text().startswith(f"# ttt-jax train configs/{path.name}")
   config = load_config(path)
   assert config.name == path.stem
+  if config.init_from is not None:
+    assert config.model == ModelConfig(dtype=config.model.dtype)
+    model = PRETRAINED[config.init_from]
+    config = dataclasses.replace(config, model=model, init_from=None)
   model = jax.eval_shape(lambda: make_model(config))
   logits = jax.eval_shape(
     lambda m: m(jax.numpy.zeros((1, config.data.seq_len), jax.numpy.int32)), model

@@ -54,6 +54,13 @@ def test_table_has_the_three_ways_of_reading():
   # A chunk of 4 tokens: in the first of 4 parts, 7 of 8 tokens are read by an updated weight or none.
   assert all(row["loss"] != row["loss_updates_off"] for row in table)
   assert all(row["loss_baseline"] != row["loss"] for row in table)
+  before = heldout_by_position(config, twin, None, rows, mesh, before=model)
+  for old, new in zip(alone, before):
+    assert (new["loss_before"], new["loss_before_updates_off"]) == (
+      old["loss"],
+      old["loss_updates_off"],
+    )
+    assert old["loss_before"] is None
   losses = losses_by_token(model, rows, mesh)
   assert mean_of_buckets(table, "loss") == pytest.approx(losses.mean(), rel=1e-5)
 

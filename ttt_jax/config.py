@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 DTYPES = ("float32", "bfloat16", "float64")
 IMPLEMENTATIONS = ("associative", "dual", "sequential")
+TRAINABLE = ("all", "ttt", "ttt+down")
 COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
 
@@ -246,6 +247,8 @@ class DataConfig:
   # A directory or glob of .txt, .md, .py, .jsonl files, each also .gz; None: the Python standard
   # library's own sources.
   path: str | None = None
+  # Where `ttt_jax.load_tokenizer` finds one, or "bytes". None: the one of `init_from`, else bytes.
+  tokenizer: str | None = None
   seq_len: int = 4096
   heldout_fraction: float = 0.05  # of the documents, chosen by a hash of their path
 
@@ -261,6 +264,9 @@ class DataConfig:
 class TrainConfig:
   """AdamW with warm-up and cosine decay to `learning_rate * final_lr_ratio`."""
 
+  # "all" parameters; "ttt": convolution, projection and inner rate of the TTT layers; "ttt+down":
+  # also their down projections. The others stay as they are and take no optimiser state.
+  trainable: str = "all"
   steps: int = 400
   batch_size: int = 1  # rows per step, over all devices
   learning_rate: float = 4e-3
@@ -276,6 +282,7 @@ class TrainConfig:
     _require_positive(
       "train", self, "steps", "batch_size", "learning_rate", "clip_grad_norm", "log_every"
     )
+    _require_choice("train.trainable", self.trainable, TRAINABLE)
     _require(self.warmup_steps >= 0, f"train.warmup_steps={self.warmup_steps} must not be negative")
     _require(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay} must not be negative")
     for name in ("beta1", "beta2"):
@@ -305,7 +312,8 @@ class EvalConfig:
   """Loss by position on held-out documents of at least `seq_len` tokens."""
 
   baseline: bool = False  # also train a twin without TTT on the same batches
-  seq_len: int | None = None  # None: data.seq_len
+  before: bool = False  # also evaluate the model as it was before the first step
+  seq_len: int | None = None  # may be longer than the rows trained on; None: data.seq_len
   documents: int = 32
   buckets: int = 8
   prompt_tokens: int = 512  # of the sample text
@@ -334,6 +342,14 @@ def check_layers(model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig)
     _require(len(set(layers)) == len(layers), f"{name}={list(layers)} names a layer twice")
 
 
+def check_trainable(ttt: TTTConfig, train: TrainConfig) -> None:
+  """Raises ValueError if nothing would train."""
+  _require(
+    train.trainable == "all" or len(ttt.layers) > 0,
+    f"train.trainable={train.trainable!r} trains the TTT layers, but ttt.layers=[] names none",
+  )
+
+
 def check_rows(name: str, seq_len: int, context: int, ttt: TTTConfig) -> None:
   """Raises ValueError unless `context` shards of whole chunks make up a row of `seq_len` tokens."""
   _require(
@@ -356,6 +372,9 @@ class Config:
 
   name: str = "run"
   run_dir: str | None = None  # None: runs/NAME
+  # A model to start from: whatever `ttt_jax.load_pretrained` reads. The sections model and attention
+  # are then the checkpoint's (`ttt_jax.initial`) but for dtypes, remat and how things are computed.
+  init_from: str | None = None
   seed: int = 0
   runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
   mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -368,7 +387,9 @@ class Config:
   eval: EvalConfig = field(default_factory=EvalConfig)
 
   def __post_init__(self):
-    check_layers(self.model, self.attention, self.ttt)
+    if self.init_from is None:  # else `ttt_jax.initial.resolve` has the model to check against
+      check_layers(self.model, self.attention, self.ttt)
+      check_trainable(self.ttt, self.train)
     check_rows("data.seq_len", self.data.seq_len, self.mesh.context, self.ttt)
     check_rows("eval.seq_len", self.eval_seq_len, self.mesh.context, self.ttt)
     rows = self.mesh.data * self.mesh.fsdp
@@ -376,12 +397,18 @@ class Config:
       self.train.batch_size % rows == 0,
       f"train.batch_size={self.train.batch_size} is not a multiple of mesh.data * mesh.fsdp = {rows}",
     )
-    if self.attention.window is not None:
+    if self.attention.window is not None and self.init_from is None:
       _require(
         self.attention.window <= self.data.seq_len,
         f"attention.window={self.attention.window} is larger than data.seq_len="
         f"{self.data.seq_len}: use a smaller window, or none for full attention",
       )
+    _require(
+      not (self.eval.baseline and self.train.trainable != "all"),
+      f"eval.baseline=true trains a twin without TTT, in which train.trainable="
+      f"{self.train.trainable!r} names nothing: leave it false; where train.trainable is 'ttt', the "
+      "model with its updates off is the one without TTT",
+    )
     _require(
       self.eval_seq_len >= self.eval.buckets,
       f"eval.buckets={self.eval.buckets} is more than eval.seq_len={self.eval_seq_len}",
@@ -390,6 +417,12 @@ class Config:
   @property
   def eval_seq_len(self) -> int:
     return self.data.seq_len if self.eval.seq_len is None else self.eval.seq_len
+
+  @property
+  def tokenizer(self) -> str | None:
+    """Where the tokenizer is; None for bytes."""
+    path = self.init_from if self.data.tokenizer is None else self.data.tokenizer
+    return None if path == "bytes" else path
 
   @property
   def resolved_run_dir(self) -> str:

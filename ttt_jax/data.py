@@ -1,4 +1,6 @@
-"""Text as bytes: files to documents, documents to packed training rows and to held-out rows.
+"""Text as tokens: files to documents, documents to packed training rows and to held-out rows.
+
+A token is a byte, or what a tokenizer makes of the text, document by document while it is read.
 
 A document longer than a row is cut into pieces of `seq_len` tokens; its shorter rest, and every
 document that fits a row, is a piece of its own. All pieces are indexed beforehand, so that Grain
@@ -28,9 +30,10 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int32, Integer, UInt8
+from jaxtyping import Int32, Integer
 
 from ttt_jax.config import DataConfig
+from ttt_jax.pretrained.tokenizer import Tokenizer
 
 VOCAB_SIZE = 256  # one token per byte
 IGNORE = -1  # the label of a token that has no successor in its row; the same as in ttt_jax.loss
@@ -63,7 +66,7 @@ def decode(tokens: Integer[Any, "T"] | Sequence[int]) -> str:
 @dataclass(frozen=True, eq=False)
 class Document:
   name: str  # the path below the source's root; for a line of a .jsonl file PATH:LINE
-  tokens: UInt8[np.ndarray, "T"]
+  tokens: Integer[np.ndarray, "T"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +77,19 @@ class Corpus:
   heldout: tuple[Document, ...]
   skipped: dict[str, int]  # reason -> files, directories or .jsonl lines
   source: str
+  tokenizer: Tokenizer | None = None  # None: bytes
+
+  def decode(self, tokens: Integer[Any, "T"] | Sequence[int]) -> str:
+    """The text of tokens; U+FFFD stands for bytes that are not UTF-8."""
+    if self.tokenizer is None:
+      return decode(tokens)
+    return self.tokenizer.decode(np.asarray(tokens).tolist())
 
   def report(self) -> str:
+    unit = "bytes" if self.tokenizer is None else "tokens"
+
     def size(documents):
-      return f"{len(documents):,} ({sum(d.tokens.size for d in documents):,} bytes)"
+      return f"{len(documents):,} ({sum(d.tokens.size for d in documents):,} {unit})"
 
     return (
       f"{self.source}: documents for training {size(self.train)}, held out {size(self.heldout)}; "
@@ -85,13 +97,14 @@ class Corpus:
     )
 
 
-def load_corpus(config: DataConfig, *, seed: int) -> Corpus:
+def load_corpus(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None = None) -> Corpus:
   """Reads every document of `config.path` and splits them into training and held-out ones.
 
   `hash(name) < heldout_fraction` holds a document out, whatever the seed and the other documents
   are; only where a side would stay empty, the lowest hash is held out and the highest is trained
   on. The seed fixes the order on each side. Links to directories are not followed, so links in a
-  loop do no harm; what is not read is counted in `skipped`.
+  loop do no harm; what is not read is counted in `skipped`. The tokenizer, None for bytes, changes
+  neither the split nor the order.
 
   Raises ValueError if `config.path` does not exist or holds fewer than two readable documents.
   """
@@ -99,7 +112,7 @@ def load_corpus(config: DataConfig, *, seed: int) -> Corpus:
   source, root, paths = _find(config.path, skipped)
   documents = []
   for path in paths:
-    documents.extend(_read(path, path.relative_to(root).as_posix(), skipped))
+    documents.extend(_read(path, path.relative_to(root).as_posix(), skipped, tokenizer))
   skipped = dict(+skipped)
   if len(documents) < 2:
     found = "one readable document only" if documents else "no readable document"
@@ -116,7 +129,7 @@ def load_corpus(config: DataConfig, *, seed: int) -> Corpus:
     below = _hash(document.name) < config.heldout_fraction * 2**64
     held = document is first or (below and document is not last)
     (heldout if held else train).append(document)
-  return Corpus(tuple(train), tuple(heldout), skipped, source)
+  return Corpus(tuple(train), tuple(heldout), skipped, source, tokenizer)
 
 
 def training_rows(
@@ -244,7 +257,9 @@ def _suffix(path: Path) -> str:
   return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def _read(path: Path, name: str, skipped: Counter) -> Iterator[Document]:
+def _read(
+  path: Path, name: str, skipped: Counter, tokenizer: Tokenizer | None
+) -> Iterator[Document]:
   """The documents of one file."""
   if not path.is_file():  # a broken link; or a pipe, which would block
     skipped["unreadable"] += 1
@@ -265,7 +280,13 @@ def _read(path: Path, name: str, skipped: Counter) -> Iterator[Document]:
     if isinstance(text, _Skip):
       skipped[text.reason] += 1
     else:
-      yield Document(document_name, np.frombuffer(text, np.uint8))
+      yield Document(document_name, _tokens(text, tokenizer))
+
+
+def _tokens(text: bytes, tokenizer: Tokenizer | None) -> Integer[np.ndarray, "T"]:
+  if tokenizer is None:
+    return np.frombuffer(text, np.uint8)
+  return np.asarray(tokenizer.encode(text.decode()), np.int32)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What the fast weights buy: held-out loss by position in the document, and a sample of text.
 
 Loss that falls along a document is what reading should do to a model that learns while it reads. The
-same model with its updates off is not a fair opponent, its slow weights rely on the fast ones; a
-twin trained without fast weights on the same batches is.
+same model with its updates off is not a fair opponent if its slow weights were trained with the
+fast ones and rely on them; a twin trained without fast weights on the same batches is.
 """
 
 from functools import partial
@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from ttt_jax.config import Config
-from ttt_jax.data import decode, heldout_rows
-from ttt_jax.loss import IGNORE, token_losses
+from ttt_jax.data import Corpus, heldout_rows
+from ttt_jax.generation.generate import generate
+from ttt_jax.loss import IGNORE, model_losses
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.sharding import sharding
 
@@ -25,7 +26,7 @@ from ttt_jax.sharding import sharding
 @partial(jax.jit, static_argnames="update")
 def _losses(model: Transformer, tokens: Int[Array, "B T"], *, update: bool) -> Float[Array, "B T"]:
   labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
-  return token_losses(model(tokens, update=update), labels)[0]
+  return model_losses(model, tokens, labels, update=update)[0]
 
 
 def losses_by_token(
@@ -59,24 +60,30 @@ def heldout_by_position(
   baseline: Transformer | None,
   rows: Int[np.ndarray, "B T"],
   mesh: Mesh,
+  *,
+  before: Transformer | None = None,
 ) -> list[dict[str, Any]]:
-  """The table of `summary.json`: loss with updates, with updates off, and of the twin, by position."""
+  """The table of `summary.json`: loss by position, of a model with updates and with updates off.
 
-  def table(model, update):
+  Likewise of the model before its first step, and of the twin, which has none; None where there is no
+  such model.
+  """
+
+  def column(model, update):
+    if model is None:
+      return [(None, None, None)] * config.eval.buckets
     return by_position(losses_by_token(model, rows, mesh, update=update), config.eval.buckets)
 
-  on = table(model, True)
-  off = table(model, False)
-  twin = [None] * len(on) if baseline is None else [x[2] for x in table(baseline, False)]
+  columns = {
+    "loss": column(model, True),
+    "loss_updates_off": column(model, False),
+    "loss_baseline": column(baseline, False),
+    "loss_before": column(before, True),
+    "loss_before_updates_off": column(before, False),
+  }
   return [
-    {
-      "from": low,
-      "to": high,
-      "loss": loss,
-      "loss_updates_off": loss_off,
-      "loss_baseline": loss_twin,
-    }
-    for (low, high, loss), (_, _, loss_off), loss_twin in zip(on, off, twin)
+    {"from": low, "to": high, **{name: parts[i][2] for name, parts in columns.items()}}
+    for i, (low, high, _) in enumerate(columns["loss"])
   ]
 
 
@@ -88,57 +95,41 @@ def mean_of_buckets(table: list[dict[str, Any]], column: str) -> float | None:
   return float(np.average([row[column] for row in table], weights=sizes))
 
 
-@jax.jit
-def _next_token(
-  model: Transformer,
-  row: Int[Array, "T"],
-  position: Int[Array, ""],
-  temperature: Float[Array, ""],
-  key: jax.Array,
-) -> Int[Array, "T"]:
-  """`row` with a token drawn for `position`; what stands there and later cannot influence it."""
-  logits = model(row[None])[0, position - 1]
-  drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-  token = jnp.where(temperature > 0, drawn, jnp.argmax(logits))
-  return row.at[position].set(token.astype(row.dtype))
-
-
 def continue_row(
   model: Transformer,
-  prompt: Int[np.ndarray, "T"],
+  prompt: Integer[np.ndarray, "T"],
   *,
   new_tokens: int,
   temperature: float,
   seed: int,
-) -> Int[np.ndarray, "new"]:
-  """`new_tokens` tokens after `prompt`, greedy at temperature 0, on one device.
+) -> Integer[np.ndarray, "new"]:
+  """At most `new_tokens` tokens after `prompt`, greedy at temperature 0, on one device.
 
-  Every token reads the whole row again, with the fast weights learning along it: simple and exact, for
-  a short sample.
+  The fast weights learn along the prompt and what is written; a token that ends a text ends it.
   """
   model = jax.device_put(model, jax.devices()[0])
-  row = jnp.asarray(np.pad(prompt, (0, new_tokens)), jnp.int32)
-  keys = jax.random.split(jax.random.key(seed), new_tokens)
-  for i in range(new_tokens):
-    row = _next_token(model, row, jnp.int32(len(prompt) + i), jnp.float32(temperature), keys[i])
-  return np.asarray(row)[len(prompt) :]
+  result = generate(
+    model, [prompt.tolist()], max_new_tokens=new_tokens, temperature=temperature, seed=seed
+  )
+  return result.new_tokens[0]
 
 
 def evaluate(
   config: Config,
   model: Transformer,
   baseline: Transformer | None,
-  documents: Any,
+  before: Transformer | None,
+  corpus: Corpus,
   mesh: Mesh,
 ) -> dict[str, Any]:
   """The evaluation part of `summary.json`."""
   rows = heldout_rows(
-    documents,
+    corpus.heldout,
     seq_len=config.eval_seq_len,
     max_documents=config.eval.documents,
     seed=config.seed,
   )
-  table = heldout_by_position(config, model, baseline, rows, mesh)
+  table = heldout_by_position(config, model, baseline, rows, mesh, before=before)
   prompt = rows[0][: min(config.eval.prompt_tokens, config.eval_seq_len)]
   sample = continue_row(
     model,
@@ -150,9 +141,7 @@ def evaluate(
   return {
     "heldout_documents": len(rows),
     "heldout_seq_len": config.eval_seq_len,
-    "heldout_loss": mean_of_buckets(table, "loss"),
-    "heldout_loss_updates_off": mean_of_buckets(table, "loss_updates_off"),
-    "heldout_loss_baseline": mean_of_buckets(table, "loss_baseline"),
+    **{f"heldout_{name}": mean_of_buckets(table, name) for name in table[0] if "loss" in name},
     "heldout_by_position": table,
-    "sample": {"prompt": decode(prompt), "continuation": decode(sample)},
+    "sample": {"prompt": corpus.decode(prompt), "continuation": corpus.decode(sample)},
   }

@@ -24,7 +24,7 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def decays(params: Any) -> Any:
-  """A pytree like `params`: whether weight decay applies."""
+  """A pytree like `params`, named by the parameters' paths: whether weight decay applies."""
 
   def applies(path, _):
     names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")

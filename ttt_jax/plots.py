@@ -13,6 +13,8 @@ _CURVES = {
   "loss": ("fast weights updating", "#0b4f9e", "o"),
   "loss_updates_off": ("same model, updates off", "#d1620b", "s"),
   "loss_baseline": ("twin trained without fast weights", "#5c5c5c", "^"),
+  "loss_before": ("before the first step", "#3f8f4f", "v"),
+  "loss_before_updates_off": ("before the first step, updates off", "#a05fa8", "x"),
 }
 
 

@@ -11,10 +11,12 @@ from rich.table import Table
 
 from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import Config
-from ttt_jax.data import load_corpus
+from ttt_jax.data import VOCAB_SIZE, Corpus, load_corpus
 from ttt_jax.evaluate import evaluate
+from ttt_jax.initial import initial_model, resolve
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.plots import plot_by_position, plot_training
+from ttt_jax.pretrained.tokenizer import load_tokenizer
 from ttt_jax.rundir import open_run, read_metrics, write_json
 from ttt_jax.sharding import make_mesh
 from ttt_jax.train import abstract_state, model_summary, train
@@ -28,8 +30,9 @@ def run_training(config: Config, console: Console | None = None) -> dict[str, An
   The same call again goes on from the last checkpoint. Returns None if it was interrupted.
   """
   console = Console() if console is None else console
+  config = resolve(config)
   mesh = make_mesh(config.mesh)
-  corpus = load_corpus(config.data, seed=config.seed)
+  corpus = load_data(config)
   run_dir = open_run(config.resolved_run_dir, config)
   console.print(corpus.report(), highlight=False)
   console.print(f"{_devices(mesh)}; run directory {run_dir}", highlight=False)
@@ -55,14 +58,37 @@ def run_evaluation(config: Config, console: Console | None = None) -> dict[str, 
     ValueError: there is no run or no checkpoint there, or it is another model's.
   """
   console = Console() if console is None else console
+  config = resolve(config)
   mesh = make_mesh(config.mesh)
   run_dir = Path(config.resolved_run_dir)
-  corpus = load_corpus(config.data, seed=config.seed)
+  corpus = load_data(config)
   model = load_model(config, mesh, run_dir)
   baseline = None
   if config.eval.baseline:
     baseline = load_model(config.without_ttt(), mesh, run_dir / BASELINE)
   return _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console)
+
+
+def load_data(config: Config) -> Corpus:
+  """The documents of a resolved config, in the tokens that its model reads.
+
+  Raises:
+    ValueError: the model has not as many tokens as the tokenizer; as `load_tokenizer` and
+      `load_corpus`.
+  """
+  tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+  tokens = VOCAB_SIZE if tokenizer is None else tokenizer.vocab_size
+  if tokens > config.model.vocab_size:
+    raise ValueError(
+      f"model.vocab_size={config.model.vocab_size} is less than the {tokens} tokens of "
+      f"{config.tokenizer or 'bytes'}: "
+      + (
+        f"set model.vocab_size={tokens}"
+        if config.init_from is None
+        else f"data.tokenizer is not that of init_from={config.init_from!r}"
+      )
+    )
+  return load_corpus(config.data, seed=config.seed, tokenizer=tokenizer)
 
 
 def load_model(config: Config, mesh: Mesh, run_dir: Path) -> Transformer:
@@ -81,6 +107,7 @@ def _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console
   }
   if baseline is not None:
     runs["twin without"] = read_metrics(run_dir / BASELINE / "metrics.jsonl")
+  before = initial_model(config, mesh) if config.eval.before else None
   records = next(iter(runs.values()))
   summary = {
     "name": config.name,
@@ -95,7 +122,7 @@ def _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console
     "tokens_per_second": _speed(records),
     "tokens_per_second_baseline": _speed(runs["twin without"]) if baseline is not None else None,
     "skipped": dict(corpus.skipped),
-    **evaluate(config, model, baseline, corpus.heldout, mesh),
+    **evaluate(config, model, baseline, before, corpus, mesh),
   }
   write_json(run_dir / "summary.json", summary)
   plot_by_position(summary, run_dir / "loss_by_position.png")
@@ -118,7 +145,13 @@ def _devices(mesh: Mesh) -> str:
 
 def _print_summary(config, model, summary, run_dir, console) -> None:
   table = Table()
-  columns = {"loss": "updates on", "loss_updates_off": "updates off", "loss_baseline": "twin"}
+  columns = {
+    "loss_before": "before",
+    "loss_before_updates_off": "before, updates off",
+    "loss": "updates on",
+    "loss_updates_off": "updates off",
+    "loss_baseline": "twin",
+  }
   columns = {k: v for k, v in columns.items() if summary["heldout_by_position"][0][k] is not None}
   table.add_column("position", justify="right")
   for title in columns.values():

@@ -4,6 +4,7 @@ Model code knows no mesh: it runs under the ambient one (`jax.set_mesh`), and th
 communicate by hand, attention and the fast weight, are mapped over its shards by `over_shards`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,15 @@ def context_size() -> int:
   """How many shards of the sequence `over_shards` makes."""
   mesh = _ambient_mesh()
   return 1 if mesh is None else mesh.shape.get(CONTEXT, 1)
+
+
+def token_shards() -> int:
+  """How many devices `over_shards` splits the tokens of a batch of rows over."""
+  mesh = _ambient_mesh()
+  if mesh is None:
+    return 1
+  axes = (*_RULES["batch"], *_RULES["sequence"])
+  return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.axis_names)
 
 
 def positions(length: int) -> jax.Array:

@@ -13,19 +13,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import Config
 from ttt_jax.data import Corpus, training_rows
-from ttt_jax.loss import mean_loss
+from ttt_jax.initial import initial_model, make_model
+from ttt_jax.loss import mean_loss, model_losses
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.optim import learning_rate, make_optimizer
 from ttt_jax.progress import TrainingProgress
 from ttt_jax.rundir import MetricsLog
 from ttt_jax.sharding import sharding
+from ttt_jax.trainable import trained_parameters, with_parameters
 
 
 class TrainState(NamedTuple):
@@ -51,44 +52,50 @@ class TrainResult:
 
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
-  """Fresh parameters and optimiser state, made on the mesh."""
-
-  def make() -> TrainState:
-    model = make_model(config)
-    return TrainState(model, make_optimizer(config.train).init(model), jnp.zeros((), jnp.int32))
-
-  return jax.jit(make, out_shardings=NamedSharding(mesh, PartitionSpec()))()
-
-
-def make_model(config: Config) -> Transformer:
-  """The model of a config, from its seed."""
-  return Transformer(config.model, config.attention, config.ttt, rngs=nnx.Rngs(config.seed))
+  """The parameters before the first step and fresh optimiser state, made on the mesh."""
+  model = initial_model(config, mesh)
+  start = jax.jit(
+    lambda parameters: (make_optimizer(config.train).init(parameters), jnp.zeros((), jnp.int32)),
+    out_shardings=NamedSharding(mesh, PartitionSpec()),
+  )
+  return TrainState(model, *start(trained_parameters(model, config.train.trainable)))
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
   """Shapes, dtypes and shardings of `init_state`, without computing it."""
   replicated = NamedSharding(mesh, PartitionSpec())
-  shapes = jax.eval_shape(
-    lambda: (lambda m: TrainState(m, make_optimizer(config.train).init(m), jnp.int32(0)))(
-      make_model(config)
-    )
-  )
+
+  def make() -> TrainState:
+    model = make_model(config)
+    parameters = trained_parameters(model, config.train.trainable)
+    return TrainState(model, make_optimizer(config.train).init(parameters), jnp.int32(0))
+
+  shapes = jax.eval_shape(make)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
 
 
 def train_step(
-  state: TrainState, batch: Batch, *, optimizer: optax.GradientTransformation
+  state: TrainState,
+  batch: Batch,
+  *,
+  optimizer: optax.GradientTransformation,
+  trainable: str,
 ) -> tuple[TrainState, dict[str, Any]]:
-  """One step of gradient descent on the mean loss of a batch. Pure; jit it under `jax.set_mesh`."""
+  """One step of gradient descent on the mean loss of a batch, in the parameters that train.
 
-  def loss(model: Transformer) -> tuple[Float[Array, ""], Any]:
-    logits, stats = model(batch.tokens, batch.segment_ids, return_stats=True)
-    return mean_loss(logits, batch.labels), stats
+  Pure; jit it under `jax.set_mesh`.
+  """
 
-  (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.model)
+  def loss(parameters: dict[str, Array]) -> tuple[Float[Array, ""], Any]:
+    model = with_parameters(state.model, parameters)
+    losses, valid, stats = model_losses(model, batch.tokens, batch.labels, batch.segment_ids)
+    return mean_loss(losses, valid), stats
+
+  parameters = trained_parameters(state.model, trainable)
+  (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(parameters)
   with jax.named_scope("optimizer"):
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-    model = optax.apply_updates(state.model, updates)
+    updates, opt_state = optimizer.update(grads, state.opt_state, parameters)
+    model = with_parameters(state.model, optax.apply_updates(parameters, updates))
   metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "ttt": stats}
   return TrainState(model, opt_state, state.step + 1), metrics
 
@@ -99,7 +106,7 @@ def jit_train_step(config: Config, mesh: Mesh) -> Callable:
   The state passed in is donated.
   """
   return jax.jit(
-    partial(train_step, optimizer=make_optimizer(config.train)),
+    partial(train_step, optimizer=make_optimizer(config.train), trainable=config.train.trainable),
     donate_argnums=0,
     out_shardings=NamedSharding(mesh, PartitionSpec()),
   )
@@ -231,4 +238,8 @@ def model_summary(config: Config, model: Transformer) -> str:
     )
   if config.attention.window is not None:
     kinds += f", attention window {config.attention.window}"
+  trainable = config.train.trainable
+  if trainable != "all":
+    trained = sum(x.size for x in trained_parameters(model, trainable).values())
+    kinds += f", {trained:,} parameters trained ({trainable})"
   return f"{count_parameters(model):,} parameters, {kinds}"

@@ -220,6 +220,21 @@ class Transformer(nnx.Module):
     Raises:
       ValueError: tokens or segment_ids of the wrong shape or dtype.
     """
+    x, stats = self.hidden(tokens, segment_ids, update=update)
+    logits = next_token_logits(x, self.embed, self.norm, self.head)
+    return (logits, stats) if return_stats else logits
+
+  def hidden(
+    self,
+    tokens: Int[Array | np.ndarray, "B T"],
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+    *,
+    update: bool = True,
+  ):
+    """What `next_token_logits` makes the logits of: `[B, T, D]` after the last block, and the stats.
+
+    Arguments and errors are those of `__call__`; `ttt_jax.loss.model_losses` reads it piece by piece.
+    """
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
       raise ValueError(
         f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, expected integers [B, T]"
@@ -262,13 +277,10 @@ class Transformer(nnx.Module):
       if stats is not None:
         collected.append(stats)
 
-    logits = next_token_logits(x, self.embed, self.norm, self.head)
-    if not return_stats:
-      return logits
     if not collected:
-      return logits, None
+      return x, None
     # [repeats, places] of each group, in the order of the layers.
-    return logits, jax.tree.map(lambda *s: jnp.concatenate([a.reshape(-1) for a in s]), *collected)
+    return x, jax.tree.map(lambda *s: jnp.concatenate([a.reshape(-1) for a in s]), *collected)
 
   def layers(self) -> list[tuple[int, int, int]]:
     """For every layer its place in the parameters: group, place in the pattern, repeat."""

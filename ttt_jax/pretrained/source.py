@@ -12,7 +12,7 @@ from ttt_jax.load_config import load_config, override_section
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.pretrained.files import local_path
 from ttt_jax.pretrained.load import load_pretrained, open_checkpoint, stated_ttt
-from ttt_jax.pretrained.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from ttt_jax.pretrained.tokenizer import BYTES, Tokenizer, load_tokenizer
 from ttt_jax.run import load_model
 from ttt_jax.rundir import CONFIG_FILE
 from ttt_jax.sharding import make_mesh
@@ -39,9 +39,11 @@ def open_model(
 
 
 def open_tokenizer(source: str | Path) -> Tokenizer:
-  """The tokenizer of the model there; runs read bytes."""
+  """The tokenizer of the model there."""
   path = local_path(source)
-  return byte_tokenizer() if is_run(path) else load_tokenizer(path)
+  if is_run(path):
+    path = load_config(path / CONFIG_FILE).tokenizer or BYTES
+  return load_tokenizer(path)
 
 
 def _ttt(path: Path, overrides: Sequence[str]) -> TTTConfig | None:

@@ -1,0 +1,101 @@
+"""Where a run starts: new parameters from a seed, or those of a pretrained model (`init_from`).
+
+With `init_from` the checkpoint decides what the model is. `resolve` fills that into the config, so
+that everything after it, the recorded config included, sees one whole config of either kind.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ttt_jax.config import Config, TTTConfig, check_layers, check_trainable
+from ttt_jax.nn.transformer import Transformer
+from ttt_jax.pretrained.files import local_path
+from ttt_jax.pretrained.hf_config import read_config
+from ttt_jax.pretrained.load import load_pretrained, open_checkpoint, stated_ttt
+
+# Fields that say how a model is computed, which a checkpoint has no say in.
+_HOW_COMPUTED = ("param_dtype", "dtype", "state_dtype", "remat", "implementation", "balance")
+
+
+def resolve(config: Config) -> Config:
+  """The config with the model that `init_from` names in its sections; without `init_from`, itself.
+
+  A checkpoint's own fast weights count where the config's section `ttt` is empty.
+
+  Raises:
+    ValueError: a field of `model` or `attention` is neither its default nor the checkpoint's value;
+      layers that do not exist; as `load_pretrained` for what cannot be read.
+  """
+  if config.init_from is None:
+    return config
+  if config.init_from.endswith(".gguf") and not Path(config.init_from).expanduser().is_file():
+    raise ValueError(f"init_from={config.init_from!r} does not exist")  # nor is it a hub name
+  checkpoint = open_checkpoint(local_path(config.init_from))
+  there = read_config(checkpoint.config, generation=checkpoint.generation)
+  ttt = config.ttt
+  if ttt == TTTConfig():
+    ttt = stated_ttt(checkpoint) or ttt
+  if ttt.layers and ttt.init is None:
+    ttt = dataclasses.replace(ttt, init="identity")  # as `load_pretrained` does
+  resolved = dataclasses.replace(
+    config,
+    model=_agreed("model", config.model, there.model, config.init_from),
+    attention=_agreed("attention", config.attention, there.attention, config.init_from),
+    ttt=ttt,
+  )
+  check_layers(resolved.model, resolved.attention, resolved.ttt)
+  check_trainable(resolved.ttt, resolved.train)
+  return resolved
+
+
+def _agreed(section: str, given: Any, there: Any, init_from: str) -> Any:
+  """The checkpoint's section, but for how it is computed; `given` may not contradict it."""
+  computed = {}
+  for field in dataclasses.fields(given):
+    value, stored = getattr(given, field.name), getattr(there, field.name)
+    if field.name in _HOW_COMPUTED:
+      computed[field.name] = value
+    elif value != field.default and not _equal(value, stored):
+      raise ValueError(
+        f"{section}.{field.name}={value!r}, but the model of init_from={init_from!r} has "
+        f"{stored!r}: leave the field out"
+      )
+  return dataclasses.replace(there, **computed)
+
+
+def _equal(value: Any, stored: Any) -> bool:
+  if isinstance(value, float) and isinstance(stored, float):
+    return math.isclose(value, stored, rel_tol=1e-6)  # GGUF stores float32
+  return value == stored
+
+
+def make_model(config: Config) -> Transformer:
+  """A new model of a resolved config, from its seed."""
+  return Transformer(config.model, config.attention, config.ttt, rngs=nnx.Rngs(config.seed))
+
+
+def initial_model(config: Config, mesh: Mesh) -> Transformer:
+  """The model of a resolved config before the first step, on the mesh.
+
+  Raises:
+    ValueError: as `load_pretrained`.
+  """
+  if config.init_from is None:
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda: make_model(config), out_shardings=replicated)()
+  loaded = load_pretrained(
+    config.init_from,
+    dtype=config.model.dtype,
+    param_dtype=config.model.param_dtype,
+    mesh=mesh,
+    ttt=config.ttt,
+  )
+  # The same parameters in a model that computes as the config says.
+  structure = jax.tree.structure(jax.eval_shape(lambda: make_model(config)))
+  return jax.tree.unflatten(structure, jax.tree.leaves(loaded))
