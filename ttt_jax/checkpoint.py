@@ -14,6 +14,8 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import SingleDeviceSharding
 
+from ttt_jax.tree import named_leaves
+
 _FORMAT = "ttt_jax/1"
 _ARRAYS = "arrays"  # Orbax's directory in a checkpoint
 _RECORD = "ttt_jax.json"  # ours: the data state, the arrays' kinds, every file with size and CRC
@@ -69,7 +71,7 @@ class Checkpoints:
     """
     if step in self.steps:
       return
-    named = _named_leaves(arrays)
+    named = named_leaves(arrays)
     record = {
       "format": _FORMAT,
       "data_state": _to_json(data_state),
@@ -110,7 +112,7 @@ class Checkpoints:
     except (OSError, ValueError) as error:
       raise self._unreadable(step, steps, error) from error
 
-    wanted = _named_leaves(abstract_arrays)
+    wanted = named_leaves(abstract_arrays)
     misfits = _misfits(record["arrays"], wanted, partial=partial)
     if misfits:
       rest = len(misfits) - _MAX_NAMED
@@ -226,13 +228,6 @@ def _crc(file: Path) -> int:
     while chunk := stream.read(1 << 20):
       crc = zlib.crc32(chunk, crc)
   return crc
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-  leaves = jax.tree.leaves_with_path(tree)
-  named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-  assert len(named) == len(leaves), "two leaves with one name"
-  return named
 
 
 def _kind(x: Any) -> str:

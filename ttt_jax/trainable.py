@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from ttt_jax.nn.transformer import Transformer
+from ttt_jax.tree import named_leaves
 
 # Of a TTT layer's MLP, by `train.trainable`.
 _NAMES = {
@@ -28,12 +29,12 @@ def trained_parameters(model: Transformer, trainable: str) -> dict[str, Any]:
       also their down projections.
   """
   trains = _trains(model, trainable)
-  return {name: leaf for name, leaf in _named_leaves(model) if trains(name)}
+  return {name: leaf for name, leaf in named_leaves(model).items() if trains(name)}
 
 
 def with_parameters(model: Transformer, parameters: dict[str, Any]) -> Transformer:
   """The model with these arrays in the places of its own."""
-  leaves = [parameters.get(name, leaf) for name, leaf in _named_leaves(model)]
+  leaves = [parameters.get(name, leaf) for name, leaf in named_leaves(model).items()]
   return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
 
@@ -48,10 +49,3 @@ def _trains(model: Transformer, trainable: str) -> Callable[[str], bool]:
     if kind.ttt
   }
   return chosen.__contains__
-
-
-def _named_leaves(model: Transformer) -> list[tuple[str, Any]]:
-  return [
-    (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-    for path, leaf in jax.tree.leaves_with_path(model)
-  ]

@@ -24,6 +24,7 @@ from ttt_jax.nn.transformer import (
 )
 from ttt_jax.ops.cached_attention import KeyValueCache
 from ttt_jax.sharding import constrain
+from ttt_jax.tree import named_leaves
 
 
 class Cache(NamedTuple):
@@ -141,7 +142,7 @@ class Reader:
     for config, computed in zip(configs, _HOW_COMPUTED):
       for name in computed:
         del config[name]
-    sums = {name: int(x) for name, x in named_leaves(_bit_sums(self)).items()}
+    sums = {name: int(x) for name, x in named_leaves(_bit_sums(self), ".").items()}
     text = json.dumps([configs, sums], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -169,9 +170,3 @@ def _bit_sums(reader: Reader) -> Any:
     return jnp.sum(bits.astype(jnp.uint32) * places, dtype=jnp.uint32)
 
   return jax.tree.map(bit_sum, reader)
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-  """The arrays of a tree by their paths, such as `layers.3.fast.s`."""
-  leaves, _ = jax.tree.flatten_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}

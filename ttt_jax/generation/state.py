@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from ttt_jax.generation.reader import Cache, Reader, named_leaves
+from ttt_jax.generation.reader import Cache, Reader
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.sharding import sharding
+from ttt_jax.tree import named_leaves
 
 _FORMAT = "ttt_jax generation state 1"
 NOTHING = -1  # in place of a token
@@ -67,7 +68,7 @@ class GenerationState:
       layer._replace(attention=jax.tree.map(lambda x: x[:, :longest], layer.attention))
       for layer in self.cache.layers
     )
-    arrays = named_leaves(Cache(self.cache.lengths, layers)) | {"logits": self.logits}
+    arrays = named_leaves(Cache(self.cache.lengths, layers), ".") | {"logits": self.logits}
     metadata = {"format": _FORMAT, "model": self.model}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
       written = Path(directory) / "state"
@@ -102,7 +103,7 @@ def load_state(path: str | Path, model: Transformer | Reader) -> GenerationState
   rows = logits.shape[0]
   update = any(".fast." in name for name in arrays)
   like = jax.eval_shape(lambda: reader.empty_cache(rows, 1, update=update))
-  leaves = [arrays[name] for name in named_leaves(like)]
+  leaves = [arrays[name] for name in named_leaves(like, ".")]
   cache = jax.tree.unflatten(jax.tree.structure(like), leaves)
   return GenerationState(cache, logits, metadata["model"])
 

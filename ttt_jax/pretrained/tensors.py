@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from jaxtyping import Array
 
 from ttt_jax.nn.mlp import TttMlp
 from ttt_jax.nn.transformer import Transformer
+from ttt_jax.tree import named_leaves
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -54,10 +54,7 @@ class Row:
 
 def named_parameters(model: Transformer) -> dict[str, Any]:
   """The model's arrays under their path, as `groups/0/0/attention/query`, in the order of its leaves."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf
-    for path, leaf in jax.tree.leaves_with_path(model)
-  }
+  return {name.removesuffix("/value"): leaf for name, leaf in named_leaves(model).items()}
 
 
 def tensor_table(model: Transformer) -> tuple[Row, ...]:

@@ -1,0 +1,15 @@
+"""The arrays of a pytree by name."""
+
+from typing import Any
+
+import jax
+
+
+def named_leaves(tree: Any, separator: str = "/") -> dict[str, Any]:
+  """The leaves under their path, such as `groups/0/1/mlp/conv/value`, in the tree's own order."""
+  leaves = jax.tree.leaves_with_path(tree)
+  named = {
+    jax.tree_util.keystr(path, simple=True, separator=separator): leaf for path, leaf in leaves
+  }
+  assert len(named) == len(leaves), "two leaves with one name"
+  return named
