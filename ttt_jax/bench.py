@@ -6,7 +6,6 @@ slows all of them down: compare by ratios. Nothing here is part of a test.
 
 import dataclasses
 import itertools
-import json
 import platform
 import statistics
 import time
@@ -29,6 +28,7 @@ from ttt_jax.ops.context import exclusive_prefix
 from ttt_jax.ops.fast_weight import inplace_ttt
 from ttt_jax.ops.target import ntp_targets
 from ttt_jax.ops.update import Update
+from ttt_jax.rundir import write_json
 
 # Name, options of the op, and FLOPs against the dense MLP's: forward, forward and backward.
 WAYS = {
@@ -348,7 +348,7 @@ def run_bench(config: BenchConfig, name: str, out: Path) -> dict[str, Any]:
   _print(report, console)
   console.print(f"\n[bold]Cost model[/bold]\n{explanation}", highlight=False)
   out.mkdir(parents=True, exist_ok=True)
-  (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+  write_json(out / f"{name}.json", report)
   from ttt_jax.plots import plot_bench
 
   plot_bench(report, out / f"{name}.png")

@@ -181,9 +181,7 @@ def _add_generation_bench(parser: argparse.ArgumentParser) -> None:
 def _run_generation_bench(parsed: argparse.Namespace) -> None:
   from ttt_jax.generation.bench import GenerationBenchConfig, run_generation_bench
 
-  fields = {field.name for field in dataclasses.fields(GenerationBenchConfig)}
-  config = {name: value for name, value in vars(parsed).items() if name in fields}
-  run_generation_bench(GenerationBenchConfig(**config), parsed.name, parsed.out)
+  run_generation_bench(_from_flags(GenerationBenchConfig, parsed), parsed.name, parsed.out)
 
 
 def _run_bench(parsed: argparse.Namespace) -> None:
@@ -193,10 +191,13 @@ def _run_bench(parsed: argparse.Namespace) -> None:
     jax.config.update("jax_num_cpu_devices", parsed.shards)
   from ttt_jax.bench import BenchConfig, run_bench
 
-  fields = {field.name for field in dataclasses.fields(BenchConfig)}
-  config = {name: value for name, value in vars(parsed).items() if name in fields}
-  config["ways"] = None if parsed.ways is None else tuple(parsed.ways)
-  run_bench(BenchConfig(**config), parsed.name, parsed.out)
+  parsed.ways = None if parsed.ways is None else tuple(parsed.ways)
+  run_bench(_from_flags(BenchConfig, parsed), parsed.name, parsed.out)
+
+
+def _from_flags(config: type, parsed: argparse.Namespace) -> Any:
+  """A dataclass whose fields are flags."""
+  return config(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(config)})
 
 
 def _start_runtime(config: Config) -> None:

@@ -4,7 +4,6 @@ A model of random weights and its twin without fast weights write in turns, roun
 """
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig
 from ttt_jax.generation.generate import generate
 from ttt_jax.generation.reader import Reader
 from ttt_jax.nn.transformer import Transformer, count_parameters
+from ttt_jax.rundir import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def run_generation_bench(config: GenerationBenchConfig, name: str, out: Path) ->
   }
   _print(report, console)
   out.mkdir(parents=True, exist_ok=True)
-  (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+  write_json(out / f"{name}.json", report)
   console.print(f"written: {out / name}.json", highlight=False)
   return report
 
