@@ -7,10 +7,10 @@ import jax
 import pytest
 
 from ttt_jax.config import AttentionConfig, Config, DataConfig, MeshConfig, ModelConfig, TTTConfig
+from ttt_jax.initial import make_model
 from ttt_jax.load_config import load_config
 from ttt_jax.nn.transformer import count_parameters
 from ttt_jax.sharding import make_mesh
-from ttt_jax.train import make_model
 
 # The model that a config with `init_from` names, which is not there.
 PRETRAINED = {

@@ -22,7 +22,8 @@ from ttt_jax.hlo import count_collectives
 from ttt_jax.progress import TrainingProgress
 from ttt_jax.rundir import read_metrics
 from ttt_jax.sharding import sharding
-from ttt_jax.train import init_state, jit_train_step, put_batch, train
+from ttt_jax.step import init_state, jit_train_step, put_batch
+from ttt_jax.train import train
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -19,7 +19,8 @@ from ttt_jax.plots import plot_by_position, plot_training
 from ttt_jax.pretrained.tokenizer import load_tokenizer
 from ttt_jax.rundir import open_run, read_metrics, write_json
 from ttt_jax.sharding import make_mesh
-from ttt_jax.train import abstract_state, model_summary, train
+from ttt_jax.step import abstract_state
+from ttt_jax.train import model_summary, train
 
 BASELINE = "baseline"  # the twin's directory inside the run's
 

@@ -1,4 +1,4 @@
-"""Training: one jitted step over the mesh, and the loop that feeds, logs, saves and can be stopped."""
+"""The training loop: it feeds the step, logs, saves, and can be stopped and gone on with."""
 
 import dataclasses
 import math
@@ -6,41 +6,21 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
 
 from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import Config
 from ttt_jax.data import Corpus, training_rows
-from ttt_jax.initial import initial_model, make_model
-from ttt_jax.loss import mean_loss, model_losses
 from ttt_jax.nn.transformer import Transformer, count_parameters
-from ttt_jax.optim import learning_rate, make_optimizer
+from ttt_jax.optim import learning_rate
 from ttt_jax.progress import TrainingProgress
 from ttt_jax.rundir import MetricsLog
-from ttt_jax.sharding import sharding
-from ttt_jax.trainable import trained_parameters, with_parameters
-
-
-class TrainState(NamedTuple):
-  """Everything a step reads and replaces."""
-
-  model: Transformer
-  opt_state: Any
-  step: Int[Array, ""]  # steps done
-
-
-class Batch(NamedTuple):
-  tokens: Int[Array, "B T"]
-  labels: Int[Array, "B T"]
-  segment_ids: Int[Array, "B T"]
+from ttt_jax.step import TrainState, abstract_state, init_state, jit_train_step, put_batch
+from ttt_jax.trainable import trained_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,73 +29,6 @@ class TrainResult:
 
   state: TrainState
   finished: bool  # False: it was interrupted, and saved
-
-
-def init_state(config: Config, mesh: Mesh) -> TrainState:
-  """The parameters before the first step and fresh optimiser state, made on the mesh."""
-  model = initial_model(config, mesh)
-  start = jax.jit(
-    lambda parameters: (make_optimizer(config.train).init(parameters), jnp.zeros((), jnp.int32)),
-    out_shardings=NamedSharding(mesh, PartitionSpec()),
-  )
-  return TrainState(model, *start(trained_parameters(model, config.train.trainable)))
-
-
-def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-  """Shapes, dtypes and shardings of `init_state`, without computing it."""
-  replicated = NamedSharding(mesh, PartitionSpec())
-
-  def make() -> TrainState:
-    model = make_model(config)
-    parameters = trained_parameters(model, config.train.trainable)
-    return TrainState(model, make_optimizer(config.train).init(parameters), jnp.int32(0))
-
-  shapes = jax.eval_shape(make)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
-
-
-def train_step(
-  state: TrainState,
-  batch: Batch,
-  *,
-  optimizer: optax.GradientTransformation,
-  trainable: str,
-) -> tuple[TrainState, dict[str, Any]]:
-  """One step of gradient descent on the mean loss of a batch, in the parameters that train.
-
-  Pure; jit it under `jax.set_mesh`.
-  """
-
-  def loss(parameters: dict[str, Array]) -> tuple[Float[Array, ""], Any]:
-    model = with_parameters(state.model, parameters)
-    losses, valid, stats = model_losses(model, batch.tokens, batch.labels, batch.segment_ids)
-    return mean_loss(losses, valid), stats
-
-  parameters = trained_parameters(state.model, trainable)
-  (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(parameters)
-  with jax.named_scope("optimizer"):
-    updates, opt_state = optimizer.update(grads, state.opt_state, parameters)
-    model = with_parameters(state.model, optax.apply_updates(parameters, updates))
-  metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "ttt": stats}
-  return TrainState(model, opt_state, state.step + 1), metrics
-
-
-def jit_train_step(config: Config, mesh: Mesh) -> Callable:
-  """`train_step`, compiled for the mesh, to be called (or lowered) under `jax.set_mesh(mesh)`.
-
-  The state passed in is donated.
-  """
-  return jax.jit(
-    partial(train_step, optimizer=make_optimizer(config.train), trainable=config.train.trainable),
-    donate_argnums=0,
-    out_shardings=NamedSharding(mesh, PartitionSpec()),
-  )
-
-
-def put_batch(rows: dict[str, Any], mesh: Mesh) -> Batch:
-  """Host rows `[B, T]` on the mesh."""
-  where = sharding(mesh, "batch", "sequence")
-  return Batch(*(jax.device_put(rows[name], where) for name in Batch._fields))
 
 
 def metrics_record(

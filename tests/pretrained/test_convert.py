@@ -10,9 +10,9 @@ from ttt_jax import load_pretrained, load_tokenizer, save_pretrained
 from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.cli import main
 from ttt_jax.config import Config, ModelConfig
+from ttt_jax.initial import make_model
 from ttt_jax.load_config import dump_config
 from ttt_jax.pretrained.tokenizer import byte_tokenizer
-from ttt_jax.train import make_model
 
 MODEL = ModelConfig(num_layers=2, d_model=12, d_ff=20, num_heads=2, num_kv_heads=2)
 
