@@ -95,6 +95,18 @@ def test_what_does_not_fit_the_checkpoint_is_refused(pretrained, tmp_path):
     resolve(dataclasses.replace(config, init_from="no/model.gguf"))
 
 
+def test_fast_weights_the_checkpoint_does_not_speak_of_are_refused(tmp_path):
+  model = random_model(SIZES, LAYERS, dataclasses.replace(TTT, normalize_target=False))
+  save_pretrained(model, tmp_path / "merged")
+  file = tmp_path / "merged" / "config.json"
+  config = json.loads(file.read_text())
+  file.write_text(json.dumps({k: v for k, v in config.items() if not k.startswith("ttt_")}))
+  with pytest.raises(
+    ValueError, match=r"fast weights .* does not say how they learn .* section ttt"
+  ):
+    resolve(Config(init_from=str(tmp_path / "merged"), data=DataConfig(seq_len=32)))
+
+
 def test_it_starts_bit_for_bit_as_the_model_was(pretrained):
   config = resolve(_config(pretrained))
   model = initial_model(config, mesh_of(1, 1))
