@@ -9,6 +9,10 @@ from jaxtyping import Array, Float, Int
 from ttt_jax.config import RopeScaling
 from ttt_jax.nn.rope import scaled_frequencies
 from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.sharding import Axes, over_shards
+
+# The name, for `jax.checkpoint` policies, of the results of a layer's projections.
+PROJECTED = "projected"
 
 
 def normal_init(
@@ -53,14 +57,37 @@ class Embed(nnx.Module):
     self.dtype = dtype
 
   def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    return self.table[...].astype(self.dtype)[tokens]
+    rows = ("batch", "sequence" if tokens.shape[1] > 1 else None)
+    return over_shards(
+      self._look_up,
+      self.table[...],
+      tokens,
+      dims=(("vocab", "embed"), rows),
+      out_dims=(*rows, None),
+    )
 
-  def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """`x table^T`, accumulated and returned in float32 or wider."""
-    return project("btd,vd->btv", x, self.table, accumulation_dtype(self.dtype))
+  def _look_up(self, table, tokens, *, axes: Axes):
+    """`table[tokens]`; a device has some columns of the table for all rows of its fsdp group.
+
+    The tokens travel to the columns, and the columns found to the row they belong to: less than the
+    table where a device has fewer tokens than there are in the vocabulary. A device without a token's
+    row of the table adds zero.
+    """
+    if axes.fsdp is not None:
+      tokens = jax.lax.all_gather(tokens, axes.fsdp, axis=0, tiled=True)
+    if axes.tensor is None:
+      x = table[tokens].astype(self.dtype)
+    else:
+      index = tokens - table.shape[0] * jax.lax.axis_index(axes.tensor)
+      here = (index >= 0) & (index < table.shape[0])
+      x = table[jnp.where(here, index, 0)].astype(self.dtype)
+      x = jnp.where(here[..., None], x, jnp.zeros_like(x))
+    if axes.fsdp is not None:
+      x = jax.lax.all_to_all(x, axes.fsdp, split_axis=0, concat_axis=2, tiled=True)
+    return x if axes.tensor is None else jax.lax.psum(x, axes.tensor)
 
 
-def project(subscripts: str, x: Array, kernel: nnx.Param, out_dtype: DTypeLike) -> Array:
+def project(subscripts: str, x: Array, kernel: nnx.Param | Array, out_dtype: DTypeLike) -> Array:
   """A product with a parameter in x's dtype, accumulated in float32 or wider."""
   accumulate = accumulation_dtype(x.dtype)
   y = jnp.einsum(subscripts, x, kernel[...].astype(x.dtype), preferred_element_type=accumulate)
