@@ -8,10 +8,13 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
+from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.sharding import FSDP, ambient_mesh, spec
 
 # The name, for `jax.checkpoint` policies, of parameters gathered over fsdp: kept, they would all lie
@@ -79,10 +82,11 @@ def constrain_parameters(tree: Any) -> Any:
 
 
 def gathered(tree: Any, dtype: DTypeLike) -> Any:
-  """A layer with its parameters whole over `fsdp`, in the dtype it computes in; their gradients are
-  split again.
+  """A layer with its parameters whole over `fsdp`, rounded to the dtype it computes in.
 
-  Called inside the scan over layers, and inside of what is rematerialised: a device holds one layer.
+  They are sent in that dtype, and are float32 or wider again when they arrive, so that their gradients
+  are; these are summed and split in one. Called inside the scan over layers, and inside of what is
+  rematerialised: a device holds one layer.
   """
   mesh = ambient_mesh()
   if mesh is None or mesh.shape.get(FSDP, 1) == 1:
@@ -93,22 +97,27 @@ def gathered(tree: Any, dtype: DTypeLike) -> Any:
     if "embed" not in dims:
       return x
     whole = spec(*(None if dim == "embed" else dim for dim in dims), mesh=mesh)
-    return checkpoint_name(_gather(x.astype(dtype), spec(*dims, mesh=mesh), whole), GATHERED)
+    x = _gather(x, jnp.dtype(dtype), spec(*dims, mesh=mesh), whole)
+    return checkpoint_name(x, GATHERED)
 
   return jax.tree.map_with_path(gather, tree)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x, split: PartitionSpec, whole: PartitionSpec):
-  x = jax.lax.with_sharding_constraint(x, split)
-  return jax.lax.with_sharding_constraint(x, whole)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: Array, dtype: jnp.dtype, split: PartitionSpec, whole: PartitionSpec) -> Array:
+  x = jax.lax.with_sharding_constraint(x.astype(dtype), split)
+  return jax.lax.with_sharding_constraint(x, whole).astype(accumulation_dtype(dtype))
 
 
-def _gather_bwd(split, whole, _, cotangent):
-  return (jax.lax.with_sharding_constraint(cotangent, split),)
+def _gather_fwd(x, dtype, split, whole):
+  return _gather(x, dtype, split, whole), jnp.zeros((), x.dtype)
 
 
-_gather.defvjp(lambda x, split, whole: (_gather(x, split, whole), None), _gather_bwd)
+def _gather_bwd(dtype, split, whole, like, cotangent):
+  return (jax.lax.with_sharding_constraint(cotangent, split).astype(like.dtype),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def _name(path: tuple) -> str:

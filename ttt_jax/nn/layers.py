@@ -1,5 +1,7 @@
 """The small parts of a decoder: normalisation, embedding, rotary positions, initialisers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -37,8 +39,7 @@ class RMSNorm(nnx.Module):
     self.eps = eps
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    scale = self.scale[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-    return rms_normalize(x, self.eps) * scale
+    return _widely(jnp.multiply, rms_normalize(x, self.eps), self.scale)
 
 
 class Embed(nnx.Module):
@@ -88,17 +89,54 @@ class Embed(nnx.Module):
 
 
 def project(subscripts: str, x: Array, kernel: nnx.Param | Array, out_dtype: DTypeLike) -> Array:
-  """A product with a parameter in x's dtype, accumulated in float32 or wider."""
+  """A product with a parameter in x's dtype, accumulated in float32 or wider.
+
+  So is the parameter's gradient, which is not rounded to x's dtype before it is summed over devices.
+  """
+  return _product(subscripts, x, kernel[...], jnp.dtype(out_dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _product(subscripts: str, x: Array, kernel: Array, out_dtype: jnp.dtype) -> Array:
   accumulate = accumulation_dtype(x.dtype)
-  y = jnp.einsum(subscripts, x, kernel[...].astype(x.dtype), preferred_element_type=accumulate)
+  y = jnp.einsum(subscripts, x, kernel.astype(x.dtype), preferred_element_type=accumulate)
   return y.astype(out_dtype)
+
+
+def _product_fwd(subscripts, x, kernel, out_dtype):
+  return _product(subscripts, x, kernel, out_dtype), (x, kernel)
+
+
+def _product_bwd(subscripts, out_dtype, saved, cotangent):
+  x, kernel = saved
+  of_x, of_kernel, of_y = subscripts.replace("->", ",").split(",")
+  wide = accumulation_dtype(x.dtype)
+
+  def einsum(subscripts, *operands):
+    operands = (a.astype(x.dtype).astype(out_dtype) for a in operands)
+    return jnp.einsum(subscripts, cotangent, *operands, preferred_element_type=wide)
+
+  dx = einsum(f"{of_y},{of_kernel}->{of_x}", kernel).astype(x.dtype)
+  return dx, einsum(f"{of_y},{of_x}->{of_kernel}", x).astype(kernel.dtype)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 def add_bias(x: Array, bias: nnx.Param | None) -> Array:
   """`x + bias` over the last axes of x, or x."""
-  if bias is None:
-    return x
-  return x + bias[...].astype(x.dtype).reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
+  return x if bias is None else _widely(jnp.add, x, bias)
+
+
+def _widely(function, x: Array, parameter: nnx.Param) -> Array:
+  """`function(x, parameter)` over the last axes of x, in float32 or wider and rounded to x's dtype.
+
+  So the parameter's gradient, a sum over all tokens on all devices, is formed in float32 too.
+  """
+  wide = accumulation_dtype(x.dtype)
+  value = parameter[...].astype(wide)
+  value = value.reshape((1,) * (x.ndim - value.ndim) + value.shape)
+  return function(x.astype(wide), value).astype(x.dtype)
 
 
 def rotary_angles(

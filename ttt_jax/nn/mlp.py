@@ -172,10 +172,14 @@ class TttMlp(Mlp):
     )
 
   def _weights(self, dtype: DTypeLike):
-    """What `_fast_weight` takes besides activations: W, convolution, projection, inner rate."""
-    projection = None if self.projection is None else self.projection[...]
-    lr = self.inner_lr(accumulation_dtype(dtype))
-    return self.down[...].astype(dtype), self.conv[...], projection, lr
+    """What `_fast_weight` takes besides activations: W, convolution, projection, inner rate.
+
+    In float32 or wider, although they are computed with in `dtype`: so are their gradients, which
+    `over_shards` sums over the devices.
+    """
+    wide = accumulation_dtype(dtype)
+    projection = None if self.projection is None else self.projection[...].astype(wide)
+    return self.down[...].astype(wide), self.conv[...].astype(wide), projection, self.inner_lr(wide)
 
   def empty_cache(self, rows: int, dtype: DTypeLike) -> FastCache:
     """Of rows that have read nothing."""
