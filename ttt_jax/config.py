@@ -11,6 +11,7 @@ DTYPES = ("float32", "bfloat16", "float64")
 IMPLEMENTATIONS = ("associative", "dual", "sequential")
 TRAINABLE = ("all", "ttt", "ttt+down")
 REMAT = ("none", "layer", "minimal")
+WRITERS = ("tensorboard", "wandb")
 COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
 
@@ -34,10 +35,35 @@ class RuntimeConfig:
   """What JAX must know before it starts."""
 
   cpu_devices: int | None = None  # split the CPU into this many devices; None leaves JAX's choice
+  # Whether this is one of many processes. On TPU pods, SLURM and MPI they find each other; elsewhere
+  # all are given the first one's address, how many there are, and which one they are.
+  distributed: bool = False
+  coordinator: str | None = None  # HOST:PORT
+  num_processes: int | None = None
+  process_id: int | None = None  # from 0
 
   def __post_init__(self):
     if self.cpu_devices is not None:
       _require_positive("runtime", self, "cpu_devices")
+    given = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
+    missing = [name for name, value in given.items() if value is None]
+    _require(
+      self.distributed or len(missing) == 3,
+      f"runtime has {', '.join(name for name in given if name not in missing)}, which need "
+      "runtime.distributed=true",
+    )
+    _require(
+      len(missing) in (0, 3),
+      f"runtime.{', runtime.'.join(missing)} missing: give all of coordinator, num_processes and "
+      "process_id, or none where they are found by themselves (TPU pods, SLURM, MPI)",
+    )
+    if not missing:
+      _require_positive("runtime", self, "num_processes")
+      _require(
+        0 <= self.process_id < self.num_processes,
+        f"runtime.process_id={self.process_id} must be from 0 to {self.num_processes - 1} "
+        "(runtime.num_processes - 1)",
+      )
 
 
 @dataclass(frozen=True)
@@ -309,6 +335,8 @@ class TrainConfig:
   master_dtype: str = "float32"
   max_bad_steps: int = 10  # steps in a row without a finite loss or gradient, which change nothing
   log_every: int = 10
+  writers: tuple[str, ...] = ()  # "tensorboard", "wandb", besides metrics.jsonl
+  profile: tuple[int, int] | None = None  # the first and the last step of a trace for jax.profiler
 
   def __post_init__(self):
     _require_positive(
@@ -316,6 +344,14 @@ class TrainConfig:
     )
     _require_positive("train", self, "accumulate", "max_bad_steps")
     _require_choice("train.master_dtype", self.master_dtype, DTYPES)
+    for writer in self.writers:
+      _require_choice("train.writers", writer, WRITERS)
+    if self.profile is not None:
+      first, last = self.profile
+      _require(
+        1 <= first <= last,
+        f"train.profile={list(self.profile)} must be the first and the last step, from 1 on",
+      )
     _require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative")
     _require_choice("train.trainable", self.trainable, TRAINABLE)
     _require(self.warmup_steps >= 0, f"train.warmup_steps={self.warmup_steps} must not be negative")
@@ -337,9 +373,16 @@ class TrainConfig:
 class CheckpointConfig:
   every: int = 100  # steps
   keep: int = 2  # the newest ones
+  keep_every: int | None = None  # also those of every so many steps, for ever
 
   def __post_init__(self):
     _require_positive("checkpoint", self, "every", "keep")
+    if self.keep_every is not None:
+      _require_positive("checkpoint", self, "keep_every")
+      _require(
+        self.keep_every % self.every == 0,
+        f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every={self.every}",
+      )
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ def train_step(
   loss, grads, stats = _gradients(state.model, batch, config.train)
   grad_norm = optax.tree.norm(grads)
   good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  # Beyond the limit every step counts as bad, so that the loop, which looks now and then, finds it.
+  good &= state.bad_in_a_row <= config.train.max_bad_steps
   with jax.named_scope("optimizer"):
     old = trained_parameters(state.model, config.train.trainable)
     wide = old if state.master is None else state.master
