@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -13,8 +14,10 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from ttt_jax import load_pretrained, save_pretrained
 from ttt_jax.cli import main
 from ttt_jax.config import AttentionConfig, Config, DataConfig, ModelConfig, TrainConfig, TTTConfig
+from ttt_jax.data import load_corpus
 from ttt_jax.initial import initial_model, resolve
 from ttt_jax.load_config import dump_config, load_config
+from ttt_jax.loss import token_losses
 from ttt_jax.pretrained.tokenizer import Tokenizer, load_tokenizer
 from ttt_jax.trainable import trained_parameters
 
@@ -94,6 +97,18 @@ def test_what_does_not_fit_the_checkpoint_is_refused(pretrained, tmp_path):
     resolve(dataclasses.replace(config, init_from="no/model.gguf"))
 
 
+def test_fast_weights_the_checkpoint_does_not_speak_of_are_refused(tmp_path):
+  model = random_model(SIZES, LAYERS, dataclasses.replace(TTT, normalize_target=False))
+  save_pretrained(model, tmp_path / "merged")
+  file = tmp_path / "merged" / "config.json"
+  config = json.loads(file.read_text())
+  file.write_text(json.dumps({k: v for k, v in config.items() if not k.startswith("ttt_")}))
+  with pytest.raises(
+    ValueError, match=r"fast weights .* does not say how they learn .* section ttt"
+  ):
+    resolve(Config(init_from=str(tmp_path / "merged"), data=DataConfig(seq_len=32)))
+
+
 def test_it_starts_bit_for_bit_as_the_model_was(pretrained):
   config = resolve(_config(pretrained))
   model = initial_model(config, mesh_of(1, 1))
@@ -158,6 +173,34 @@ def test_train_and_eval_from_the_command_line(pretrained, tmp_path, capsys):
     assert main(["train", str(file), *words]) == 0
   assert main(["train", str(file), "--run_dir", str(run_dir), "--train.trainable", "all"]) == 2
   assert "train.trainable: ttt -> all" in capsys.readouterr().err
+
+
+def test_eval_of_a_pretrained_model(pretrained, tmp_path, capsys):
+  """Its losses are those of the model that `load_pretrained` gives; nothing is trained."""
+  data, run_dir = tmp_path / "text", tmp_path / "run"
+  data.mkdir()
+  for i in range(3):
+    (data / f"{i}.txt").write_text(f"{i} " + TEXT * 9)
+  words = ["--data.path", str(data), "--data.seq_len", "40", "--eval.buckets", "2"]
+  words += ["--eval.sample_tokens", "3", "--run_dir", str(run_dir)]
+  with jax.numpy_dtype_promotion("standard"):
+    assert main(["eval", str(pretrained), *words]) == 0
+  assert "fast weights" not in capsys.readouterr().out
+  summary = json.loads((run_dir / "summary.json").read_text())
+  assert (summary["steps"], summary["heldout_loss_updates_off"]) == (0, None)
+
+  config = load_config(run_dir / "config.yaml")
+  held = load_corpus(config.data, seed=0, tokenizer=load_tokenizer(pretrained)).heldout
+  tokens = jnp.stack([document.tokens[:40] for document in held])
+  logits = load_pretrained(pretrained)(tokens)
+  losses = token_losses(logits[:, :-1], tokens[:, 1:])[0]
+  np.testing.assert_allclose(summary["heldout_loss"], np.mean(losses), rtol=1e-5)
+
+  with jax.numpy_dtype_promotion("standard"):  # a run's directory
+    assert main(["eval", str(run_dir)]) == 2
+  assert "has no checkpoints: train there first" in capsys.readouterr().err
+  assert main(["eval", str(tmp_path / "nothing")]) == 2
+  assert "nothing" in capsys.readouterr().err
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(pretrained, tmp_path, capsys):

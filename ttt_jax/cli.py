@@ -12,6 +12,7 @@ from typing import Any
 
 from ttt_jax.config import DTYPES, Config
 from ttt_jax.load_config import load_config
+from ttt_jax.rundir import CONFIG_FILE
 
 _EPILOG = """Every field of the config can be overridden, as in
   ttt-jax train configs/quickstart.yaml --train.steps 100 --ttt.layers "[2]" --run_dir runs/short
@@ -32,9 +33,19 @@ def _parser() -> argparse.ArgumentParser:
     prog="ttt-jax", description="Language models that learn while they read."
   )
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-  for name, text in (
-    ("train", "train a model, evaluate it, draw the result; the same command again resumes"),
-    ("eval", "evaluate the newest checkpoint of a run again"),
+  for name, text, positional, run in (
+    (
+      "train",
+      "train a model, evaluate it, draw the result; the same command again resumes",
+      "a YAML file, see configs/",
+      _run_train,
+    ),
+    (
+      "eval",
+      "evaluate the newest checkpoint of a run again, or a pretrained model as it is",
+      "a run's YAML file or directory; or a Hugging Face directory, a .gguf file",
+      _run_eval,
+    ),
   ):
     command = commands.add_parser(
       name,
@@ -43,14 +54,14 @@ def _parser() -> argparse.ArgumentParser:
       epilog=_EPILOG,
       formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("config", help="a YAML file, see configs/")
+    command.add_argument("config", help=positional)
     command.add_argument(
       "overrides",
       nargs=argparse.REMAINDER,
       metavar="--section.field value",
       help="config overrides",
     )
-    command.set_defaults(run=_run_config, takes_overrides=False)
+    command.set_defaults(run=run, takes_overrides=False)
   _add_convert(commands)
   _add_generate(commands)
   bench = commands.add_parser("bench", help="measure what fast weights cost on this machine")
@@ -129,13 +140,29 @@ def _run_generate(parsed: argparse.Namespace) -> None:
   command.run(parsed)
 
 
-def _run_config(parsed: argparse.Namespace) -> None:
-  """`train` and `eval`."""
+def _run_train(parsed: argparse.Namespace) -> None:
   config = load_config(parsed.config, parsed.overrides)
   _start_runtime(config)
-  from ttt_jax.run import run_evaluation, run_training
+  from ttt_jax.run import run_training
 
-  (run_training if parsed.command == "train" else run_evaluation)(config)
+  run_training(config)
+
+
+def _run_eval(parsed: argparse.Namespace) -> None:
+  path = Path(parsed.config)
+  is_config = path.suffix in (".yaml", ".yml")
+  is_run = (path / CONFIG_FILE).is_file()
+  if is_config:
+    config = load_config(path, parsed.overrides)
+  elif is_run:
+    config = load_config(path / CONFIG_FILE, ["--run_dir", str(path), *parsed.overrides])
+  else:
+    given = ["--init_from", parsed.config, "--name", path.stem]
+    config = load_config(None, [*given, *parsed.overrides])
+  _start_runtime(config)
+  from ttt_jax.run import evaluate_pretrained, run_evaluation
+
+  (run_evaluation if is_config or is_run else evaluate_pretrained)(config)
 
 
 def _add_fast_weights(parser: argparse.ArgumentParser) -> None:

@@ -66,18 +66,18 @@ def heldout_by_position(
   """The table of `summary.json`: loss by position, of a model with updates and with updates off.
 
   Likewise of the model before its first step, and of the twin, which has none; None where there is no
-  such model.
+  such model, and for the updates of a model that has none to switch off.
   """
 
   def column(model, update):
-    if model is None:
+    if model is None or not (update or config.ttt.layers):
       return [(None, None, None)] * config.eval.buckets
     return by_position(losses_by_token(model, rows, mesh, update=update), config.eval.buckets)
 
   columns = {
     "loss": column(model, True),
     "loss_updates_off": column(model, False),
-    "loss_baseline": column(baseline, False),
+    "loss_baseline": column(baseline, True),
     "loss_before": column(before, True),
     "loss_before_updates_off": column(before, False),
   }

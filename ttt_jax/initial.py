@@ -18,7 +18,7 @@ from ttt_jax.nn.transformer import Transformer
 from ttt_jax.partition import shardings
 from ttt_jax.pretrained.files import local_path
 from ttt_jax.pretrained.hf_config import read_config
-from ttt_jax.pretrained.load import load_pretrained, open_checkpoint, stated_ttt
+from ttt_jax.pretrained.load import load_pretrained, open_checkpoint, own_ttt
 
 # Fields that say how a model is computed, which a checkpoint has no say in.
 _HOW_COMPUTED = ("param_dtype", "dtype", "state_dtype", "remat", "implementation", "balance")
@@ -44,7 +44,7 @@ def resolve(config: Config) -> Config:
   there = read_config(checkpoint.config, generation=checkpoint.generation)
   ttt = config.ttt
   if ttt == TTTConfig():
-    ttt = stated_ttt(checkpoint) or ttt
+    ttt = own_ttt(checkpoint)
   if ttt.layers and ttt.init is None:
     ttt = dataclasses.replace(ttt, init="identity")  # as `load_pretrained` does
   resolved = dataclasses.replace(

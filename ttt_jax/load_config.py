@@ -57,11 +57,11 @@ for _tag, _pattern, _first in _SCALARS:
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
-def load_config(path: str | PathLike, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | PathLike | None, overrides: Sequence[str] = ()) -> Config:
   """The config of a YAML file with command-line overrides.
 
   Args:
-    path: a YAML file of nested sections; what it does not name keeps its default.
+    path: a YAML file of nested sections; what it does not name keeps its default. None: no file.
     overrides: words like `--train.steps 100`, `--train.steps=100` or `--name short`. A value is read
       as YAML, but for a text field it is taken as it stands (`null` is none), so that
       `--data.path "*.txt"` works. The last of two for one field counts.
@@ -70,7 +70,7 @@ def load_config(path: str | PathLike, overrides: Sequence[str] = ()) -> Config:
     ValueError: no such file, not YAML, an unknown field, a value of the wrong type, or a config that
       `Config` refuses.
   """
-  tree = read_yaml(path)
+  tree = {} if path is None else read_yaml(path)
   _check(Config, tree, (), f"in {path}")
   for name, text in _split_overrides(overrides):
     patch = _nested(name, _override_value(name, text))

@@ -39,6 +39,8 @@ def plot_by_position(summary: dict[str, Any], path: Path) -> None:
   )
   middle = [(row["from"] + row["to"]) / 2 for row in table]
   for column, (label, color, marker) in _CURVES.items():
+    if column == "loss" and table[0]["loss_updates_off"] is None:
+      label = "model without fast weights"
     if table[0][column] is not None:
       losses = [row[column] for row in table]
       axes.plot(middle, losses, color=color, marker=marker, markersize=5, label=label)

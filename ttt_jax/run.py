@@ -17,7 +17,7 @@ from ttt_jax.initial import initial_model, resolve
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.plots import plot_by_position, plot_training
 from ttt_jax.pretrained.tokenizer import load_tokenizer
-from ttt_jax.rundir import open_run, read_metrics, write_json
+from ttt_jax.rundir import METRICS_FILE, open_run, read_metrics, write_json
 from ttt_jax.sharding import make_mesh
 from ttt_jax.step import abstract_state
 from ttt_jax.train import model_summary, train
@@ -70,6 +70,22 @@ def run_evaluation(config: Config, console: Console | None = None) -> dict[str, 
   return _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console)
 
 
+def evaluate_pretrained(config: Config, console: Console | None = None) -> dict[str, Any]:
+  """Evaluates the model of `init_from` as it is, in a run directory of its own.
+
+  Raises:
+    ValueError: the run directory is another run's; as `load_pretrained`.
+  """
+  console = Console() if console is None else console
+  config = resolve(config)
+  mesh = make_mesh(config.mesh)
+  corpus = load_data(config)
+  model = initial_model(config, mesh)
+  run_dir = open_run(config.resolved_run_dir, config)
+  console.print(corpus.report(), highlight=False)
+  return _evaluate_and_report(config, model, None, corpus, mesh, run_dir, console)
+
+
 def load_data(config: Config) -> Corpus:
   """The documents of a resolved config, in the tokens that its model reads.
 
@@ -103,23 +119,24 @@ def load_model(config: Config, mesh: Mesh, run_dir: Path) -> Transformer:
 
 def _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console) -> dict[str, Any]:
   console.print("evaluating on held-out documents ...")
-  runs = {
-    "with fast weights" if config.ttt.layers else "model": read_metrics(run_dir / "metrics.jsonl")
-  }
+  runs = {}
+  if (run_dir / METRICS_FILE).exists():  # else nothing was trained: a pretrained model as it is
+    name = "with fast weights" if config.ttt.layers else "model"
+    runs[name] = read_metrics(run_dir / METRICS_FILE)
   if baseline is not None:
-    runs["twin without"] = read_metrics(run_dir / BASELINE / "metrics.jsonl")
+    runs["twin without"] = read_metrics(run_dir / BASELINE / METRICS_FILE)
   before = initial_model(config, mesh) if config.eval.before else None
-  records = next(iter(runs.values()))
+  records = next(iter(runs.values()), [])
   summary = {
     "name": config.name,
-    "steps": records[-1]["step"],
+    "steps": records[-1]["step"] if records else 0,
     "params": count_parameters(model),
     "params_baseline": None if baseline is None else count_parameters(baseline),
     "devices": mesh.size,
     "device_kind": mesh.devices.flat[0].device_kind,
     "mesh": dict(mesh.shape),
     "jax_version": jax.__version__,
-    "tokens": records[-1]["tokens"],
+    "tokens": records[-1]["tokens"] if records else 0,
     "tokens_per_second": _speed(records),
     "tokens_per_second_baseline": _speed(runs["twin without"]) if baseline is not None else None,
     "skipped": dict(corpus.skipped),
@@ -127,7 +144,8 @@ def _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console
   }
   write_json(run_dir / "summary.json", summary)
   plot_by_position(summary, run_dir / "loss_by_position.png")
-  plot_training(runs, run_dir / "training_loss.png")
+  if runs:
+    plot_training(runs, run_dir / "training_loss.png")
   _print_summary(config, model, summary, run_dir, console)
   return summary
 
@@ -149,7 +167,7 @@ def _print_summary(config, model, summary, run_dir, console) -> None:
   columns = {
     "loss_before": "before",
     "loss_before_updates_off": "before, updates off",
-    "loss": "updates on",
+    "loss": "updates on" if config.ttt.layers else "loss",
     "loss_updates_off": "updates off",
     "loss_baseline": "twin",
   }
@@ -171,5 +189,6 @@ def _print_summary(config, model, summary, run_dir, console) -> None:
   )
   console.print(summary["sample"]["continuation"], style="bold", markup=False, highlight=False)
   console.rule()
-  names = ("summary.json", "loss_by_position.png", "training_loss.png", "metrics.jsonl")
-  console.print("written: " + ", ".join(str(run_dir / name) for name in names), highlight=False)
+  names = ("summary.json", "loss_by_position.png", "training_loss.png", METRICS_FILE)
+  written = [str(run_dir / name) for name in names if (run_dir / name).exists()]
+  console.print("written: " + ", ".join(written), highlight=False)

@@ -17,6 +17,7 @@ from ttt_jax.config import Config
 from ttt_jax.load_config import config_difference, dump_config, flatten, read_yaml
 
 CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
 
 # They say where a run goes on, not what it computes: never compared.
 _NOT_COMPARED = ("run_dir", "runtime")

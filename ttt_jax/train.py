@@ -18,7 +18,7 @@ from ttt_jax.data import Corpus, training_rows
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.optim import learning_rate
 from ttt_jax.progress import TrainingProgress
-from ttt_jax.rundir import MetricsLog
+from ttt_jax.rundir import METRICS_FILE, MetricsLog
 from ttt_jax.step import TrainState, abstract_state, init_state, jit_train_step, put_batch
 from ttt_jax.trainable import trained_parameters
 
@@ -107,7 +107,7 @@ def train(
     def save() -> None:
       checkpoints.save(done, arrays=state._asdict(), data_state=rows.get_state())
 
-    log = MetricsLog.open(run_dir / "metrics.jsonl", resume_step=done)
+    log = MetricsLog.open(run_dir / METRICS_FILE, resume_step=done)
     step = jit_train_step(config, mesh)
     tokens_per_step = config.train.batch_size * config.data.seq_len
     with (

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import helpers
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,24 +16,14 @@ from helpers import mesh_of, random_model, random_rows, relative_error
 from safetensors.numpy import load_file, save_file
 
 from ttt_jax import load_pretrained, save_pretrained
-from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig
+from ttt_jax.config import AttentionConfig, TTTConfig
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.partition import shardings
 from ttt_jax.pretrained.files import StoredTensor
 from ttt_jax.pretrained.tensors import named_parameters
 from ttt_jax.sharding import sharding
 
-MODEL = ModelConfig(
-  vocab_size=17,
-  num_layers=3,
-  d_model=12,
-  d_ff=20,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=6,
-  qk_norm=True,
-  norm_eps=1e-5,
-)
+MODEL = dataclasses.replace(helpers.MODEL, num_layers=3, norm_eps=1e-5)
 PUBLISHED = TTTConfig(
   layers=(0, 2),
   chunk_size=4,

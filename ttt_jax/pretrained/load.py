@@ -91,7 +91,7 @@ def load_pretrained(
   )
   fresh_allowed = ttt is not None
   if ttt is None:
-    ttt = _ttt_of(checkpoint)
+    ttt = own_ttt(checkpoint)
   elif ttt.init is None:
     ttt = dataclasses.replace(ttt, init="identity")
 
@@ -156,8 +156,12 @@ def stated_ttt(checkpoint: Checkpoint) -> TTTConfig | None:
   return ttt
 
 
-def _ttt_of(checkpoint: Checkpoint) -> TTTConfig:
-  """As stated; refused if nothing is stated but the tensors are there."""
+def own_ttt(checkpoint: Checkpoint) -> TTTConfig:
+  """The fast weights a checkpoint comes with.
+
+  Raises:
+    ValueError: its config does not speak of any, but their tensors are there.
+  """
   ttt = stated_ttt(checkpoint)
   stored = [name for name in checkpoint.tensors if name.endswith(_TTT_TENSORS)]
   if ttt is None and stored:
@@ -165,7 +169,8 @@ def _ttt_of(checkpoint: Checkpoint) -> TTTConfig:
     raise ValueError(
       f"{checkpoint.where} has fast weights ({stored[0]} and {len(stored) - 1} more) but its "
       "config.json does not say how they learn (no ttt_mode): pass ttt=TTTConfig(layers="
-      f"{tuple(layers)}, chunk_size=..., inner_lr=..., ...), or ttt=TTTConfig() to leave them out"
+      f"{tuple(layers)}, chunk_size=..., inner_lr=..., ...), in a config file the section ttt, or "
+      "ttt=TTTConfig() to leave them out"
     )
   return TTTConfig() if ttt is None else ttt
 
