@@ -103,11 +103,10 @@ def continue_row(
   temperature: float,
   seed: int,
 ) -> Integer[np.ndarray, "new"]:
-  """At most `new_tokens` tokens after `prompt`, greedy at temperature 0, on one device.
+  """At most `new_tokens` tokens after `prompt`, greedy at temperature 0, where the model is.
 
   The fast weights learn along the prompt and what is written; a token that ends a text ends it.
   """
-  model = jax.device_put(model, jax.devices()[0])
   result = generate(
     model, [prompt.tolist()], max_new_tokens=new_tokens, temperature=temperature, seed=seed
   )

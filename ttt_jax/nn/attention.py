@@ -15,7 +15,9 @@ from ttt_jax.ops.attention import attention
 from ttt_jax.ops.cached_attention import KeyValueCache, attend_span, attend_token, write
 from ttt_jax.sharding import Axes, constrain, over_shards
 
+# Logical dimensions of queries, and of a cache, which is not split along the sequence.
 _HEADS = ("batch", "sequence", "heads", None)
+KEYS_AND_VALUES = KeyValueCache(*(("batch", None, "kv_heads", None),) * 2)
 
 
 def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
@@ -101,8 +103,7 @@ class Attention(nnx.Module):
       cache: what was read before, `lengths` tokens a row.
     """
     q, k, v = self._project(x, rotary)
-    rows = ("batch", None, "kv_heads", None)
-    k, v = (constrain(a, *rows) for a in (k, v))  # a cache is not split along the sequence
+    k, v = (constrain(a, *dims) for a, dims in zip((k, v), KEYS_AND_VALUES))
     before, cache = cache, write(cache, k, v, lengths, counts)
     if x.shape[1] == 1:
       mixed = attend_token(q, cache, lengths)
@@ -114,7 +115,7 @@ class Attention(nnx.Module):
         v,
         *(cache if self.window is None else before),  # a ring has lost what the first token sees
         lengths,
-        dims=(_HEADS, rows, rows, rows, rows, ("batch",)),
+        dims=(_HEADS, *KEYS_AND_VALUES, *KEYS_AND_VALUES, ("batch",)),
         out_dims=_HEADS,
         check_vma=False,
       )

@@ -19,7 +19,9 @@ from ttt_jax.sharding import Axes, context_size, over_shards
 
 # Logical dimensions of what `TttMlp._weights` returns, and of a row's cache.
 _WEIGHTS = (("mlp", None), None, None, None)
-CACHE = FastCache(s=("batch", "mlp", None), z=("batch", None, "mlp"), source=("batch", None, None))
+FAST_CACHE = FastCache(
+  s=("batch", "mlp", None), z=("batch", None, "mlp"), source=("batch", None, None)
+)
 
 # inner rate = base * exp(10 s): s then moves on the scale that AdamW moves other parameters on.
 INNER_RATE_SPEED = 10.0
@@ -256,8 +258,8 @@ class TttMlp(Mlp):
       *self._weights(h.dtype),
       cache.s,
       pending + counts,
-      dims=(("batch", "sequence", "mlp"), tokens, *_WEIGHTS, CACHE.s, ("batch",)),
-      out_dims=(tokens, *CACHE),
+      dims=(("batch", "sequence", "mlp"), tokens, *_WEIGHTS, FAST_CACHE.s, ("batch",)),
+      out_dims=(tokens, *FAST_CACHE),
     )
     if not aligned:
       place = pending[:, None] + jnp.arange(h.shape[1], dtype=jnp.int32)[None]
