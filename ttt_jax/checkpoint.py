@@ -26,10 +26,11 @@ _MAX_NAMED = 10  # how many misfits an error spells out
 class Checkpoints:
   """The checkpoints in a directory: the newest `keep` and those of every `keep_every` steps stay.
 
-  A context manager. Orbax, by the successor of its `CheckpointManager`, writes a step beside the others and renames it when it is complete, then deletes those too
-  many: a killed process or a full disk leaves the older ones as they were. Until the first `save`
-  nothing in the directory is created, changed or deleted. Of many processes, which share the directory,
-  all call every method, and each writes and reads its own parts of the arrays.
+  A context manager. Orbax, by the successor of its `CheckpointManager`, writes a step beside the others
+  and renames it when it is complete, then deletes those too many: a killed process or a full disk leaves
+  the older ones as they were. Until the first `save` nothing in the directory is created, changed or
+  deleted. Of many processes, which share the directory, all call every method, and each writes and reads
+  its own parts of the arrays.
   """
 
   def __init__(self, directory: str | Path, *, keep: int, keep_every: int | None = None):

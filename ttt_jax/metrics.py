@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: `metrics.jsonl` always, TensorBoard and Weights & Biases if asked; traces."""
+"""Where the numbers of a run go: `metrics.jsonl`, TensorBoard, Weights & Biases; and traces of its steps."""
 
 import importlib
 from collections.abc import Callable, Iterator

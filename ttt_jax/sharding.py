@@ -81,6 +81,11 @@ def sharding(mesh: Mesh, *dims: str | None) -> NamedSharding:
   return NamedSharding(mesh, spec(*dims, mesh=mesh))
 
 
+def put(x: np.ndarray, mesh: Mesh, *dims: str | None) -> jax.Array:
+  """A host's array on the mesh; of many processes, each has all of it and gives its devices their parts."""
+  return jax.make_array_from_callback(x.shape, sharding(mesh, *dims), lambda index: x[index])
+
+
 def ambient_mesh() -> AbstractMesh | None:
   """The mesh of `jax.set_mesh` if it splits anything that is not yet manual, else None."""
   mesh = jax.sharding.get_abstract_mesh()
