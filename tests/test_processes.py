@@ -68,7 +68,7 @@ def start(config, run_dir, processes: int, devices: int, *words) -> list[subproc
   return [
     subprocess.Popen(
       [sys.executable, "-m", "ttt_jax.cli", "train", str(config), "--run_dir", str(run_dir)]
-      + (words + [str(i)] if processes > 1 else words),
+      + ([*words, str(i)] if processes > 1 else words),
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from helpers import (
   random_rows,
 )
 
+from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import AttentionConfig, CheckpointConfig, Config, DataConfig, TrainConfig
 from ttt_jax.data import Corpus, Document
 from ttt_jax.hlo import count_collectives
@@ -116,6 +118,43 @@ def test_steps_after_the_last_checkpoint_are_logged_once(tmp_path, monkeypatch):
   assert [step for step, *_ in _losses(tmp_path)] == list(range(1, 9))
   train(CONFIG, corpus, mesh, tmp_path / "whole")
   assert _losses(tmp_path) == _losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_steps_that_are_not_finite_are_skipped_and_stop_the_run(tmp_path, log_every):
+  """However seldom the loop looks; what was saved before trains on."""
+  broken = dataclasses.replace(
+    CONFIG.train, learning_rate=1e30, warmup_steps=0, max_bad_steps=2, log_every=log_every
+  )
+  config = dataclasses.replace(
+    CONFIG, train=broken, checkpoint=CheckpointConfig(every=100 if log_every == 4 else 1)
+  )
+  with pytest.raises(ValueError, match=r"4 is the last of 3 in a row .*train\.max_bad_steps=2"):
+    train(config, _corpus(), mesh_of(1, 1), tmp_path)
+  records = read_metrics(tmp_path / "metrics.jsonl")
+  assert records[-1]["skipped"] == 3
+  assert records[-1]["loss"] is None
+  assert records[-1]["update_norm"] == 0
+  with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+    assert checkpoints.steps == ([2, 3] if log_every == 1 else [])
+
+
+def test_other_writers_and_a_trace(tmp_path):
+  steps = dataclasses.replace(CONFIG.train, steps=4, writers=("tensorboard",), profile=(2, 3))
+  config = dataclasses.replace(CONFIG, train=steps)
+  train(config, _corpus(), mesh_of(1, 1), tmp_path)
+  (events,) = (tmp_path / "tensorboard").iterdir()
+  assert b"ttt/0/state_ratio" in events.read_bytes()
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_writer_that_is_not_installed(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  config = dataclasses.replace(
+    CONFIG, train=dataclasses.replace(CONFIG.train, writers=("tensorboard",))
+  )
+  with pytest.raises(ValueError, match=r"pip install 'ttt_jax\[tensorboard\]'"):
+    train(config, _corpus(), mesh_of(1, 1), tmp_path)
 
 
 # One TTT layer with documents: 2 all-to-all and a gather of keeps, forward and backward; the rematerialised

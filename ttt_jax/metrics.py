@@ -1,10 +1,10 @@
-"""Where the numbers of a run go: `metrics.jsonl`, TensorBoard, Weights & Biases; and traces of its steps."""
+"""Where the numbers of a run go: `metrics.jsonl`, TensorBoard, Weights & Biases; and traces of steps."""
 
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -13,6 +13,7 @@ from ttt_jax.distributed import is_main
 from ttt_jax.rundir import METRICS_FILE, MetricsLog
 
 
+@runtime_checkable
 class Writer(Protocol):
   """One place that records go to."""
 
