@@ -26,8 +26,9 @@ TTT = TTTConfig(layers=(0, 2), chunk_size=4, decay=0.9)
 MESHES = {"1": (1, 1), "context 8": (1, 8), "data 2 x context 4": (2, 4)}
 
 
-def mesh_of(data: int, context: int) -> jax.sharding.Mesh:
-  return make_mesh(MeshConfig(data=data, context=context))
+def mesh_of(data: int, context: int, *, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+  config = MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor)
+  return make_mesh(config, jax.devices()[: config.size])
 
 
 def randomized(tree, seed: int, scale: float = 0.1):

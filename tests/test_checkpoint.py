@@ -181,6 +181,15 @@ def test_newest_are_kept_and_resuming_goes_on(tmp_path):
     assert checkpoints.restore(make_state(0))[0] == 100
 
 
+def test_some_are_kept_for_ever(tmp_path):
+  with Checkpoints(tmp_path, keep=1, keep_every=4) as checkpoints:
+    for step in range(2, 12, 2):
+      checkpoints.save(step, arrays={"x": jnp.ones(3)}, data_state={}, config={"seed": 5})
+    assert checkpoints.steps == [4, 8, 10]
+  record = json.loads((tmp_path / "4" / "ttt_jax.json").read_text())
+  assert record["config"] == {"seed": 5}
+
+
 def test_saving_a_step_twice_keeps_the_first(tmp_path):
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     checkpoints.save(1, arrays=make_state(1), data_state={"next": 1})

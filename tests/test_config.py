@@ -6,8 +6,16 @@ from pathlib import Path
 import jax
 import pytest
 
-from ttt_jax.config import AttentionConfig, Config, DataConfig, MeshConfig, ModelConfig, TTTConfig
-from ttt_jax.initial import make_model
+from ttt_jax.config import (
+  AttentionConfig,
+  Config,
+  DataConfig,
+  MeshConfig,
+  ModelConfig,
+  TrainConfig,
+  TTTConfig,
+)
+from ttt_jax.initial import make_model, resolve
 from ttt_jax.load_config import load_config
 from ttt_jax.nn.transformer import count_parameters
 from ttt_jax.sharding import make_mesh
@@ -56,7 +64,14 @@ def test_quickstart_is_what_the_readme_says():
   ("section", "fields", "message"),
   [
     (MeshConfig, {"context": 0}, r"mesh\.context=0 must be positive"),
-    (MeshConfig, {"tensor": 2}, r"mesh\.tensor=2 is not supported yet"),
+    (MeshConfig, {"data": -1, "fsdp": -1}, r"several -1"),
+    (
+      ModelConfig,
+      {"remat": "full"},
+      r"model\.remat='full' is not one of 'none', 'layer', 'minimal'",
+    ),
+    (TrainConfig, {"accumulate": 0}, r"train\.accumulate=0 must be positive"),
+    (TrainConfig, {"z_loss": -1e-4}, r"train\.z_loss=-0\.0001 must not be negative"),
     (ModelConfig, {"num_heads": 5}, r"model\.num_kv_heads=4 does not divide model\.num_heads=5"),
     (ModelConfig, {"dtype": "fp8"}, r"model\.dtype='fp8' is not one of 'float32'"),
     (ModelConfig, {"head_dim": 7}, r"model\.head_dim=7 must be even"),
@@ -98,6 +113,27 @@ def test_a_field_out_of_range_is_named(section, fields, message):
     ({"ttt": TTTConfig(layers=(4,))}, r"ttt\.layers=\[4\] names layer 4.*use 0 to 3"),
     ({"attention": AttentionConfig(full_layers=(9,))}, r"attention\.full_layers=\[9\]"),
     ({"mesh": MeshConfig(data=2)}, r"train\.batch_size=1 is not a multiple of .* = 2"),
+    (
+      {"train": TrainConfig(batch_size=6, accumulate=2), "mesh": MeshConfig(data=-1, fsdp=2)},
+      r"train\.batch_size=6 is not a multiple of .* = 4",
+    ),
+    ({"mesh": MeshConfig(tensor=8)}, r"mesh\.tensor=8 does not divide model\.num_heads=4"),
+    (
+      {"mesh": MeshConfig(tensor=4), "model": ModelConfig(num_kv_heads=2)},
+      r"mesh\.tensor=4 does not divide model\.num_kv_heads=2",
+    ),
+    (
+      {"mesh": MeshConfig(tensor=2), "model": ModelConfig(d_ff=287)},
+      r"mesh\.tensor=2 does not divide model\.d_ff=287",
+    ),
+    (
+      {"mesh": MeshConfig(tensor=2), "model": ModelConfig(vocab_size=257)},
+      r"mesh\.tensor=2 does not divide model\.vocab_size=257",
+    ),
+    (
+      {"mesh": MeshConfig(fsdp=5), "train": TrainConfig(batch_size=5)},
+      r"mesh\.fsdp=5 does not divide model\.d_model=96",
+    ),
   ],
 )
 def test_sections_that_do_not_fit_together(sections, message):
@@ -110,6 +146,20 @@ def test_more_devices_than_there_are():
     ValueError, match=r"needs 16 devices, but there are 8.*runtime\.cpu_devices=16"
   ):
     make_mesh(MeshConfig(context=16))
+  with pytest.raises(ValueError, match=r"needs 4 devices, but there are 8.*size -1"):
+    make_mesh(MeshConfig(data=2, tensor=2))
+
+
+def test_one_axis_takes_the_rest():
+  config = resolve(Config(mesh=MeshConfig(context=2, fsdp=-1), train=TrainConfig(batch_size=4)))
+  assert config.mesh == MeshConfig(context=2, fsdp=4)
+  assert make_mesh(config.mesh).shape == {"data": 1, "fsdp": 4, "context": 2, "tensor": 1}
+  with pytest.raises(ValueError, match=r"mesh\.data=-1: the other axes need 3 devices .* are 8"):
+    make_mesh(MeshConfig(data=-1, context=3))
+  with pytest.raises(ValueError, match=r"train\.batch_size=2 is not a multiple of .* = 4"):
+    resolve(Config(mesh=MeshConfig(context=2, fsdp=-1), train=TrainConfig(batch_size=2)))
+  with pytest.raises(ValueError, match=r"mesh\.context=8 does not divide data\.seq_len=100"):
+    resolve(Config(mesh=MeshConfig(context=-1), data=DataConfig(seq_len=100)))
 
 
 def test_the_twin_differs_in_the_ttt_layers_alone():

@@ -54,9 +54,11 @@ def _config(path, **sections):
 
 
 def test_the_model_is_the_checkpoints(pretrained):
-  given = ModelConfig(num_layers=2, norm_eps=1e-5 * (1 + 1e-8), remat=False, state_dtype="bfloat16")
+  given = ModelConfig(
+    num_layers=2, norm_eps=1e-5 * (1 + 1e-8), remat="none", state_dtype="bfloat16"
+  )
   config = resolve(_config(pretrained, model=given))
-  assert config.model == dataclasses.replace(SIZES, remat=False, state_dtype="bfloat16")
+  assert config.model == dataclasses.replace(SIZES, remat="none", state_dtype="bfloat16")
   assert config.attention == LAYERS
   assert config.ttt == dataclasses.replace(TTT, init="identity")
   assert config.tokenizer == str(pretrained)

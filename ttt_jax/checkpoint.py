@@ -24,17 +24,23 @@ _MAX_NAMED = 10  # how many misfits an error spells out
 
 
 class Checkpoints:
-  """The checkpoints in a directory, of which the newest `keep` stay; a context manager.
+  """The checkpoints in a directory: the newest `keep` and those of every `keep_every` steps stay.
 
-  Orbax writes a step beside the others and renames it when it is complete, then deletes those too
-  many: a killed process or a full disk leaves the older ones as they were. Until the first `save`
-  nothing in the directory is created, changed or deleted.
+  A context manager. Orbax, by the successor of its `CheckpointManager`, writes a step beside the others
+  and renames it when it is complete, then deletes those too many: a killed process or a full disk leaves
+  the older ones as they were. Until the first `save` nothing in the directory is created, changed or
+  deleted. Of many processes, which share the directory, all call every method, and each writes and reads
+  its own parts of the arrays.
   """
 
-  def __init__(self, directory: str | Path, *, keep: int):
+  def __init__(self, directory: str | Path, *, keep: int, keep_every: int | None = None):
     self._directory = Path(directory).resolve()
     self._shown = Path(directory)  # in messages: as the user wrote it
-    self._keep = keep
+    policies = ocp.training.preservation_policies
+    kept = [policies.LatestN(keep)]
+    if keep_every is not None:
+      kept.append(policies.EveryNSteps(keep_every))
+    self._kept = policies.AnyPreservationPolicy(kept)
     self._writer: ocp.training.Checkpointer | None = None
     self._saving: tuple[int, dict[str, Any]] | None = None  # the last save's step and record
 
@@ -59,7 +65,14 @@ class Checkpoints:
     steps = self.steps
     return steps[-1] if steps else None
 
-  def save(self, step: int, *, arrays: Any, data_state: dict[str, Any] | bytes) -> None:
+  def save(
+    self,
+    step: int,
+    *,
+    arrays: Any,
+    data_state: dict[str, Any] | bytes,
+    config: dict[str, Any] | None = None,
+  ) -> None:
     """Starts to write a checkpoint and returns once the arrays may be donated; see `wait`.
 
     A step that is there already is left as it is.
@@ -68,6 +81,7 @@ class Checkpoints:
       step: the number of steps done, which names the checkpoint.
       arrays: any pytree of arrays, none of them empty.
       data_state: where the data iterator stands: what its `get_state` gives, JSON-able or bytes.
+      config: of the run, for whoever finds the checkpoint alone.
     """
     if step in self.steps:
       return
@@ -75,6 +89,7 @@ class Checkpoints:
     record = {
       "format": _FORMAT,
       "data_state": _to_json(data_state),
+      "config": config,
       "arrays": {name: _kind(leaf) for name, leaf in named.items()},
     }
     json.dumps(record)  # a data state that is not JSON-able fails here, not in the background
@@ -169,7 +184,7 @@ class Checkpoints:
     return ocp.training.Checkpointer(
       self._directory,
       context=context,
-      preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+      preservation_policy=self._kept,
       cleanup_tmp_directories=True,
     )
 

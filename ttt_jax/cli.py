@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ttt_jax.config import DTYPES, Config
+from ttt_jax.config import DTYPES
 from ttt_jax.load_config import load_config
 from ttt_jax.rundir import CONFIG_FILE
 
@@ -142,9 +142,10 @@ def _run_generate(parsed: argparse.Namespace) -> None:
 
 def _run_train(parsed: argparse.Namespace) -> None:
   config = load_config(parsed.config, parsed.overrides)
-  _start_runtime(config)
+  from ttt_jax import distributed
   from ttt_jax.run import run_training
 
+  distributed.start(config.runtime)
   run_training(config)
 
 
@@ -159,9 +160,10 @@ def _run_eval(parsed: argparse.Namespace) -> None:
   else:
     given = ["--init_from", parsed.config, "--name", path.stem]
     config = load_config(None, [*given, *parsed.overrides])
-  _start_runtime(config)
+  from ttt_jax import distributed
   from ttt_jax.run import evaluate_pretrained, run_evaluation
 
+  distributed.start(config.runtime)
   (run_evaluation if is_config or is_run else evaluate_pretrained)(config)
 
 
@@ -225,14 +227,6 @@ def _run_bench(parsed: argparse.Namespace) -> None:
 def _from_flags(config: type, parsed: argparse.Namespace) -> Any:
   """A dataclass whose fields are flags."""
   return config(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(config)})
-
-
-def _start_runtime(config: Config) -> None:
-  """Tells JAX what it must know before its first use."""
-  import jax
-
-  if config.runtime.cpu_devices is not None:
-    jax.config.update("jax_num_cpu_devices", config.runtime.cpu_devices)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 DTYPES = ("float32", "bfloat16", "float64")
 IMPLEMENTATIONS = ("associative", "dual", "sequential")
 TRAINABLE = ("all", "ttt", "ttt+down")
+REMAT = ("none", "layer", "minimal")
+WRITERS = ("tensorboard", "wandb")
 COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
 
@@ -33,28 +35,75 @@ class RuntimeConfig:
   """What JAX must know before it starts."""
 
   cpu_devices: int | None = None  # split the CPU into this many devices; None leaves JAX's choice
+  # Whether this is one of many processes. On TPU pods, SLURM and MPI they find each other; elsewhere
+  # all are given the first one's address, how many there are, and which one they are.
+  distributed: bool = False
+  coordinator: str | None = None  # HOST:PORT
+  num_processes: int | None = None
+  process_id: int | None = None  # from 0
 
   def __post_init__(self):
     if self.cpu_devices is not None:
       _require_positive("runtime", self, "cpu_devices")
+    given = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
+    missing = [name for name, value in given.items() if value is None]
+    _require(
+      self.distributed or len(missing) == 3,
+      f"runtime has {', '.join(name for name in given if name not in missing)}, which need "
+      "runtime.distributed=true",
+    )
+    _require(
+      len(missing) in (0, 3),
+      f"runtime.{', runtime.'.join(missing)} missing: give all of coordinator, num_processes and "
+      "process_id, or none where they are found by themselves (TPU pods, SLURM, MPI)",
+    )
+    if not missing:
+      _require_positive("runtime", self, "num_processes")
+      _require(
+        0 <= self.process_id < self.num_processes,
+        f"runtime.process_id={self.process_id} must be from 0 to {self.num_processes - 1} "
+        "(runtime.num_processes - 1)",
+      )
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; their product is the number of devices used."""
+  """Devices along each mesh axis; their product is the number of devices.
+
+  One axis may be -1: what the others leave, as `filled` computes it.
+  """
 
   data: int = 1  # rows of the batch
-  fsdp: int = 1  # rows of the batch, parameters sharded
+  fsdp: int = 1  # rows of the batch, parameters and optimiser state sharded
   context: int = 1  # the sequence
-  tensor: int = 1  # heads and MLP hidden
+  tensor: int = 1  # heads, MLP hidden and vocabulary
 
   def __post_init__(self):
-    _require_positive("mesh", self, "data", "fsdp", "context", "tensor")
-    for name in ("fsdp", "tensor"):
-      size = getattr(self, name)
+    for field_ in dataclasses.fields(self):
+      size = getattr(self, field_.name)
       _require(
-        size == 1, f"mesh.{name}={size} is not supported yet: set it to 1, use data and context"
+        size > 0 or size == -1, f"mesh.{field_.name}={size} must be positive, or -1: the rest"
       )
+    _require(
+      self.shape.count(-1) <= 1,
+      f"mesh={list(self.shape)} has several -1: only one axis can be the rest",
+    )
+
+  def filled(self, devices: int) -> "MeshConfig":
+    """The mesh with the axis of -1 filled, so that there are `devices` devices.
+
+    Raises:
+      ValueError: the other axes do not divide them.
+    """
+    if -1 not in self.shape:
+      return self
+    names = [field_.name for field_ in dataclasses.fields(self)]
+    name, others = names[self.shape.index(-1)], -self.size
+    _require(
+      devices % others == 0,
+      f"mesh.{name}=-1: the other axes need {others} devices or a multiple, but there are {devices}",
+    )
+    return dataclasses.replace(self, **{name: devices // others})
 
   @property
   def shape(self) -> tuple[int, int, int, int]:
@@ -132,7 +181,9 @@ class ModelConfig:
   param_dtype: str = "float32"
   dtype: str = "float32"  # of the computation
   state_dtype: str = "float32"  # of fast weights and their prefix sums
-  remat: bool = True  # recompute each layer in the backward pass
+  # What the backward pass computes again: "layer" everything but a layer's input; "minimal" the cheap
+  # part, as the results of the projections are kept; "none" nothing.
+  remat: str = "layer"
 
   def __post_init__(self):
     _require_positive(
@@ -152,6 +203,7 @@ class ModelConfig:
       )
     for name in ("param_dtype", "dtype", "state_dtype"):
       _require_choice(f"model.{name}", getattr(self, name), DTYPES)
+    _require_choice("model.remat", self.remat, REMAT)
     _require(
       self.num_heads % self.num_kv_heads == 0,
       f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}",
@@ -276,12 +328,31 @@ class TrainConfig:
   beta1: float = 0.9
   beta2: float = 0.95
   clip_grad_norm: float = 1.0
+  accumulate: int = 1  # a step's rows are read in so many parts, one after another
+  z_loss: float = 0.0  # weight of the mean of logsumexp(logits)^2, added to the loss
+  # Of the parameters that the optimiser keeps where model.param_dtype is narrower; it then rounds them
+  # to that after every step.
+  master_dtype: str = "float32"
+  max_bad_steps: int = 10  # steps in a row without a finite loss or gradient, which change nothing
   log_every: int = 10
+  writers: tuple[str, ...] = ()  # "tensorboard", "wandb", besides metrics.jsonl
+  profile: tuple[int, int] | None = None  # the first and the last step of a trace for jax.profiler
 
   def __post_init__(self):
     _require_positive(
       "train", self, "steps", "batch_size", "learning_rate", "clip_grad_norm", "log_every"
     )
+    _require_positive("train", self, "accumulate", "max_bad_steps")
+    _require_choice("train.master_dtype", self.master_dtype, DTYPES)
+    for writer in self.writers:
+      _require_choice("train.writers", writer, WRITERS)
+    if self.profile is not None:
+      first, last = self.profile
+      _require(
+        1 <= first <= last,
+        f"train.profile={list(self.profile)} must be the first and the last step, from 1 on",
+      )
+    _require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative")
     _require_choice("train.trainable", self.trainable, TRAINABLE)
     _require(self.warmup_steps >= 0, f"train.warmup_steps={self.warmup_steps} must not be negative")
     _require(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay} must not be negative")
@@ -302,9 +373,16 @@ class TrainConfig:
 class CheckpointConfig:
   every: int = 100  # steps
   keep: int = 2  # the newest ones
+  keep_every: int | None = None  # also those of every so many steps, for ever
 
   def __post_init__(self):
     _require_positive("checkpoint", self, "every", "keep")
+    if self.keep_every is not None:
+      _require_positive("checkpoint", self, "keep_every")
+      _require(
+        self.keep_every % self.every == 0,
+        f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every={self.every}",
+      )
 
 
 @dataclass(frozen=True)
@@ -350,8 +428,26 @@ def check_trainable(ttt: TTTConfig, train: TrainConfig) -> None:
   )
 
 
+def check_mesh(model: ModelConfig, mesh: MeshConfig) -> None:
+  """Raises ValueError if an axis does not divide what it splits."""
+  for axis, names in (
+    ("tensor", ("num_heads", "num_kv_heads", "d_ff", "vocab_size")),
+    ("fsdp", ("d_model",)),
+  ):
+    parts = getattr(mesh, axis)
+    for name in names:
+      size = getattr(model, name)
+      _require(
+        parts == -1 or size % parts == 0,
+        f"mesh.{axis}={parts} does not divide model.{name}={size}: choose a divisor, and use another "
+        "axis of the mesh for the rest",
+      )
+
+
 def check_rows(name: str, seq_len: int, context: int, ttt: TTTConfig) -> None:
   """Raises ValueError unless `context` shards of whole chunks make up a row of `seq_len` tokens."""
+  if context == -1:
+    return  # checked when it is known
   _require(
     seq_len % context == 0,
     f"mesh.context={context} does not divide {name}={seq_len}: the row is cut into equal shards",
@@ -390,12 +486,14 @@ class Config:
     if self.init_from is None:  # else `ttt_jax.initial.resolve` has the model to check against
       check_layers(self.model, self.attention, self.ttt)
       check_trainable(self.ttt, self.train)
+      check_mesh(self.model, self.mesh)
     check_rows("data.seq_len", self.data.seq_len, self.mesh.context, self.ttt)
     check_rows("eval.seq_len", self.eval_seq_len, self.mesh.context, self.ttt)
-    rows = self.mesh.data * self.mesh.fsdp
+    rows = max(1, self.mesh.data) * max(1, self.mesh.fsdp) * self.train.accumulate
     _require(
       self.train.batch_size % rows == 0,
-      f"train.batch_size={self.train.batch_size} is not a multiple of mesh.data * mesh.fsdp = {rows}",
+      f"train.batch_size={self.train.batch_size} is not a multiple of mesh.data * mesh.fsdp * "
+      f"train.accumulate = {rows}",
     )
     if self.attention.window is not None and self.init_from is None:
       _require(

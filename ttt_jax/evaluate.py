@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Integer
 
@@ -20,7 +21,7 @@ from ttt_jax.data import Corpus, heldout_rows
 from ttt_jax.generation.generate import generate
 from ttt_jax.loss import IGNORE, model_losses
 from ttt_jax.nn.transformer import Transformer
-from ttt_jax.sharding import sharding
+from ttt_jax.sharding import put
 
 
 @partial(jax.jit, static_argnames="update")
@@ -37,14 +38,13 @@ def losses_by_token(
   Rows are read as many at a time as the mesh has places for, their length split over `context`.
   """
   at_once = mesh.shape["data"] * mesh.shape["fsdp"]
-  where = sharding(mesh, "batch", "sequence")
   results = []
   with jax.set_mesh(mesh):
     for start in range(0, len(rows), at_once):
       batch = rows[start : start + at_once]
       filled = np.concatenate([batch, np.repeat(batch[:1], at_once - len(batch), axis=0)])
-      losses = _losses(model, jax.device_put(filled, where), update=update)
-      results.append(np.asarray(losses)[: len(batch), :-1])
+      losses = _losses(model, put(filled, mesh, "batch", "sequence"), update=update)
+      results.append(process_allgather(losses, tiled=True)[: len(batch), :-1])
   return np.concatenate(results)
 
 
@@ -103,11 +103,10 @@ def continue_row(
   temperature: float,
   seed: int,
 ) -> Integer[np.ndarray, "new"]:
-  """At most `new_tokens` tokens after `prompt`, greedy at temperature 0, on one device.
+  """At most `new_tokens` tokens after `prompt`, greedy at temperature 0, where the model is.
 
   The fast weights learn along the prompt and what is written; a token that ends a text ends it.
   """
-  model = jax.device_put(model, jax.devices()[0])
   result = generate(
     model, [prompt.tolist()], max_new_tokens=new_tokens, temperature=temperature, seed=seed
   )
@@ -130,18 +129,23 @@ def evaluate(
     seed=config.seed,
   )
   table = heldout_by_position(config, model, baseline, rows, mesh, before=before)
-  prompt = rows[0][: min(config.eval.prompt_tokens, config.eval_seq_len)]
-  sample = continue_row(
-    model,
-    prompt,
-    new_tokens=config.eval.sample_tokens,
-    temperature=config.eval.temperature,
-    seed=config.seed,
-  )
+  sample = None
+  if (
+    jax.process_count() == 1
+  ):  # `generate` reads every token it draws, which no process has of all rows
+    prompt = rows[0][: min(config.eval.prompt_tokens, config.eval_seq_len)]
+    continuation = continue_row(
+      model,
+      prompt,
+      new_tokens=config.eval.sample_tokens,
+      temperature=config.eval.temperature,
+      seed=config.seed,
+    )
+    sample = {"prompt": corpus.decode(prompt), "continuation": corpus.decode(continuation)}
   return {
     "heldout_documents": len(rows),
     "heldout_seq_len": config.eval_seq_len,
     **{f"heldout_{name}": mean_of_buckets(table, name) for name in table[0] if "loss" in name},
     "heldout_by_position": table,
-    "sample": {"prompt": corpus.decode(prompt), "continuation": corpus.decode(sample)},
+    "sample": sample,
   }

@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from ttt_jax.config import Config, TTTConfig, check_layers, check_trainable
+from ttt_jax.config import Config, TTTConfig, check_layers, check_mesh, check_trainable
 from ttt_jax.nn.transformer import Transformer
+from ttt_jax.partition import shardings
 from ttt_jax.pretrained.files import local_path
 from ttt_jax.pretrained.hf_config import read_config
 from ttt_jax.pretrained.load import load_pretrained, open_checkpoint, own_ttt
@@ -24,14 +25,17 @@ _HOW_COMPUTED = ("param_dtype", "dtype", "state_dtype", "remat", "implementation
 
 
 def resolve(config: Config) -> Config:
-  """The config with the model that `init_from` names in its sections; without `init_from`, itself.
+  """The config with the model that `init_from` names in its sections, and the mesh of all devices.
 
   A checkpoint's own fast weights count where the config's section `ttt` is empty.
 
   Raises:
     ValueError: a field of `model` or `attention` is neither its default nor the checkpoint's value;
-      layers that do not exist; as `load_pretrained` for what cannot be read.
+      layers that do not exist; a mesh that does not fit the devices, the rows or the model; as
+      `load_pretrained` for what cannot be read.
   """
+  if -1 in config.mesh.shape:
+    config = dataclasses.replace(config, mesh=config.mesh.filled(jax.device_count()))
   if config.init_from is None:
     return config
   if config.init_from.endswith(".gguf") and not Path(config.init_from).expanduser().is_file():
@@ -51,6 +55,7 @@ def resolve(config: Config) -> Config:
   )
   check_layers(resolved.model, resolved.attention, resolved.ttt)
   check_trainable(resolved.ttt, resolved.train)
+  check_mesh(resolved.model, resolved.mesh)
   return resolved
 
 
@@ -87,8 +92,11 @@ def initial_model(config: Config, mesh: Mesh) -> Transformer:
     ValueError: as `load_pretrained`.
   """
   if config.init_from is None:
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(lambda: make_model(config), out_shardings=replicated)()
+
+    def make() -> Transformer:
+      return make_model(config)
+
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
   loaded = load_pretrained(
     config.init_from,
     dtype=config.model.dtype,

@@ -1,5 +1,6 @@
 """Next-token cross-entropy, of logits or of a model whose logits are too many to keep."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ttt_jax.nn.transformer import Transformer, next_token_logits
-from ttt_jax.sharding import over_shards, token_shards
+from ttt_jax.nn.layers import project
+from ttt_jax.nn.transformer import HEAD, Transformer
+from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.sharding import Axes, over_shards
 
 IGNORE = -1  # the label of a token that has no successor in its document
 
@@ -22,14 +25,11 @@ def token_losses(
 
   Computed in the logits' dtype, float32 or wider.
   """
-  valid = labels != IGNORE
-  picked = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[..., None], axis=-1)[..., 0]
-  losses = jax.nn.logsumexp(logits, axis=-1) - picked
-  return jnp.where(valid, losses, jnp.zeros_like(losses)), valid.astype(losses.dtype)
+  return _losses(logits, labels, None, 0.0)
 
 
-def mean_loss(losses: Float[Array, "B T"], valid: Float[Array, "B T"]) -> Float[Array, ""]:
-  """The mean over all tokens with a label; 0 where there is none."""
+def mean_loss(losses: Float[Array, "B T"], valid: Float[Array, "..."]) -> Float[Array, ""]:
+  """The sum of the losses by the number of tokens with a label, of these rows or of all of a step."""
   return jnp.sum(losses) / jnp.maximum(jnp.sum(valid), 1)
 
 
@@ -40,31 +40,32 @@ def model_losses(
   segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
   *,
   update: bool = True,
+  z_loss: float = 0.0,
   at_once: int = LOGITS_AT_ONCE,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Any]:
   """`token_losses(model(tokens), labels)` and the `MlpStats`, with few logits in memory at a time.
 
-  Beyond `at_once` logits a device reads the head in pieces of its tokens, forward and, computed once
-  more, backward. Nothing is exchanged for it but the gradient of the head's own parameters, once.
+  A device reads its part of the vocabulary, `at_once` logits at a time, forward and, computed once
+  more, backward. Over `fsdp` the head is gathered once, and its gradient reduced once; over `tensor`
+  three numbers per token are exchanged.
+
+  Args:
+    model: the model.
+    tokens, labels, segment_ids: packed rows.
+    update: whether the fast weights learn.
+    z_loss: weight of `logsumexp(logits)^2`, added to the loss of every token with a label.
+    at_once: logits of a device.
   """
-  labels = jnp.asarray(labels)
   x, stats = model.hidden(tokens, segment_ids, update=update)
-  head = (model.embed, model.norm, model.head)
-  tokens_at_once = max(1, at_once // model.model.vocab_size)
-  if tokens.size <= tokens_at_once * token_shards():
-    losses, valid = token_losses(next_token_logits(x, *head), labels)
-    return losses, valid, stats
-
-  def in_pieces(x, labels, *head, context_axis):
-    return _losses_in_pieces(x, labels, *head, size=tokens_at_once)
-
   rows = ("batch", "sequence")
+  tied = model.head is None
   losses, valid = over_shards(
-    in_pieces,
+    partial(_device_losses, tied=tied, z_loss=z_loss, at_once=at_once),
     x,
-    labels,
-    *head,
-    dims=((*rows, None), rows, None, None, None),
+    jnp.asarray(labels),
+    model.norm,
+    model.embed.table[...] if tied else model.head[...],
+    dims=((*rows, None), rows, None, ("vocab", "embed") if tied else ("embed", "vocab")),
     out_dims=(rows, rows),
     # Else the head's gradient would be summed over the shards in every piece.
     check_vma=False,
@@ -72,9 +73,21 @@ def model_losses(
   return losses, valid, stats
 
 
-def _losses_in_pieces(x, labels, *head, size: int):
-  """Losses and weights of the tokens of a device, `size` tokens at a time, the last piece filled up."""
+def _device_losses(x, labels, norm, kernel, *, tied, z_loss, at_once, axes: Axes):
+  """Losses and weights of the tokens of a device, in equal pieces, the last one filled up."""
+  if axes.fsdp is not None:
+    kernel = _gather(kernel, x.dtype, axes.fsdp, 1 if tied else 0)
+
+  def losses_of(piece):
+    x, labels = piece
+    with jax.named_scope("head"):
+      logits = project(HEAD[tied], norm(x), kernel, accumulation_dtype(x.dtype))
+      return _losses(logits, labels, axes.tensor, z_loss)
+
+  size = max(1, at_once // kernel.shape[0 if tied else 1])
   shape, count = labels.shape, labels.size
+  if count <= size:
+    return losses_of((x, labels))
   filling = -count % size
 
   def cut(a, fill):
@@ -82,10 +95,45 @@ def _losses_in_pieces(x, labels, *head, size: int):
     a = jnp.pad(a, [(0, filling)] + [(0, 0)] * (a.ndim - 1), constant_values=fill)
     return a.reshape(-1, 1, size, *a.shape[1:])
 
-  def losses_of(piece):
-    x, labels = piece
-    return token_losses(next_token_logits(x, *head), labels)
-
   once_more = jax.checkpoint(losses_of, prevent_cse=False)  # in a scan nothing can be shared anyway
   results = jax.lax.map(once_more, (cut(x, 0), cut(labels, IGNORE)))
   return tuple(a.reshape(-1)[:count].reshape(shape) for a in results)
+
+
+def _losses(logits, labels, tensor_axis: str | None, z_loss: float):
+  """`token_losses` where the logits of a token lie on the devices of `tensor_axis`, if any."""
+  valid = labels != IGNORE
+  index = jnp.where(valid, labels, 0)
+  if tensor_axis is None:
+    picked = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
+    total = jax.nn.logsumexp(logits, axis=-1)
+  else:
+    size = logits.shape[-1]
+    index = index - size * jax.lax.axis_index(tensor_axis)
+    here = (index >= 0) & (index < size)
+    picked = jnp.take_along_axis(logits, jnp.where(here, index, 0)[..., None], axis=-1)[..., 0]
+    picked = jax.lax.psum(jnp.where(here, picked, jnp.zeros_like(picked)), tensor_axis)
+    largest = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits, axis=-1)), tensor_axis)
+    rest = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+    total = largest + jnp.log(jax.lax.psum(rest, tensor_axis))
+  losses = total - picked + z_loss * total**2
+  return jnp.where(valid, losses, jnp.zeros_like(losses)), valid.astype(losses.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(kernel: Array, dtype, axis_name: str, dim: int) -> Array:
+  """The whole kernel, sent in `dtype`; gradients of all pieces are summed and reduced in float32."""
+  whole = jax.lax.all_gather(kernel.astype(dtype), axis_name, axis=dim, tiled=True)
+  return whole.astype(accumulation_dtype(dtype))
+
+
+def _gather_fwd(kernel, dtype, axis_name, dim):
+  return _gather(kernel, dtype, axis_name, dim), jnp.zeros((), kernel.dtype)
+
+
+def _gather_bwd(dtype, axis_name, dim, like, cotangent):
+  reduced = jax.lax.psum_scatter(cotangent, axis_name, scatter_dimension=dim, tiled=True)
+  return (reduced.astype(like.dtype),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)

@@ -12,6 +12,8 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
+from ttt_jax.distributed import is_main
+
 _LINES = 20  # how many lines a whole run writes where no bar can be drawn
 
 
@@ -19,7 +21,7 @@ class TrainingProgress:
   """Loss, speed and time left of a training run."""
 
   def __init__(self, title: str, done: int, steps: int):
-    self._console = Console()
+    self._console = Console(quiet=not is_main())
     self._title, self._steps = title, steps
     self._every = max(1, steps // _LINES)
     self._next_line = done + 1

@@ -12,6 +12,7 @@ from rich.table import Table
 from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import Config
 from ttt_jax.data import VOCAB_SIZE, Corpus, load_corpus
+from ttt_jax.distributed import is_main, on_main, together
 from ttt_jax.evaluate import evaluate
 from ttt_jax.initial import initial_model, resolve
 from ttt_jax.nn.transformer import Transformer, count_parameters
@@ -30,11 +31,12 @@ def run_training(config: Config, console: Console | None = None) -> dict[str, An
 
   The same call again goes on from the last checkpoint. Returns None if it was interrupted.
   """
-  console = Console() if console is None else console
+  console = Console(quiet=not is_main()) if console is None else console
   config = resolve(config)
   mesh = make_mesh(config.mesh)
-  corpus = load_data(config)
-  run_dir = open_run(config.resolved_run_dir, config)
+  corpus = together(lambda: load_data(config))
+  run_dir = Path(config.resolved_run_dir)
+  on_main(lambda: open_run(run_dir, config))
   console.print(corpus.report(), highlight=False)
   console.print(f"{_devices(mesh)}; run directory {run_dir}", highlight=False)
 
@@ -58,11 +60,11 @@ def run_evaluation(config: Config, console: Console | None = None) -> dict[str, 
   Raises:
     ValueError: there is no run or no checkpoint there, or it is another model's.
   """
-  console = Console() if console is None else console
+  console = Console(quiet=not is_main()) if console is None else console
   config = resolve(config)
   mesh = make_mesh(config.mesh)
   run_dir = Path(config.resolved_run_dir)
-  corpus = load_data(config)
+  corpus = together(lambda: load_data(config))
   model = load_model(config, mesh, run_dir)
   baseline = None
   if config.eval.baseline:
@@ -76,12 +78,13 @@ def evaluate_pretrained(config: Config, console: Console | None = None) -> dict[
   Raises:
     ValueError: the run directory is another run's; as `load_pretrained`.
   """
-  console = Console() if console is None else console
+  console = Console(quiet=not is_main()) if console is None else console
   config = resolve(config)
   mesh = make_mesh(config.mesh)
-  corpus = load_data(config)
+  corpus = together(lambda: load_data(config))
   model = initial_model(config, mesh)
-  run_dir = open_run(config.resolved_run_dir, config)
+  run_dir = Path(config.resolved_run_dir)
+  on_main(lambda: open_run(run_dir, config))
   console.print(corpus.report(), highlight=False)
   return _evaluate_and_report(config, model, None, corpus, mesh, run_dir, console)
 
@@ -133,6 +136,7 @@ def _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console
     "params": count_parameters(model),
     "params_baseline": None if baseline is None else count_parameters(baseline),
     "devices": mesh.size,
+    "processes": jax.process_count(),
     "device_kind": mesh.devices.flat[0].device_kind,
     "mesh": dict(mesh.shape),
     "jax_version": jax.__version__,
@@ -142,12 +146,16 @@ def _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console
     "skipped": dict(corpus.skipped),
     **evaluate(config, model, baseline, before, corpus, mesh),
   }
+  on_main(lambda: _write_summary(config, model, summary, runs, run_dir, console))
+  return summary
+
+
+def _write_summary(config, model, summary, runs, run_dir, console) -> None:
   write_json(run_dir / "summary.json", summary)
   plot_by_position(summary, run_dir / "loss_by_position.png")
   if runs:
     plot_training(runs, run_dir / "training_loss.png")
   _print_summary(config, model, summary, run_dir, console)
-  return summary
 
 
 def _speed(records: list[dict[str, Any]]) -> float | None:
@@ -183,12 +191,13 @@ def _print_summary(config, model, summary, run_dir, console) -> None:
   documents = f"{summary['heldout_documents']} documents of {summary['heldout_seq_len']} tokens"
   console.print(f"held-out loss by position in nats per token, {documents}", highlight=False)
   console.print(table)
-  console.rule("a held-out document, continued by the model", align="left")
-  console.print(
-    summary["sample"]["prompt"][-200:], style="dim", markup=False, highlight=False, end=""
-  )
-  console.print(summary["sample"]["continuation"], style="bold", markup=False, highlight=False)
-  console.rule()
+  if summary["sample"] is not None:
+    console.rule("a held-out document, continued by the model", align="left")
+    console.print(
+      summary["sample"]["prompt"][-200:], style="dim", markup=False, highlight=False, end=""
+    )
+    console.print(summary["sample"]["continuation"], style="bold", markup=False, highlight=False)
+    console.rule()
   names = ("summary.json", "loss_by_position.png", "training_loss.png", METRICS_FILE)
   written = [str(run_dir / name) for name in names if (run_dir / name).exists()]
   console.print("written: " + ", ".join(written), highlight=False)

@@ -4,38 +4,51 @@ Model code knows no mesh: it runs under the ambient one (`jax.set_mesh`), and th
 communicate by hand, attention and the fast weight, are mapped over its shards by `over_shards`.
 """
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ttt_jax.config import MeshConfig
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
-CONTEXT = "context"
+FSDP, CONTEXT, TENSOR = MESH_AXES[1:]
 
-# Logical dimensions of an activation and the mesh axes they are split over.
+# Logical dimensions of arrays and the mesh axes they are split over.
 _RULES: dict[str | None, tuple[str, ...]] = {
-  "batch": ("data", "fsdp"),
+  "batch": ("data", FSDP),
   "sequence": (CONTEXT,),
+  "embed": (FSDP,),  # the model width of parameters; that of activations is whole
+  "heads": (TENSOR,),
+  "kv_heads": (TENSOR,),
+  "mlp": (TENSOR,),
+  "vocab": (TENSOR,),
   None: (),
 }
 
 
+class Axes(NamedTuple):
+  """The mesh axes of several devices that a function mapped by `over_shards` runs on; else None."""
+
+  fsdp: str | None = None
+  context: str | None = None
+  tensor: str | None = None
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-  """The mesh of a config over the first devices there are.
+  """The mesh of a config over all devices; a mesh of one device takes the first one.
 
   Raises:
-    ValueError: fewer devices exist than the mesh has.
+    ValueError: there are more or fewer devices than the mesh has.
   """
   devices = jax.devices() if devices is None else devices
-  if config.size > len(devices):
+  config = config.filled(len(devices))
+  if config.size not in (1, len(devices)):
     sizes = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, config.shape))
-    remedy = "use a smaller mesh"
+    remedy = "give one axis the size -1 to take all there are"
     if devices[0].platform == "cpu":
       remedy += f", or set runtime.cpu_devices={config.size}"
     raise ValueError(
@@ -49,18 +62,31 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   )
 
 
-def spec(*dims: str | None, mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
-  """The partition of an array with these logical dimensions, over the axes that `mesh` has."""
-  return PartitionSpec(
-    *(tuple(axis for axis in _RULES[dim] if axis in mesh.axis_names) or None for dim in dims)
-  )
+def spec(*dims: str | None, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+  """The partition of an array with these logical dimensions, over the axes that split it on `mesh`.
+
+  Raises:
+    ValueError: two dimensions claim one axis.
+  """
+  claimed = [axis for dim in dims for axis in _RULES[dim]]
+  if len(set(claimed)) < len(claimed):
+    raise ValueError(f"dimensions {dims} of one array claim mesh axes {claimed}: one twice")
+  parts = [tuple(a for a in _RULES[dim] if mesh.shape.get(a, 1) > 1) or None for dim in dims]
+  while parts and parts[-1] is None:
+    parts.pop()
+  return PartitionSpec(*(p[0] if p and len(p) == 1 else p for p in parts))
 
 
 def sharding(mesh: Mesh, *dims: str | None) -> NamedSharding:
   return NamedSharding(mesh, spec(*dims, mesh=mesh))
 
 
-def _ambient_mesh() -> jax.sharding.AbstractMesh | None:
+def put(x: np.ndarray, mesh: Mesh, *dims: str | None) -> jax.Array:
+  """A host's array on the mesh; of many processes, each has all of it and gives its devices their parts."""
+  return jax.make_array_from_callback(x.shape, sharding(mesh, *dims), lambda index: x[index])
+
+
+def ambient_mesh() -> AbstractMesh | None:
   """The mesh of `jax.set_mesh` if it splits anything that is not yet manual, else None."""
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty or mesh.are_all_axes_manual or mesh.size == 1 else mesh
@@ -73,17 +99,8 @@ def _manual_context_axis() -> str | None:
 
 def context_size() -> int:
   """How many shards of the sequence `over_shards` makes."""
-  mesh = _ambient_mesh()
+  mesh = ambient_mesh()
   return 1 if mesh is None else mesh.shape.get(CONTEXT, 1)
-
-
-def token_shards() -> int:
-  """How many devices `over_shards` splits the tokens of a batch of rows over."""
-  mesh = _ambient_mesh()
-  if mesh is None:
-    return 1
-  axes = (*_RULES["batch"], *_RULES["sequence"])
-  return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.axis_names)
 
 
 def positions(length: int) -> jax.Array:
@@ -95,7 +112,7 @@ def positions(length: int) -> jax.Array:
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
   """`x`, laid out over the ambient mesh; `x` itself where there is none."""
-  mesh = _ambient_mesh()
+  mesh = ambient_mesh()
   if mesh is None:
     return x
   return jax.lax.with_sharding_constraint(x, spec(*dims, mesh=mesh))
@@ -108,29 +125,29 @@ def over_shards(
   out_dims: Any,
   check_vma: bool = True,
 ) -> Any:
-  """`function(*arguments, context_axis=...)`, on every shard of the ambient mesh.
+  """`function(*arguments, axes=...)`, on every shard of the ambient mesh.
 
-  Without a mesh `function` sees whole arrays and `context_axis=None`; inside somebody's
-  `jax.shard_map` over `context` it is called as it is; else it is mapped, fully manual.
+  Without a mesh `function` sees whole arrays and no axes; inside somebody's `jax.shard_map` over
+  `context` it is called as it is; else it is mapped, fully manual.
 
   Args:
-    function: takes `context_axis` as a keyword.
+    function: takes `axes: Axes` as a keyword.
     arguments: arrays, or None.
     dims: the logical dimensions of each argument; None for one that is None or replicated.
     out_dims: a pytree of tuples of logical dimensions, one for each output.
     check_vma: of `jax.shard_map`; False for a function whose kernels cannot say over which axes their
       outputs vary.
   """
-  mesh = _ambient_mesh()
+  mesh = ambient_mesh()
   if mesh is None:
-    return function(*arguments, context_axis=_manual_context_axis())
-  context_axis = CONTEXT if mesh.shape.get(CONTEXT, 1) > 1 else None
+    return function(*arguments, axes=Axes(context=_manual_context_axis()))
+  axes = Axes(*(axis if mesh.shape.get(axis, 1) > 1 else None for axis in (FSDP, CONTEXT, TENSOR)))
 
   def to_spec(dims):
     return PartitionSpec() if dims is None else spec(*dims, mesh=mesh)
 
   mapped = jax.shard_map(
-    lambda *args: function(*args, context_axis=context_axis),
+    lambda *args: function(*args, axes=axes),
     mesh=mesh,
     in_specs=tuple(to_spec(d) for d in dims),
     out_specs=jax.tree.map(to_spec, out_dims, is_leaf=lambda x: x is None or _is_dims(x)),

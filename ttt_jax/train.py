@@ -1,10 +1,8 @@
 """The training loop: it feeds the step, logs, saves, and can be stopped and gone on with."""
 
 import dataclasses
-import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,13 @@ from jax.sharding import Mesh
 from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import Config
 from ttt_jax.data import Corpus, training_rows
+from ttt_jax.distributed import stop_requests
+from ttt_jax.flops import training_flops
+from ttt_jax.metrics import Profile, open_log
 from ttt_jax.nn.transformer import Transformer, count_parameters
+from ttt_jax.ops.cost import find_device
 from ttt_jax.optim import learning_rate
 from ttt_jax.progress import TrainingProgress
-from ttt_jax.rundir import METRICS_FILE, MetricsLog
 from ttt_jax.step import TrainState, abstract_state, init_state, jit_train_step, put_batch
 from ttt_jax.trainable import trained_parameters
 
@@ -31,16 +32,58 @@ class TrainResult:
   finished: bool  # False: it was interrupted, and saved
 
 
-def metrics_record(
-  config: Config, step: int, metrics: dict[str, Any], tokens_per_second: float | None
-) -> dict[str, Any]:
-  """One line of `metrics.jsonl`. Loss and norms are those of this step."""
+class Clock:
+  """Speed and waiting of the steps between two records; the step that compiles counts in neither."""
+
+  def __init__(self, config: Config, devices: int):
+    self._tokens = config.train.batch_size * config.data.seq_len
+    self._flops = training_flops(config) / devices
+    self._since, self._steps, self._waited = None, 0, 0.0
+
+  @property
+  def started(self) -> bool:
+    return self._since is not None
+
+  @contextmanager
+  def waiting(self) -> Iterator[None]:
+    """For the data."""
+    start = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - start
+
+  def count(self) -> None:
+    """A step was started."""
+    self._steps += 1
+
+  def read(self) -> dict[str, float | None]:
+    """What a record says of the steps since the last call; call it when their results are there.
+
+    `mfu` is `training_flops` against the peak of the devices for products of bfloat16, and
+    `waiting_for_data` the part of the time that the host spent on rows, whether or not the devices had
+    to wait for them.
+    """
+    now = time.perf_counter()
+    values = dict.fromkeys(("tokens_per_second", "mfu", "waiting_for_data"))
+    if self._since is not None:
+      seconds = now - self._since
+      values = {
+        "tokens_per_second": self._steps * self._tokens / seconds,
+        "mfu": self._steps * self._flops / seconds / find_device().peak,
+        "waiting_for_data": self._waited / seconds,
+      }
+    self._since, self._steps, self._waited = now, 0, 0.0
+    return values
+
+
+def metrics_record(config: Config, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+  """What a line of `metrics.jsonl` says of a step: its loss and norms, and all that was skipped so far."""
   record = {
     "step": step,
     "loss": float(metrics["loss"]),
     "tokens": step * config.train.batch_size * config.data.seq_len,
-    "tokens_per_second": tokens_per_second,
     "grad_norm": float(metrics["grad_norm"]),
+    "update_norm": float(metrics["update_norm"]),
+    "skipped": int(metrics["skipped"]),
     # The rate this step was taken with: the schedule counts steps from 0.
     "learning_rate": float(learning_rate(config.train)(step - 1)),
   }
@@ -54,25 +97,11 @@ def metrics_record(
   return record
 
 
-@contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-  """Turns the first Ctrl-C or SIGTERM into a request to stop; a second one acts as usual."""
-  requested = False
-  previous = {}
-
-  def request(number, frame):
-    nonlocal requested
-    requested = True
-    for known, handler in previous.items():
-      signal.signal(known, handler)
-
-  for number in (signal.SIGINT, signal.SIGTERM):
-    previous[number] = signal.signal(number, request)
-  try:
-    yield lambda: requested
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
+def device_memory() -> dict[str, float]:
+  """GiB in use on the first device of this process, now and at most; empty where it does not say (CPU)."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  names = {"memory_gib": "bytes_in_use", "memory_peak_gib": "peak_bytes_in_use"}
+  return {name: stats[key] / 2**30 for name, key in names.items() if key in stats}
 
 
 def train(
@@ -84,7 +113,8 @@ def train(
   and return; the same call again goes on from there, with every logged step in the metrics once.
 
   Raises:
-    ValueError: a checkpoint that cannot be read or is another model's; nothing is overwritten.
+    ValueError: a checkpoint that cannot be read or is another model's; nothing is overwritten. More than
+      `train.max_bad_steps` steps in a row without a finite loss and gradient; nothing more is saved.
   """
   steps = config.train.steps
   rows = iter(
@@ -95,7 +125,9 @@ def train(
       seed=config.seed,
     )
   )
-  with Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+  with Checkpoints(
+    run_dir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
+  ) as checkpoints:
     if checkpoints.latest_step is None:
       state = init_state(config, mesh)
     else:
@@ -105,41 +137,57 @@ def train(
     done = int(state.step)
 
     def save() -> None:
-      checkpoints.save(done, arrays=state._asdict(), data_state=rows.get_state())
+      # A state that has given up would never train again.
+      _check_bad(config, done, int(state.bad_in_a_row))
+      checkpoints.save(
+        done,
+        arrays=state._asdict(),
+        data_state=rows.get_state(),
+        config=dataclasses.asdict(config),
+      )
 
-    log = MetricsLog.open(run_dir / METRICS_FILE, resume_step=done)
     step = jit_train_step(config, mesh)
-    tokens_per_step = config.train.batch_size * config.data.seq_len
+    clock = Clock(config, mesh.size)
     with (
       jax.set_mesh(mesh),
-      _stop_on_signal() as stop,
+      stop_requests() as stop,
       TrainingProgress(title, done, steps) as progress,
-      log,
+      open_log(config, run_dir, resume_step=done) as log,
+      Profile(config.train.profile, run_dir) as profile,
     ):
-      # The first step compiles: it counts in no speed.
-      timed_from, timed_steps = None, 0
-      while done < steps and not stop():
-        state, metrics = step(state, put_batch(next(rows), mesh))
+      while done < steps and not stop(done):
+        profile.before(done + 1)
+        with clock.waiting():
+          batch = put_batch(next(rows), mesh)
+        state, metrics = step(state, batch)
         done += 1
-        timed_steps += 1
-        if done % config.train.log_every == 0 or done == steps or timed_from is None:
+        clock.count()
+        due = done % config.train.log_every == 0 or done == steps
+        if due or not clock.started:
+          # The only transfer from the devices between two checkpoints.
           metrics = jax.device_get(metrics)
-          now = time.perf_counter()
-          speed = None
-          if timed_from is not None:
-            speed = timed_steps * tokens_per_step / (now - timed_from)
-          timed_from, timed_steps = now, 0
-          record = metrics_record(config, done, metrics, speed)
-          if done % config.train.log_every == 0 or done == steps:
+          record = metrics_record(config, done, metrics) | clock.read() | device_memory()
+          if due:
             log.write(record)
           progress.update(done, record)
-          if not math.isfinite(record["loss"]):
-            progress.warn(f"step {done}: the loss is {record['loss']}")
+          _check_bad(config, done, int(metrics["bad_in_a_row"]))
+          if metrics["bad_in_a_row"]:
+            progress.warn(f"step {done} was skipped: its loss or gradient is not finite")
         if done % config.checkpoint.every == 0:
           save()
       if checkpoints.latest_step != done:
         save()
   return TrainResult(state=state, finished=done >= steps)
+
+
+def _check_bad(config: Config, step: int, in_a_row: int) -> None:
+  """Raises ValueError where too many steps in a row changed nothing."""
+  if in_a_row > config.train.max_bad_steps:
+    raise ValueError(
+      f"step {step} is the last of {in_a_row} in a row without a finite loss and gradient, more than "
+      f"train.max_bad_steps={config.train.max_bad_steps}: they changed no parameter, and the newest "
+      "checkpoint is as it was; lower train.learning_rate or ttt.inner_lr, or look at the data there"
+    )
 
 
 def model_summary(config: Config, model: Transformer) -> str:

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ATTENTION, MODEL, TTT, mesh_of, random_model, relative_error
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ttt_jax.config import AttentionConfig, TTTConfig
 from ttt_jax.generation import generate as module
 from ttt_jax.generation.generate import Stream, generate
 from ttt_jax.generation.reader import Reader
+from ttt_jax.partition import shardings
 
 # The chunk is 4, the window 5: shorter than both, a whole number of chunks, several segments.
 LENGTHS = (3, 24, 37, 4, 9)
@@ -108,14 +108,20 @@ def test_rows_do_not_see_each_other(model, how):
   assert together[0] == as_lists(generate(model, others, max_new_tokens=NEW, **how))[0]
 
 
-@pytest.mark.parametrize("size", [(1, 8), (2, 4)], ids=["context 8", "data 2 x context 4"])
-def test_on_a_mesh(model, size):
+@pytest.mark.parametrize(
+  "size",
+  [{"context": 8}, {"data": 2, "context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}],
+  ids=str,
+)
+def test_on_a_mesh(size):
   """Also from a state of one device, whose rows are in the middle of chunks."""
+  ttt = dataclasses.replace(TTT, inner_lr=3.0, target="hidden_states")
+  model = learner(ttt, vocab_size=18)
   prompts, more = draw_prompts(), draw_prompts((9, 0, 1, 21, 40), seed=2)
   first = generate(model, prompts, max_new_tokens=5)
   second = generate(model, more, max_new_tokens=NEW, state=first.state)
-  mesh = mesh_of(*size)
-  on_mesh = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+  mesh = mesh_of(**{"data": 1} | size)
+  on_mesh = jax.device_put(model, shardings(model, mesh))
   assert as_lists(generate(on_mesh, prompts, max_new_tokens=5)) == as_lists(first)
   moved = generate(on_mesh, more, max_new_tokens=NEW, state=first.state)
   assert as_lists(moved) == as_lists(second)

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from ttt_jax import load_pretrained, save_pretrained
 from ttt_jax.config import AttentionConfig, TTTConfig
 from ttt_jax.nn.transformer import Transformer
+from ttt_jax.partition import shardings
 from ttt_jax.pretrained.files import StoredTensor
 from ttt_jax.pretrained.tensors import named_parameters
 from ttt_jax.sharding import sharding
@@ -157,12 +158,16 @@ def test_unknown_dtype_and_float64_without_x64(write):
 
 
 def test_onto_a_mesh(write):
-  path, made = write(attention=AttentionConfig(window=5, full_layers=(2,)), ttt=PUBLISHED)
-  mesh = mesh_of(2, 4)
+  model = dataclasses.replace(MODEL, vocab_size=18)
+  path, made = write(model, attention=AttentionConfig(window=5, full_layers=(2,)), ttt=PUBLISHED)
+  mesh = mesh_of(1, 2, fsdp=2, tensor=2)
   model = load_pretrained(path, mesh=mesh)
-  for leaf in jax.tree.leaves(model):
-    assert leaf.sharding == sharding(mesh)
+  wanted = shardings(model, mesh)
+  for leaf, where in zip(jax.tree.leaves(model), jax.tree.leaves(wanted), strict=True):
+    assert leaf.sharding == where
     assert len(leaf.sharding.device_set) == 8
+  for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(made), strict=True):
+    assert np.array_equal(a, b)
   tokens, _, _ = random_rows(2, 32)
   with jax.set_mesh(mesh):
     rows = jax.device_put(tokens, sharding(mesh, "batch", "sequence"))

@@ -205,14 +205,14 @@ class Stream:
       cache = self._reader.empty_cache(rows, 0, update=update)
       logits = jnp.zeros((rows, vocabulary), accumulation_dtype(self._reader.model.dtype))
     else:
-      here = place((state.cache, state.logits), self._reader)
+      here = place(state.cache, state.logits, self._reader, split_rows=False)
       cache, logits = jax.tree.map(lambda x: _pad_rows(x, rows), here)
     self._lengths = np.asarray(cache.lengths).astype(np.int64)
     self._active = np.arange(rows) < real
     new = [len(prompt) + max_new_tokens for prompt in self._prompts]
     most = int(np.max(self._lengths[:real] + new))
     cache = grow(cache, self._reader, _capacity(most))
-    self._cache, self._logits = place((cache, logits), self._reader, "batch")
+    self._cache, self._logits = place(cache, logits, self._reader, split_rows=True)
 
   def _read_prompts(self) -> None:
     rest = [list(prompt) for prompt in self._prompts]

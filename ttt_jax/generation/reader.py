@@ -23,6 +23,7 @@ from ttt_jax.nn.transformer import (
   split_tokens,
 )
 from ttt_jax.ops.cached_attention import KeyValueCache
+from ttt_jax.partition import gathered
 from ttt_jax.sharding import constrain
 from ttt_jax.tree import named_leaves
 
@@ -100,12 +101,13 @@ class Reader:
       x = embeddings = constrain(self.embed(tokens), "batch", split_tokens(tokens), None)
     layers = []
     for block, layer in zip(self.blocks, cache.layers):
+      block = gathered(block, x.dtype)
       x, layer = block.read(x, embeddings, rotary, layer, cache.lengths, counts, aligned=aligned)
       layers.append(layer)
     last = jnp.clip(counts - 1, 0)[:, None, None]
     x = jnp.take_along_axis(x, last, axis=1)
     logits = next_token_logits(x, self.embed, self.norm, self.head)[:, 0]
-    return logits, Cache(cache.lengths + counts, tuple(layers))
+    return constrain(logits, "batch", None), Cache(cache.lengths + counts, tuple(layers))
 
   def learn_pending(self, cache: Cache, row: Int[Array, ""]) -> Cache:
     """The cache after every TTT layer learned one row's chunk, which is full."""

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from ttt_jax.generation.reader import Cache, Reader
+from ttt_jax.nn.attention import KEYS_AND_VALUES
+from ttt_jax.nn.mlp import FAST_CACHE
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.sharding import sharding
 from ttt_jax.tree import named_leaves
 
 _FORMAT = "ttt_jax generation state 1"
 NOTHING = -1  # in place of a token
+
+# Logical dimensions of the arrays of a `Cache`, and of the logits.
+_DIMENSIONS = {
+  "lengths": ("batch",),
+  "logits": ("batch",),
+  **KEYS_AND_VALUES._asdict(),
+  **FAST_CACHE._asdict(),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +126,21 @@ def check_model(state_of: str, model: str) -> None:
     )
 
 
-def place(tree: Any, reader: Reader, *dims: str) -> Any:
-  """Copies of arrays, which can be donated, where the model is; `dims` are split over its mesh."""
+def place(
+  cache: Cache, logits: Float[Array, "B V"], reader: Reader, *, split_rows: bool
+) -> tuple[Cache, Float[Array, "B V"]]:
+  """Copies, which can be donated, where the model is, split over its mesh as it reads them."""
   mesh = reader.mesh()
-  where = reader.embed.table[...].sharding if mesh is None else sharding(mesh, *dims)
-  return jax.tree.map(jnp.copy, jax.device_put(tree, where))
+
+  def where(path, _):
+    if mesh is None:
+      return reader.embed.table[...].sharding
+    dims = _DIMENSIONS[jax.tree_util.keystr(path[-1:], simple=True)]
+    return sharding(mesh, *(dims if split_rows else (None, *dims[1:])))
+
+  arrays = {"cache": cache, "logits": logits}
+  placed = jax.device_put(arrays, jax.tree.map_with_path(where, arrays))
+  return tuple(jax.tree.map(jnp.copy, placed).values())
 
 
 def grow(cache: Cache, reader: Reader, capacity: int) -> Cache:

@@ -5,14 +5,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.config import AttentionConfig, ModelConfig
-from ttt_jax.nn.layers import RMSNorm, add_bias, normal_init, project, rotate
+from ttt_jax.nn.layers import PROJECTED, RMSNorm, add_bias, normal_init, project, rotate
 from ttt_jax.ops.attention import attention
 from ttt_jax.ops.cached_attention import KeyValueCache, attend_span, attend_token, write
-from ttt_jax.sharding import constrain, over_shards
+from ttt_jax.sharding import Axes, constrain, over_shards
+
+# Logical dimensions of queries, and of a cache, which is not split along the sequence.
+_HEADS = ("batch", "sequence", "heads", None)
+KEYS_AND_VALUES = KeyValueCache(*(("batch", None, "kv_heads", None),) * 2)
 
 
 def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
@@ -57,19 +62,22 @@ class Attention(nnx.Module):
     rotary: tuple[Float[Array, "T half"], Float[Array, "T half"]],
     documents: Int[Array, "B T"] | None,
   ) -> Float[Array, "B T D"]:
-    q, k, v = self._project(x, rotary)
-    heads = ("batch", "sequence", None, None)
+    q, k, v = (checkpoint_name(a, PROJECTED) for a in self._project(x, rotary))
+    kv_heads = ("batch", "sequence", "kv_heads", None)
     mixed = over_shards(
       self._attend,
       q,
       k,
       v,
       documents,
-      dims=(heads, heads, heads, None if documents is None else ("batch", "sequence")),
-      out_dims=heads,
+      dims=(_HEADS, kv_heads, kv_heads, None if documents is None else ("batch", "sequence")),
+      out_dims=_HEADS,
       check_vma=False,  # refused by splash attention
     )
-    return add_bias(project("bthk,hkd->btd", mixed, self.out, x.dtype), self.out_bias)
+    return self._out(checkpoint_name(mixed, PROJECTED))
+
+  def _out(self, mixed):
+    return add_bias(project("bthk,hkd->btd", mixed, self.out, mixed.dtype), self.out_bias)
 
   def _project(self, x, rotary):
     q = add_bias(project("btd,dhk->bthk", x, self.query, x.dtype), self.query_bias)
@@ -95,12 +103,11 @@ class Attention(nnx.Module):
       cache: what was read before, `lengths` tokens a row.
     """
     q, k, v = self._project(x, rotary)
-    k, v = (constrain(a, "batch", None) for a in (k, v))  # every device has all of a cache
+    k, v = (constrain(a, *dims) for a, dims in zip((k, v), KEYS_AND_VALUES))
     before, cache = cache, write(cache, k, v, lengths, counts)
     if x.shape[1] == 1:
       mixed = attend_token(q, cache, lengths)
     else:
-      heads, rows = ("batch", "sequence", None, None), ("batch", None, None, None)
       mixed = over_shards(
         self._attend_span,
         q,
@@ -108,14 +115,14 @@ class Attention(nnx.Module):
         v,
         *(cache if self.window is None else before),  # a ring has lost what the first token sees
         lengths,
-        dims=(heads, rows, rows, rows, rows, ("batch",)),
-        out_dims=heads,
+        dims=(_HEADS, *KEYS_AND_VALUES, *KEYS_AND_VALUES, ("batch",)),
+        out_dims=_HEADS,
         check_vma=False,
       )
-    return add_bias(project("bthk,hkd->btd", mixed, self.out, x.dtype), self.out_bias), cache
+    return self._out(mixed), cache
 
-  def _attend_span(self, q, k, v, cached_k, cached_v, lengths, *, context_axis):
-    first = 0 if context_axis is None else q.shape[1] * jax.lax.axis_index(context_axis)
+  def _attend_span(self, q, k, v, cached_k, cached_v, lengths, *, axes: Axes):
+    first = 0 if axes.context is None else q.shape[1] * jax.lax.axis_index(axes.context)
     return attend_span(
       q,
       k,
@@ -127,9 +134,9 @@ class Attention(nnx.Module):
       implementation=self.implementation,
     )
 
-  def _attend(self, q, k, v, documents, *, context_axis):
+  def _attend(self, q, k, v, documents, *, axes: Axes):
     window = self.window
-    if window is not None and context_axis is None:
+    if window is not None and axes.context is None:
       window = min(window, q.shape[1])  # a window beyond the sequence sees all of it
     return attention(
       q,
@@ -137,7 +144,7 @@ class Attention(nnx.Module):
       v,
       window=window,
       segment_ids=documents,
-      context_axis=context_axis,
+      context_axis=axes.context,
       implementation=self.implementation,
       balance=self.balance,
     )

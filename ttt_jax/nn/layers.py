@@ -1,5 +1,7 @@
 """The small parts of a decoder: normalisation, embedding, rotary positions, initialisers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +11,10 @@ from jaxtyping import Array, Float, Int
 from ttt_jax.config import RopeScaling
 from ttt_jax.nn.rope import scaled_frequencies
 from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.sharding import Axes, over_shards
+
+# The name, for `jax.checkpoint` policies, of the results of a layer's projections.
+PROJECTED = "projected"
 
 
 def normal_init(
@@ -33,8 +39,7 @@ class RMSNorm(nnx.Module):
     self.eps = eps
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    scale = self.scale[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-    return rms_normalize(x, self.eps) * scale
+    return _widely(jnp.multiply, rms_normalize(x, self.eps), self.scale)
 
 
 class Embed(nnx.Module):
@@ -53,25 +58,85 @@ class Embed(nnx.Module):
     self.dtype = dtype
 
   def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    return self.table[...].astype(self.dtype)[tokens]
+    rows = ("batch", "sequence" if tokens.shape[1] > 1 else None)
+    return over_shards(
+      self._look_up,
+      self.table[...],
+      tokens,
+      dims=(("vocab", "embed"), rows),
+      out_dims=(*rows, None),
+    )
 
-  def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """`x table^T`, accumulated and returned in float32 or wider."""
-    return project("btd,vd->btv", x, self.table, accumulation_dtype(self.dtype))
+  def _look_up(self, table, tokens, *, axes: Axes):
+    """`table[tokens]`; a device has some columns of the table for all rows of its fsdp group.
+
+    The tokens travel to the columns, and the columns found to the row they belong to: less than the
+    table where a device has fewer tokens than there are in the vocabulary. A device without a token's
+    row of the table adds zero.
+    """
+    if axes.fsdp is not None:
+      tokens = jax.lax.all_gather(tokens, axes.fsdp, axis=0, tiled=True)
+    if axes.tensor is None:
+      x = table[tokens].astype(self.dtype)
+    else:
+      index = tokens - table.shape[0] * jax.lax.axis_index(axes.tensor)
+      here = (index >= 0) & (index < table.shape[0])
+      x = table[jnp.where(here, index, 0)].astype(self.dtype)
+      x = jnp.where(here[..., None], x, jnp.zeros_like(x))
+    if axes.fsdp is not None:
+      x = jax.lax.all_to_all(x, axes.fsdp, split_axis=0, concat_axis=2, tiled=True)
+    return x if axes.tensor is None else jax.lax.psum(x, axes.tensor)
 
 
-def project(subscripts: str, x: Array, kernel: nnx.Param, out_dtype: DTypeLike) -> Array:
-  """A product with a parameter in x's dtype, accumulated in float32 or wider."""
+def project(subscripts: str, x: Array, kernel: nnx.Param | Array, out_dtype: DTypeLike) -> Array:
+  """A product with a parameter in x's dtype, accumulated in float32 or wider.
+
+  So is the parameter's gradient, which is not rounded to x's dtype before it is summed over devices.
+  """
+  return _product(subscripts, x, kernel[...], jnp.dtype(out_dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _product(subscripts: str, x: Array, kernel: Array, out_dtype: jnp.dtype) -> Array:
   accumulate = accumulation_dtype(x.dtype)
-  y = jnp.einsum(subscripts, x, kernel[...].astype(x.dtype), preferred_element_type=accumulate)
+  y = jnp.einsum(subscripts, x, kernel.astype(x.dtype), preferred_element_type=accumulate)
   return y.astype(out_dtype)
+
+
+def _product_fwd(subscripts, x, kernel, out_dtype):
+  return _product(subscripts, x, kernel, out_dtype), (x, kernel)
+
+
+def _product_bwd(subscripts, out_dtype, saved, cotangent):
+  x, kernel = saved
+  of_x, of_kernel, of_y = subscripts.replace("->", ",").split(",")
+  wide = accumulation_dtype(x.dtype)
+
+  def einsum(subscripts, *operands):
+    operands = (a.astype(x.dtype).astype(out_dtype) for a in operands)
+    return jnp.einsum(subscripts, cotangent, *operands, preferred_element_type=wide)
+
+  dx = einsum(f"{of_y},{of_kernel}->{of_x}", kernel).astype(x.dtype)
+  return dx, einsum(f"{of_y},{of_x}->{of_kernel}", x).astype(kernel.dtype)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 def add_bias(x: Array, bias: nnx.Param | None) -> Array:
   """`x + bias` over the last axes of x, or x."""
-  if bias is None:
-    return x
-  return x + bias[...].astype(x.dtype).reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
+  return x if bias is None else _widely(jnp.add, x, bias)
+
+
+def _widely(function, x: Array, parameter: nnx.Param) -> Array:
+  """`function(x, parameter)` over the last axes of x, in float32 or wider and rounded to x's dtype.
+
+  So the parameter's gradient, a sum over all tokens on all devices, is formed in float32 too.
+  """
+  wide = accumulation_dtype(x.dtype)
+  value = parameter[...].astype(wide)
+  value = value.reshape((1,) * (x.ndim - value.ndim) + value.shape)
+  return function(x.astype(wide), value).astype(x.dtype)
 
 
 def rotary_angles(

@@ -5,16 +5,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.config import ModelConfig, TTTConfig
-from ttt_jax.nn.layers import normal_init, project
+from ttt_jax.nn.layers import PROJECTED, normal_init, project
 from ttt_jax.nn.pending import FastCache, chunk_at, join_chunk
 from ttt_jax.ops.fast_weight import FastWeightState, inplace_ttt
 from ttt_jax.ops.numerics import accumulation_dtype, matmul
 from ttt_jax.ops.target import ntp_targets
-from ttt_jax.sharding import context_size, over_shards
+from ttt_jax.sharding import Axes, context_size, over_shards
+
+# Logical dimensions of what `TttMlp._weights` returns, and of a row's cache.
+_WEIGHTS = (("mlp", None), None, None, None)
+FAST_CACHE = FastCache(
+  s=("batch", "mlp", None), z=("batch", None, "mlp"), source=("batch", None, None)
+)
 
 # inner rate = base * exp(10 s): s then moves on the scale that AdamW moves other parameters on.
 INNER_RATE_SPEED = 10.0
@@ -37,6 +44,12 @@ class MlpStats(NamedTuple):
   inner_lr: Float[Array, ""]
 
 
+def merge_stats(stats: MlpStats) -> MlpStats:
+  """Those of a batch that was read in parts, from those of its parts, stacked on a leading axis."""
+  mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), stats)
+  return mean._replace(state_ratio=jnp.max(stats.state_ratio, axis=0))
+
+
 class Mlp(nnx.Module):
   """`o = z W_down` with `z = silu(h W_gate) * (h W_up)`."""
 
@@ -49,8 +62,10 @@ class Mlp(nnx.Module):
 
   def hidden(self, h: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
     """z, the gated activations."""
-    gate = project("btd,df->btf", h, self.gate, h.dtype)
-    up = project("btd,df->btf", h, self.up, h.dtype)
+    gate, up = (
+      checkpoint_name(project("btd,df->btf", h, kernel, h.dtype), PROJECTED)
+      for kernel in (self.gate, self.up)
+    )
     return jax.nn.silu(gate) * up
 
   def __call__(self, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -98,7 +113,7 @@ class TttMlp(Mlp):
     """
     wide = accumulation_dtype(h.dtype)
     weights = self._weights(h.dtype)
-    tokens = ("batch", "sequence", None)
+    rows = ("batch", "sequence")
     y, stats = over_shards(
       self._learn,
       self.hidden(h),
@@ -106,15 +121,12 @@ class TttMlp(Mlp):
       *weights,
       segment_ids,
       dims=(
-        tokens,
-        tokens,
-        None,
-        None,
-        None,
-        None,
-        tokens[:2] if segment_ids is not None else None,
+        (*rows, "mlp"),
+        (*rows, None),
+        *_WEIGHTS,
+        None if segment_ids is None else rows,
       ),
-      out_dims=(tokens, (tokens[:2],) * 4),
+      out_dims=((*rows, None), (rows,) * 4),
     )
     updates, state, fast, slow = (x.astype(wide) for x in stats)
     norm = jnp.linalg.norm(jax.lax.stop_gradient(self.down[...].astype(wide)))
@@ -125,7 +137,7 @@ class TttMlp(Mlp):
       inner_lr=jax.lax.stop_gradient(weights[-1]),
     )
 
-  def _learn(self, z, source, w_down, conv, projection, lr, segment_ids, *, context_axis):
+  def _learn(self, z, source, w_down, conv, projection, lr, segment_ids, *, axes: Axes):
     y, _, stats = self._fast_weight(
       z,
       source,
@@ -134,7 +146,8 @@ class TttMlp(Mlp):
       projection,
       lr,
       segment_ids=segment_ids,
-      context_axis=context_axis,
+      context_axis=axes.context,
+      tensor_axis=axes.tensor,
       return_stats=True,
     )
     return y, tuple(x[:, None] for x in stats)  # one entry per row and shard
@@ -161,10 +174,14 @@ class TttMlp(Mlp):
     )
 
   def _weights(self, dtype: DTypeLike):
-    """What `_fast_weight` takes besides activations: W, convolution, projection, inner rate."""
-    projection = None if self.projection is None else self.projection[...]
-    lr = self.inner_lr(accumulation_dtype(dtype))
-    return self.down[...].astype(dtype), self.conv[...], projection, lr
+    """What `_fast_weight` takes besides activations: W, convolution, projection, inner rate.
+
+    In float32 or wider, although they are computed with in `dtype`: so are their gradients, which
+    `over_shards` sums over the devices.
+    """
+    wide = accumulation_dtype(dtype)
+    projection = None if self.projection is None else self.projection[...].astype(wide)
+    return self.down[...].astype(wide), self.conv[...].astype(wide), projection, self.inner_lr(wide)
 
   def empty_cache(self, rows: int, dtype: DTypeLike) -> FastCache:
     """Of rows that have read nothing."""
@@ -233,7 +250,7 @@ class TttMlp(Mlp):
         join_chunk(old, x, pending, room=c * context_size())
         for old, x in ((cache.z, z), (cache.source, source))
       )
-    tokens, whole = ("batch", "sequence", None), ("batch", None, None)
+    tokens = ("batch", "sequence", None)
     y, s, z, source = over_shards(
       self._read,
       z,
@@ -241,8 +258,8 @@ class TttMlp(Mlp):
       *self._weights(h.dtype),
       cache.s,
       pending + counts,
-      dims=(tokens, tokens, None, None, None, None, whole, ("batch",)),
-      out_dims=(tokens, whole, whole, whole),
+      dims=(("batch", "sequence", "mlp"), tokens, *_WEIGHTS, FAST_CACHE.s, ("batch",)),
+      out_dims=(tokens, *FAST_CACHE),
     )
     if not aligned:
       place = pending[:, None] + jnp.arange(h.shape[1], dtype=jnp.int32)[None]
@@ -254,7 +271,7 @@ class TttMlp(Mlp):
     )
     return y, FastCache(s, z, source)
 
-  def _read(self, z, source, w_down, conv, projection, lr, s, lengths, *, context_axis):
+  def _read(self, z, source, w_down, conv, projection, lr, s, lengths, *, axes: Axes):
     y, state = self._fast_weight(
       z,
       source,
@@ -264,9 +281,10 @@ class TttMlp(Mlp):
       lr,
       state=FastWeightState(s),
       lengths=lengths,
-      context_axis=context_axis,
+      context_axis=axes.context,
+      tensor_axis=axes.tensor,
     )
     c = self.ttt.chunk_size
     start = lengths // c * c
-    pending = (chunk_at(x, start, c, context_axis) for x in (z, source))
+    pending = (chunk_at(x, start, c, axes.context) for x in (z, source))
     return y, state.S, *pending

@@ -15,13 +15,22 @@ from jaxtyping import Array, Float, Int
 
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig, check_layers
 from ttt_jax.nn.attention import Attention
-from ttt_jax.nn.layers import Embed, RMSNorm, normal_init, project, rms_normalize, rotary_angles
+from ttt_jax.nn.layers import (
+  PROJECTED,
+  Embed,
+  RMSNorm,
+  normal_init,
+  project,
+  rms_normalize,
+  rotary_angles,
+)
 from ttt_jax.nn.mlp import Mlp, TttMlp
 from ttt_jax.nn.pending import FastCache
 from ttt_jax.ops.cached_attention import KeyValueCache
 from ttt_jax.ops.context import INCOMING_STATE
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.ops.segments import check_segment_ids, number_documents
+from ttt_jax.partition import GATHERED, gathered
 from ttt_jax.sharding import constrain, over_shards, positions
 
 
@@ -71,6 +80,15 @@ def plan_groups(kinds: tuple[LayerKind, ...]) -> tuple[Group, ...]:
           break  # a longer period of the same layers writes out more
     best.append(min(plans, key=lambda plan: plan[:2]))
   return best[-1][2]
+
+
+# What is kept of a layer for the backward pass, by `model.remat`. The state that came in from other
+# shards is never exchanged twice, and no layer's gathered parameters are kept.
+_SAVED = {
+  "layer": jax.checkpoint_policies.save_only_these_names(INCOMING_STATE),
+  "minimal": jax.checkpoint_policies.save_only_these_names(INCOMING_STATE, PROJECTED),
+  "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+}
 
 
 class LayerCache(NamedTuple):
@@ -244,7 +262,12 @@ class Transformer(nnx.Module):
       segment_ids = jnp.asarray(segment_ids)
       check_segment_ids(segment_ids, tokens.shape)
       rows = ("batch", "sequence")
-      documents = over_shards(number_documents, segment_ids, dims=(rows,), out_dims=rows)
+      documents = over_shards(
+        lambda ids, *, axes: number_documents(ids, context_axis=axes.context),
+        segment_ids,
+        dims=(rows,),
+        out_dims=rows,
+      )
     rotary = rotary_angles(
       positions(tokens.shape[1]),
       self.model.head_size,
@@ -254,13 +277,11 @@ class Transformer(nnx.Module):
     with jax.named_scope("embed"):
       embeddings = constrain(self.embed(tokens), "batch", "sequence", None)
 
-    policy = jax.checkpoint_policies.save_only_these_names(INCOMING_STATE)
-
     def run(block, x, embeddings, documents):
+      block = gathered(block, x.dtype)
       return block(x, embeddings, rotary, documents, update=update)
 
-    if self.model.remat:
-      run = jax.checkpoint(run, policy=policy)
+    run = jax.checkpoint(run, policy=_SAVED[self.model.remat])
 
     def superblock(x, blocks):
       collected = []
@@ -292,15 +313,20 @@ class Transformer(nnx.Module):
     ]
 
 
+# The product with the head, by whether it is the table of embeddings.
+HEAD = {True: "btd,vd->btv", False: "btd,dv->btv"}
+
+
 def next_token_logits(
   x: Float[Array, "B T D"], embed: Embed, norm: RMSNorm, head: nnx.Param | None
 ) -> Float[Array, "B T V"]:
   """The last norm and the head, tied if there is none of its own; in float32 or wider."""
   with jax.named_scope("head"):
-    x = norm(x)
     if head is None:
-      return embed.attend(x)
-    return project("btd,dv->btv", x, head, accumulation_dtype(x.dtype))
+      kernel = gathered({"table": embed.table}, x.dtype)["table"]
+    else:
+      kernel = gathered({"head": head}, x.dtype)["head"]
+    return project(HEAD[head is None], norm(x), kernel, accumulation_dtype(x.dtype))
 
 
 def split_tokens(x: Array) -> str | None:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ttt_jax.ops.context import vary_over, varying_axes
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.ops.segments import check_segment_ids, same_document, shift
 
@@ -46,6 +47,9 @@ def ntp_targets(
   t, d = x.shape[-2:]
   width = conv.shape[0]
   accumulate = accumulation_dtype(x.dtype)
+  # Their gradients are summed over the devices once, and not rounded to x's dtype before.
+  axes = varying_axes(x)
+  conv, projection = jax.tree.map(lambda a: vary_over(a, axes), (conv, projection))
   with jax.named_scope("ntp_targets"):
     chunk = jnp.arange(t) // chunk_size
     mixed = jnp.zeros(x.shape, accumulate)

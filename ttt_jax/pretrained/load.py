@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from ttt_jax.config import DTYPES, TTTConfig
 from ttt_jax.nn.transformer import Transformer
+from ttt_jax.partition import shardings
 from ttt_jax.pretrained.files import (
   CONFIG,
   GENERATION_CONFIG,
@@ -31,7 +32,6 @@ from ttt_jax.pretrained.files import (
 from ttt_jax.pretrained.hf_config import need_integer, read_config
 from ttt_jax.pretrained.tensors import EMBEDDING, HEAD, Row, named_parameters, tensor_table
 from ttt_jax.pretrained.ttt_config import read_published, read_section
-from ttt_jax.sharding import sharding
 
 _MAX_NAMED = 20  # how many misfits an error spells out
 _TTT_TENSORS = (".mlp.ttt_conv.weight", ".mlp.ttt_proj.weight", ".mlp.ttt_log_rate")
@@ -65,7 +65,7 @@ def load_pretrained(
     dtype: of the computation, "float32", "bfloat16" or "float64". None: the widest that the tensors are
       stored in, so that nothing is lost (float32 for float16 and GGUF).
     param_dtype: of the parameters; None: `dtype`.
-    mesh: where the parameters live, replicated; None: on the default device.
+    mesh: where the parameters live, split as `ttt_jax.partition` says; None: on the default device.
     ttt: which MLPs get fast weights, in place of what the checkpoint says. Tensors of its TTT layers are
       used where the checkpoint has them; others start as `ttt.init` says, by default so that the logits
       are bit for bit those of the plain model.
@@ -101,7 +101,9 @@ def load_pretrained(
   abstract = jax.eval_shape(make)
   rows = tensor_table(abstract)
   _check_tensors(checkpoint, rows, fresh_allowed=fresh_allowed)
-  where = None if mesh is None else sharding(mesh)
+  where = dict.fromkeys(named_parameters(abstract))
+  if mesh is not None:
+    where = named_parameters(shardings(abstract, mesh))
   fresh = {row.parameter for row in rows if row.name not in checkpoint.tensors}
   values = _initial(make, fresh, where)
   _fill(values, abstract, checkpoint, rows, where)
@@ -216,7 +218,7 @@ def _check_tied(checkpoint: Checkpoint) -> None:
     )
 
 
-def _initial(make, names: set[str], where) -> dict[str, Array]:
+def _initial(make, names: set[str], where: dict[str, Any]) -> dict[str, Array]:
   """The parameters `names` of a new model; the others are not computed."""
   if not names:
     return {}
@@ -224,7 +226,8 @@ def _initial(make, names: set[str], where) -> dict[str, Array]:
   def chosen() -> dict[str, Array]:
     return {name: x for name, x in named_parameters(make()).items() if name in names}
 
-  return jax.jit(chosen, out_shardings=where)()
+  shared = {name: where[name] for name in names}
+  return jax.jit(chosen, out_shardings=None if None in shared.values() else shared)()
 
 
 def _fill(
@@ -232,7 +235,7 @@ def _fill(
   abstract: Transformer,
   checkpoint: Checkpoint,
   rows: tuple[Row, ...],
-  where,
+  where: dict[str, Any],
 ) -> None:
   """Reads every tensor into its place in `values`, the largest first, while there is most room."""
   shapes = named_parameters(abstract)
@@ -241,11 +244,11 @@ def _fill(
   for row in sorted(present, key=lambda row: -np.prod(row.shape)):
     if row.parameter not in values:
       kind = shapes[row.parameter]
-      values[row.parameter] = jnp.zeros(kind.shape, kind.dtype, device=where)
-    tensor = jax.device_put(checkpoint.tensors[row.name].read(), where, may_alias=True)
-    values[row.parameter], finite[row.name] = _place(
-      values[row.parameter], tensor, row.repeat, layout=row.layout
-    )
+      values[row.parameter] = jnp.zeros(kind.shape, kind.dtype, device=where[row.parameter])
+    value = row.to_parameter(checkpoint.tensors[row.name].read())
+    there = _unstacked(where[row.parameter], stacked=row.repeat is not None)
+    value = jax.device_put(value, there, may_alias=True)
+    values[row.parameter], finite[row.name] = _place(values[row.parameter], value, row.repeat)
     jax.block_until_ready(values[row.parameter])  # else the next tensor is read beside this one
   broken = [name for name, ok in finite.items() if not ok]
   if broken:
@@ -255,10 +258,18 @@ def _fill(
     )
 
 
-@partial(jax.jit, static_argnames="layout", donate_argnums=0)
-def _place(parameter: Array, tensor: Array, repeat: Int[Array, ""] | None, *, layout: Row):
-  """The parameter with the tensor in it, and whether all of the tensor is finite."""
-  value = layout.to_parameter(tensor).astype(parameter.dtype)
+def _unstacked(where: NamedSharding | None, *, stacked: bool) -> NamedSharding | None:
+  """Where a layer of a parameter lies, so that every device is sent its own part of it alone."""
+  if where is None or not stacked:
+    return where
+  return NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _place(parameter: Array, value: Array, repeat: Int[Array, ""] | None):
+  """The parameter with a layer's value in it, and whether all of that is finite."""
+  finite = jnp.all(jnp.isfinite(value))
+  value = value.astype(parameter.dtype)
   if repeat is not None:
     value = jax.lax.dynamic_update_index_in_dim(parameter, value, repeat, 0)
-  return value, jnp.all(jnp.isfinite(tensor))
+  return value, finite

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array
 
 from ttt_jax.nn.mlp import TttMlp
@@ -44,7 +45,7 @@ class Row:
     """The same layout without names, so that equal tensors of all layers share a program."""
     return dataclasses.replace(self, name="", parameter="", repeat=None)
 
-  def to_parameter(self, tensor: Array) -> Array:
+  def to_parameter(self, tensor: np.ndarray) -> np.ndarray:
     return tensor.reshape(self.split).transpose(self.axes)
 
   def to_tensor(self, parameter: Array) -> Array:

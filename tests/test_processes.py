@@ -1,0 +1,172 @@
+"""Runs of several processes, and runs that are killed: the steps are those of one undisturbed process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ttt_jax.rundir import read_metrics
+
+CONFIG = """
+model: {{num_layers: 2, d_model: 16, d_ff: 24, num_heads: 2, num_kv_heads: 2}}
+attention: {{window: 8}}
+ttt: {{layers: [1], chunk_size: 8}}
+data: {{seq_len: 64, path: {data}, heldout_fraction: 0.3}}
+train: {{steps: 8, batch_size: 4, warmup_steps: 2, log_every: 1}}
+checkpoint: {{every: 2}}
+eval: {{documents: 3, buckets: 2, prompt_tokens: 16, sample_tokens: 4}}
+"""
+MESHES = {
+  4: ["--mesh.data", "2", "--mesh.context", "2"],
+  8: ["--mesh.fsdp", "2", "--mesh.context", "4"],
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+  folder = tmp_path_factory.mktemp("processes")
+  (folder / "text").mkdir()
+  rng = np.random.default_rng(0)
+  for i in range(12):
+    words = rng.choice(["to", "learn", "while", "reading", "is", "fast"], 40)
+    (folder / "text" / f"{i}.txt").write_text(" ".join(words))
+  path = folder / "tiny.yaml"
+  path.write_text(CONFIG.format(data=folder / "text"))
+  return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):
+  """The losses of one process with so many devices."""
+  known = {}
+
+  def losses(devices: int) -> list[float]:
+    if devices not in known:
+      run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+      finish(start(config, run_dir, 1, devices))
+      known[devices] = losses_of(run_dir)
+    return known[devices]
+
+  return losses
+
+
+def start(config, run_dir, processes: int, devices: int, *words) -> list[subprocess.Popen]:
+  """A run of so many processes, which have so many devices together."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  words = [*MESHES[devices], "--runtime.cpu_devices", str(devices // processes), *words]
+  if processes > 1:
+    words += ["--runtime.distributed", "true", "--runtime.coordinator", f"localhost:{port}"]
+    words += ["--runtime.num_processes", str(processes), "--runtime.process_id"]
+  return [
+    subprocess.Popen(
+      [sys.executable, "-m", "ttt_jax.cli", "train", str(config), "--run_dir", str(run_dir)]
+      + ([*words, str(i)] if processes > 1 else words),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    for i in range(processes)
+  ]
+
+
+def finish(running: list[subprocess.Popen], code: int = 0) -> list[str]:
+  """What they printed; all must end with this exit status."""
+  outputs = [process.communicate(timeout=300)[0] for process in running]
+  assert [process.returncode for process in running] == [code] * len(running), outputs
+  return outputs
+
+
+def wait_until(condition, running) -> None:
+  deadline = time.monotonic() + 200
+  while not condition():
+    assert time.monotonic() < deadline
+    assert all(p.poll() is None for p in running), [p.communicate()[0] for p in running]
+    time.sleep(0.002)
+
+
+def losses_of(run_dir) -> list[float]:
+  records = read_metrics(run_dir / "metrics.jsonl")
+  assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+  return [record["loss"] for record in records]
+
+
+def logged(run_dir) -> int:
+  file = run_dir / "metrics.jsonl"
+  return len(read_metrics(file)) if file.exists() else 0
+
+
+@pytest.mark.slow
+def test_four_processes_take_the_steps_of_one(config, tmp_path, undisturbed):
+  """With parameters and context split over them; only the first one speaks and writes."""
+  outputs = finish(start(config, tmp_path / "run", 4, 8))
+  np.testing.assert_allclose(losses_of(tmp_path / "run"), undisturbed(8), rtol=1e-5)
+  assert "step 8/8" in outputs[0]
+  assert "held-out loss by position" in outputs[0]
+  assert all("step" not in output and "held-out" not in output for output in outputs[1:])
+  names = {path.name for path in (tmp_path / "run").iterdir()}
+  assert names == {
+    "config.yaml",
+    "metrics.jsonl",
+    "checkpoints",
+    "summary.json",
+    "loss_by_position.png",
+    "training_loss.png",
+  }
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_them_all(config, tmp_path, undisturbed):
+  """They stop at one step; one process with all the devices goes on from it.
+
+  What one of them cannot do stops all, too, with its reason.
+  """
+  run_dir = tmp_path / "run"
+  words = ["--checkpoint.every", "1000"]
+  running = start(config, run_dir, 2, 4, *words)
+  wait_until(lambda: logged(run_dir) >= 1, running)
+  running[1].send_signal(signal.SIGTERM)
+  outputs = finish(running)
+  done = logged(run_dir)
+  assert [p.name for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit()] == [str(done)]
+  if done < 8:
+    assert f"stopped after step {done}, saved" in outputs[0]
+  outputs = finish(start(config, run_dir, 2, 4, "--model.d_ff", "32"), code=2)
+  assert all("model.d_ff: 24 -> 32" in output for output in outputs)
+  finish(start(config, run_dir, 1, 4, *words))
+  np.testing.assert_allclose(losses_of(run_dir), undisturbed(4), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_the_losses_are_bit_identical(config, tmp_path, undisturbed):
+  """Once anywhere, once while a checkpoint is written; at most `checkpoint.every` steps are lost."""
+  run_dir = tmp_path / "run"
+  checkpoints = run_dir / "checkpoints"
+
+  def saved() -> int:
+    steps = [int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()]
+    return max(steps, default=0)
+
+  running = start(config, run_dir, 1, 4)
+  wait_until(lambda: logged(run_dir) >= 3, running)
+  running[0].kill()
+  running[0].communicate()
+  assert saved() >= logged(run_dir) - 3  # every 2 steps, and one may be half written
+  first = saved()
+
+  running = start(config, run_dir, 1, 4)
+  wait_until(lambda: any("tmp" in p.name for p in checkpoints.iterdir()), running)
+  running[0].kill()
+  running[0].communicate()
+  assert saved() >= first
+
+  finish(start(config, run_dir, 1, 4))
+  assert losses_of(run_dir) == undisturbed(4)
