@@ -27,6 +27,9 @@ checkpoint: {{every: 2}}
 eval: {{documents: 3, prompt_tokens: 32, sample_tokens: 8, baseline: true}}
 """
 
+# A command run in the process of the tests takes the eight devices that are there.
+IN_PROCESS = ["--runtime.cpu_devices", "null", "--mesh.fsdp", "2", "--train.batch_size", "4"]
+
 
 @pytest.fixture
 def config(tmp_path) -> Path:
@@ -137,17 +140,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(config, tmp_path):
 )
 def test_a_mistake_is_one_line(config, tmp_path, capsys, words, message):
   run_dir = tmp_path / "run"
-  # Eight devices are there already, in this process.
-  arguments = [
-    "train",
-    str(config),
-    "--runtime.cpu_devices",
-    "null",
-    "--run_dir",
-    str(run_dir),
-    *words,
-  ]
-  assert main(arguments) == 2
+  assert main(["train", str(config), *IN_PROCESS, "--run_dir", str(run_dir), *words]) == 2
   error = capsys.readouterr().err
   assert message in error
   assert error.startswith("ttt-jax train: ")
@@ -155,15 +148,7 @@ def test_a_mistake_is_one_line(config, tmp_path, capsys, words, message):
 
 
 def test_eval_without_a_run(config, tmp_path, capsys):
-  arguments = [
-    "eval",
-    str(config),
-    "--runtime.cpu_devices",
-    "null",
-    "--run_dir",
-    str(tmp_path / "no"),
-  ]
-  assert main(arguments) == 2
+  assert main(["eval", str(config), *IN_PROCESS, "--run_dir", str(tmp_path / "no")]) == 2
   assert "has no checkpoints" in capsys.readouterr().err
 
 
