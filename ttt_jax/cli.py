@@ -18,6 +18,11 @@ _EPILOG = """Every field of the config can be overridden, as in
   ttt-jax train configs/quickstart.yaml --train.steps 100 --ttt.layers "[2]" --run_dir runs/short
 """
 
+_PLAN_EPILOG = """Exit status 1 if it does not fit. Fields of the config can be overridden. For example:
+  ttt-jax plan configs/continual_qwen3_14b_128k.yaml --topology v5p:4x4x8 --mesh.context 8
+  ttt-jax plan configs/pretrain_4b_8k.yaml --sweep
+"""
+
 _CONVERT_EPILOG = """For example, a GGUF file with fast weights in two of its MLPs that change nothing yet:
   ttt-jax convert smollm2.gguf models/smollm2 --dtype bfloat16 --ttt.layers "[14, 28]" --ttt.chunk_size 512
 """
@@ -62,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
       help="config overrides",
     )
     command.set_defaults(run=run, takes_overrides=False)
+  _add_plan(commands)
   _add_convert(commands)
   _add_generate(commands)
   bench = commands.add_parser("bench", help="measure what fast weights cost on this machine")
@@ -73,6 +79,42 @@ def _parser() -> argparse.ArgumentParser:
   )
   _add_generation_bench(benches.add_parser("generation", help=text, description=text))
   return parser
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+  text = "compile a run for a TPU slice that is not here: does it fit, and what limits it"
+  command = commands.add_parser(
+    "plan",
+    help=text,
+    description=text,
+    epilog=_PLAN_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  command.add_argument("config", help="a YAML file, see configs/")
+  command.add_argument("--topology", help="such as v5p:4x4x4 (default: the config's plan.topology)")
+  command.add_argument(
+    "--mode", choices=("train", "prefill"), help="a training step, or reading long prompts"
+  )
+  command.add_argument("--sweep", action="store_true", help="a table over sizes of mesh.context")
+  command.add_argument("--json", action="store_true", help="the result as JSON, and nothing else")
+  command.set_defaults(run=_run_plan, takes_overrides=True)
+
+
+def _run_plan(parsed: argparse.Namespace) -> int:
+  config = load_config(parsed.config, parsed.overrides)
+  from ttt_jax.plan.topology import prepare_environment
+
+  prepare_environment()
+  from ttt_jax.plan import command
+
+  return command.run(
+    config,
+    topology=parsed.topology,
+    mode=parsed.mode,
+    as_json=parsed.json,
+    sweep=parsed.sweep,
+  )
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
@@ -239,13 +281,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   try:
     with warnings.catch_warnings():
       warnings.showwarning = partial(_show_warning, warnings.showwarning)
-      parsed.run(parsed)
+      return parsed.run(parsed) or 0
   except (ValueError, NotImplementedError) as error:
     if not _is_ours(error):
       raise
     print(f"ttt-jax {parsed.command}: {error}", file=sys.stderr)
     return 2
-  return 0
 
 
 def _show_warning(

@@ -405,6 +405,19 @@ class EvalConfig:
     _require(self.temperature >= 0, f"eval.temperature={self.temperature} must not be negative")
 
 
+@dataclass(frozen=True)
+class PlanConfig:
+  """What `ttt-jax plan` compiles for, unless told otherwise."""
+
+  topology: str | None = None  # a TPU slice, such as "v5p:4x4x4"
+  mode: str = (
+    "train"  # "train", or "prefill": prompts of data.seq_len tokens, train.batch_size rows
+  )
+
+  def __post_init__(self):
+    _require_choice("plan.mode", self.mode, ("train", "prefill"))
+
+
 def check_layers(model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig) -> None:
   """Raises ValueError if a layer index does not exist or is named twice."""
   for name, layers in (
@@ -481,6 +494,7 @@ class Config:
   train: TrainConfig = field(default_factory=TrainConfig)
   checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
   eval: EvalConfig = field(default_factory=EvalConfig)
+  plan: PlanConfig = field(default_factory=PlanConfig)
 
   def __post_init__(self):
     if self.init_from is None:  # else `ttt_jax.initial.resolve` has the model to check against

@@ -1,12 +1,38 @@
-"""What a compiled program sends between devices, read from its text."""
+"""What a compiled program does, read from its text: what it sends between devices, and what it moves.
 
+XLA's own analysis counts the body of a loop once; here a program is a graph of computations, and each is
+counted as often as it runs.
+"""
+
+import dataclasses
 import math
 import re
 from collections import Counter
+from functools import cached_property
+from typing import NamedTuple
 
 _NAMES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 _INSTRUCTION = re.compile(rf"^ *(?:ROOT )?%?\S+ = (.*?) ({_NAMES})(-start)?\((.*)$", re.MULTILINE)
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?(\S+) \(.*\) -> .*\{$")
+_ANY = re.compile(r"^ *(ROOT )?%?(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{(.*?)\}")
+# What only names, reorders or waits for values that are there already.
+_FREE = (
+  *(
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+  ),
+  *("after-all", "partition-id", "replica-id"),
+)
 
 
 def count_collectives(compiled_text: str) -> dict[str, int]:
@@ -14,12 +40,7 @@ def count_collectives(compiled_text: str) -> dict[str, int]:
 
   One whose groups are of a single device sends nothing and is not counted.
   """
-  counts = Counter()
-  for found in _INSTRUCTION.finditer(compiled_text):
-    _, name, _, rest = found.groups()
-    if name == "collective-permute" or _group_size(_attribute(rest, "replica_groups")) > 1:
-      counts[name] += 1
-  return dict(counts)
+  return dict(Counter(found.kind for found in map(_collective, _found(compiled_text)) if found))
 
 
 def sent_bytes(compiled_text: str) -> dict[str, int]:
@@ -29,48 +50,308 @@ def sent_bytes(compiled_text: str) -> dict[str, int]:
   `2 (P-1)/P` of its array (reduce, then gather), a collective-permute its array from every source.
   """
   sent: dict[str, Counter] = {}
-  for found in _INSTRUCTION.finditer(compiled_text):
-    shapes, name, start, rest = found.groups()
-    sizes = [_bytes(array) for array in _ARRAY.finditer(shapes)]
-    by_device = sent.setdefault(name, Counter())
-    if name == "collective-permute":
-      # An asynchronous one names its input, its output and two tokens; else there are only outputs.
-      size = sizes[0] if start else sum(sizes)
-      for source in re.findall(r"\{(\d+),\d+\}", _attribute(rest, "source_target_pairs")):
-        by_device[int(source)] += size
-      continue
-    p = _group_size(_attribute(rest, "replica_groups"))
-    if start and len(sizes) > 1 and name != "all-to-all":
-      sizes = sizes[len(sizes) // 2 :]  # inputs, then outputs
-    size = sum(sizes)
-    by_device[-1] += {
-      "all-gather": size * (p - 1) // p,
-      "all-to-all": size * (p - 1) // p,
-      "all-reduce": 2 * size * (p - 1) // p,
-      "reduce-scatter": size * (p - 1),
-    }[name]
+  for found in filter(None, map(_collective, _found(compiled_text))):
+    sent.setdefault(found.kind, Counter()).update(dict.fromkeys(found.senders or [-1], found.bytes))
   return {name: max(by_device.values(), default=0) for name, by_device in sent.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One instruction that sends.
+
+  Attributes:
+    kind: its name in HLO.
+    bytes: that a device sends.
+    senders: the devices that send, of a collective-permute; empty where all do.
+    groups: devices that exchange with each other; of a permute the pairs (source, target).
+    scope: where in the source it comes from, the `jax.named_scope`s in order.
+    times: how often it runs.
+  """
+
+  kind: str
+  bytes: int
+  senders: tuple[int, ...]
+  groups: tuple[tuple[int, ...], ...]
+  scope: str
+  times: int = 1
+
+
+class Instruction(NamedTuple):
+  name: str
+  shape: str
+  kind: str
+  rest: str  # operands and attributes
+  is_root: bool
+
+
+class Program:
+  """A compiled program by its computations, each with how often it runs."""
+
+  def __init__(self, text: str):
+    self.computations: dict[str, list[Instruction]] = {}
+    entry, body = None, []
+    for line in text.splitlines():
+      header = _COMPUTATION.match(line)
+      if header is not None:
+        body = self.computations.setdefault(header.group(2), [])
+        entry = header.group(2) if header.group(1) else entry
+      elif found := _ANY.match(line):
+        root, name, shape, kind, rest = found.groups()
+        body.append(Instruction(name, shape, kind, rest, root is not None))
+    if entry is None:
+      raise ValueError("the text of a compiled program has no ENTRY computation")
+    self.entry = entry
+    # Loops whose number of iterations is not in the text; they count once.
+    self.unknown_loops: list[str] = []
+
+  @cached_property
+  def times(self) -> dict[str, int]:
+    """How often each computation runs."""
+    times: Counter = Counter()
+
+    def run(name: str, count: int) -> None:
+      times[name] += count
+      for instruction in self.computations.get(name, ()):
+        trips = self._trips(instruction) if instruction.kind == "while" else 1
+        called = _CALLED.findall(instruction.rest)
+        for branches in _BRANCHES.findall(instruction.rest):
+          called += [branch.strip().lstrip("%") for branch in branches.split(",")]
+        for other in called:
+          run(other, count * trips)
+
+    run(self.entry, 1)
+    return dict(times)
+
+  @property
+  def collectives(self) -> list[Collective]:
+    """Every instruction that sends, with how often it runs."""
+    found = []
+    for name, count in self.times.items():
+      for x in self.computations.get(name, ()):
+        line = f"{x.name} = {x.shape} {x.kind}({x.rest}"
+        for match in _INSTRUCTION.finditer(line):
+          collective = _collective(match)
+          if collective is None:
+            continue
+          if name.startswith(
+            "all-reduce-scatter"
+          ):  # how programs for TPU spell it: reduce, then cut
+            kind, half = "reduce-scatter", collective.bytes // 2
+            collective = dataclasses.replace(collective, kind=kind, bytes=half)
+          found.append(dataclasses.replace(collective, times=count))
+    return found
+
+  @property
+  def moved_bytes(self) -> int:
+    """Bytes that the instructions read and write, those inside of a fusion not.
+
+    An upper bound of what goes to and from the memory: arrays that the compiler keeps in the chip's own
+    memory (`S(1)` in TPU programs) are left out, and a slice of an array counts as the slice; but a value
+    that two instructions read counts twice.
+    """
+    inside = {
+      called
+      for body in self.computations.values()
+      for x in body
+      if x.kind in ("fusion", "reduce", "sort", "scatter", "select-and-scatter", "reduce-window")
+      for called in _CALLED.findall(x.rest)
+    }
+    total = 0
+    for name, count in self.times.items():
+      if name in inside:
+        continue
+      shapes = {x.name: x.shape for x in self.computations.get(name, ())}
+      for x in self.computations.get(name, ()):
+        if x.kind not in _FREE and not x.kind.endswith("-done"):
+          total += count * self._moved(x, shapes)
+    return total
+
+  def _moved(self, x: Instruction, shapes: dict[str, str]) -> int:
+    written = _size(x.shape)
+    read = [_size(shapes[name]) for name in _operands(x.rest) if name in shapes]
+    if x.kind in ("dynamic-slice", "gather", "slice"):
+      return 2 * written
+    if x.kind == "dynamic-update-slice":
+      return 2 * min(read[:2], default=0)
+    if x.kind == "fusion" and (kept := self._sliced(x, shapes)) is not None:
+      return kept
+    return written + sum(read)
+
+  def _sliced(self, x: Instruction, shapes: dict[str, str]) -> int | None:
+    """What a fusion moves where it takes slices of its operands or writes one into its result."""
+    body = self.computations.get(next(iter(_CALLED.findall(x.rest)), ""), ())
+    operands = [name for name in _operands(x.rest) if name in shapes]
+    parameters = {}
+    for inner in body:
+      if inner.kind == "parameter":
+        index = int(inner.rest.split(")")[0])
+        if index < len(operands):
+          parameters[inner.name] = _size(shapes[operands[index]])
+    written = _size(x.shape)
+    inner_shapes = {inner.name: inner.shape for inner in body}
+    sliced = False
+    for inner in body:
+      names = _operands(inner.rest)
+      if inner.kind == "dynamic-slice" and names and names[0] in parameters:
+        parameters[names[0]] = min(parameters[names[0]], _size(inner.shape))
+        sliced = True
+      if inner.kind == "dynamic-update-slice" and names and names[0] in parameters:
+        update = _size(inner_shapes.get(names[1], "")) if len(names) > 1 else 0
+        written = min(written, update) if inner.is_root else written
+        parameters[names[0]] = 0
+        sliced = True
+    return written + sum(parameters.values()) if sliced else None
+
+  def _trips(self, loop: Instruction) -> int:
+    """Iterations of a loop that counts from a constant to a constant; 1 where the text does not say."""
+    attributes = dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", loop.rest))
+    known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
+    if known is not None:
+      return int(known.group(1))
+    condition = {x.name: x for x in self.computations.get(attributes.get("condition", ""), ())}
+    test = next((x for x in condition.values() if x.is_root), None)
+    if test is not None and test.kind == "fusion":
+      inner = self.computations.get(next(iter(_CALLED.findall(test.rest)), ""), ())
+      compare = next((x for x in inner if x.kind == "compare"), None)
+      if compare is not None:
+        by_parameter = {
+          x.name: _operands(test.rest)[int(x.rest.split(")")[0])]
+          for x in inner
+          if x.kind == "parameter"
+        }
+        constants = {x.name: x for x in inner if x.kind == "constant"}
+        condition |= constants
+        names = [by_parameter.get(name, name) for name in _operands(compare.rest)]
+        return self._count(loop, condition, names, compare.rest)
+    if test is None or test.kind != "compare":
+      self.unknown_loops.append(loop.name)
+      return 1
+    return self._count(loop, condition, _operands(test.rest), test.rest)
+
+  def _count(self, loop, condition: dict[str, Instruction], names: list[str], test: str) -> int:
+    index, limit = (self._number(loop, condition.get(name)) for name in names)
+    if index is None or limit is None or not re.search(r"direction=(LT|LE)", test):
+      self.unknown_loops.append(loop.name)
+      return 1
+    return max(0, limit - index + ("direction=LE" in test))
+
+  def _number(self, loop: Instruction, x: Instruction | None) -> int | None:
+    """A constant of a loop's condition, or what an entry of its state is at the start."""
+    if x is None:
+      return None
+    if x.kind == "constant":
+      found = re.match(r"(-?\d+)\)", x.rest)
+      return int(found.group(1)) if found else None
+    place = re.search(r"index=(\d+)", x.rest)
+    if x.kind != "get-tuple-element" or place is None:
+      return None
+    caller = next(
+      body for body in self.computations.values() if any(y.name == loop.name for y in body)
+    )
+    by_name = {y.name: y for y in caller}
+    state = by_name.get(next(iter(_operands(loop.rest)), ""))
+    if state is None or state.kind != "tuple":
+      return None
+    start = by_name.get(_operands(state.rest)[int(place.group(1))])
+    while start is not None and start.kind in ("copy", "bitcast"):
+      start = by_name.get(_operands(start.rest)[0])
+    return self._number(loop, start) if start is not None and start.kind == "constant" else None
+
+
+def _operands(rest: str) -> list[str]:
+  """The names of an instruction's operands: of what stands before the bracket that closes them."""
+  depth = 1
+  for i, letter in enumerate(rest):
+    depth += (letter in "([{") - (letter in ")]}")
+    if depth == 0:
+      return re.findall(r"%([\w.\-]+)", rest[:i])
+  return re.findall(r"%([\w.\-]+)", rest)
+
+
+def _size(shape: str) -> int:
+  """Bytes of the arrays of a shape that lie in the device's memory."""
+  arrays = re.finditer(rf"{_ARRAY.pattern}(\{{[^}}]*\}})?", shape)
+  return sum(_bytes(array) for array in arrays if "S(1)" not in (array.group(4) or ""))
+
+
+def _found(text: str):
+  return _INSTRUCTION.finditer(text)
+
+
+def _collective(found: re.Match) -> Collective | None:
+  """What a collective sends; None if its groups are of a single device."""
+  shapes, kind, start, rest = found.groups()
+  sizes = [_bytes(array) for array in _ARRAY.finditer(shapes)]
+  scope = re.search(r'op_name="(.*?)"', rest)
+  scope = "" if scope is None else scope.group(1)
+  if kind == "collective-permute":
+    # An asynchronous one names its input, its output and two tokens; else there are only outputs.
+    size = sizes[0] if start else sum(sizes)
+    pairs = re.findall(r"\{(\d+),(\d+)\}", _attribute(rest, "source_target_pairs"))
+    pairs = tuple((int(source), int(target)) for source, target in pairs)
+    return Collective(kind, size, tuple(source for source, _ in pairs), pairs, scope)
+  groups = _groups(_attribute(rest, "replica_groups"))
+  p = len(groups[0])
+  if p == 1:
+    return None
+  if start and len(sizes) > 1 and kind != "all-to-all":
+    sizes = sizes[len(sizes) // 2 :]  # inputs, then outputs
+  size = sum(sizes)
+  sent = {
+    "all-gather": size * (p - 1) // p,
+    "all-to-all": size * (p - 1) // p,
+    "all-reduce": 2 * size * (p - 1) // p,
+    "reduce-scatter": size * (p - 1),
+  }[kind]
+  return Collective(kind, sent, (), groups, scope)
+
+
 def _bytes(array: re.Match) -> int:
-  kind, bits, dims = array.groups()
+  kind, bits, dims = array.groups()[:3]
   numbers = math.prod(int(dim) for dim in dims.split(",") if dim)
   return numbers if kind == "pred" else numbers * int(bits) // 8
 
 
 def _attribute(rest: str, name: str) -> str:
-  groups = r"\{\{.*?\}\}|\{\}|\[\d+,\d+\]|mesh\[.*?\] \{.*?\}"
+  groups = r"\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[.*?\] \{.*?\}"
   found = re.search(rf"{name}=({groups})", rest)
   if found is None:
     raise ValueError(f"a collective without {name}: {rest[:200]}")
   return found.group(1)
 
 
-def _group_size(groups: str) -> int:
-  """Of `{{0,1},{2,3}}`, `[2,2]<=[4]` or `mesh['data'=2,'context'=2] {'context'}`: 2."""
-  if groups.startswith("mesh"):
-    axes = dict(re.findall(r"'(\w+)'=(\d+)", groups))
-    return math.prod(int(axes[name]) for name in re.findall(r"'(\w+)'", groups.split("] ")[1]))
-  if groups.startswith("["):
-    return int(groups.strip("[]").split(",")[1])
-  return len(groups[2:].split("}")[0].split(","))
+def _groups(text: str) -> tuple[tuple[int, ...], ...]:
+  """The groups of `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)` or `mesh['a'=2,'b'=2] {'b'}`."""
+  if text.startswith("mesh"):
+    axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", text)}
+    grouped = re.findall(r"'(\w+)'", text.split("] ")[1])
+    order = [name for name in axes if name not in grouped] + grouped
+    places = [list(axes).index(name) for name in order]
+    ids = _transposed(list(axes.values()), places)
+    return _cut(ids, math.prod(axes[name] for name in grouped))
+  if text.startswith("["):
+    shape, rest = text.split("<=")
+    sizes, _, order = rest.partition("T")
+    sizes = _numbers(sizes)
+    ids = _transposed(sizes, _numbers(order) if order else list(range(len(sizes))))
+    return _cut(ids, _numbers(shape)[-1])
+  if text == "{}":
+    return ((0,),)
+  return tuple(tuple(_numbers(group)) for group in re.findall(r"\{([\d,]+)\}", text))
+
+
+def _numbers(text: str) -> list[int]:
+  return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def _transposed(sizes: list[int], order: list[int]) -> list[int]:
+  """`arange(prod(sizes)).reshape(sizes).transpose(order).ravel()`."""
+  strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+  ids = [0]
+  for axis in order:
+    ids = [i + strides[axis] * k for i in ids for k in range(sizes[axis])]
+  return ids
+
+
+def _cut(ids: list[int], size: int) -> tuple[tuple[int, ...], ...]:
+  return tuple(tuple(ids[i : i + size]) for i in range(0, len(ids), size))

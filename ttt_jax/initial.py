@@ -22,6 +22,8 @@ from ttt_jax.pretrained.load import load_pretrained, open_checkpoint, own_ttt
 
 # Fields that say how a model is computed, which a checkpoint has no say in.
 _HOW_COMPUTED = ("param_dtype", "dtype", "state_dtype", "remat", "implementation", "balance")
+# Fields that may differ from the checkpoint's, so that it reads further than it was trained for.
+_READS_FURTHER = ("rope_theta", "rope_scaling", "max_positions")
 
 
 def resolve(config: Config) -> Config:
@@ -30,12 +32,17 @@ def resolve(config: Config) -> Config:
   A checkpoint's own fast weights count where the config's section `ttt` is empty.
 
   Raises:
-    ValueError: a field of `model` or `attention` is neither its default nor the checkpoint's value;
-      layers that do not exist; a mesh that does not fit the devices, the rows or the model; as
+    ValueError: a field of `model` or `attention` is neither its default nor the checkpoint's value,
+      and none that stretches its positions (`model.rope_scaling`, `rope_theta`, `max_positions`); layers that do not exist; a mesh that does not fit the devices, the rows or the model; as
       `load_pretrained` for what cannot be read.
   """
+  return resolve_for(config, jax.device_count())
+
+
+def resolve_for(config: Config, devices: int) -> Config:
+  """`resolve` for so many devices, which need not be here."""
   if -1 in config.mesh.shape:
-    config = dataclasses.replace(config, mesh=config.mesh.filled(jax.device_count()))
+    config = dataclasses.replace(config, mesh=config.mesh.filled(devices))
   if config.init_from is None:
     return config
   if config.init_from.endswith(".gguf") and not Path(config.init_from).expanduser().is_file():
@@ -64,7 +71,7 @@ def _agreed(section: str, given: Any, there: Any, init_from: str) -> Any:
   computed = {}
   for field in dataclasses.fields(given):
     value, stored = getattr(given, field.name), getattr(there, field.name)
-    if field.name in _HOW_COMPUTED:
+    if field.name in _HOW_COMPUTED or (field.name in _READS_FURTHER and value != field.default):
       computed[field.name] = value
     elif value != field.default and not _equal(value, stored):
       raise ValueError(

@@ -20,7 +20,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 
 # They say where a run goes on, not what it computes: never compared.
-_NOT_COMPARED = ("run_dir", "runtime")
+_NOT_COMPARED = ("run_dir", "runtime", "plan")
 # Fields and sections that a resumed run may change: how long, on what, how often, how judged.
 MAY_CHANGE = ("train.steps", "train.log_every", "mesh", "checkpoint", "eval")
 

@@ -393,7 +393,7 @@ def test_the_best_that_can_express_the_call(backend, changes, expected, monkeypa
   class A100:
     compute_capability = "8.0"
 
-  monkeypatch.setattr("jax.default_backend", lambda: backend)
+  monkeypatch.setattr("ttt_jax.ops.attention.target_platform", lambda: backend)
   monkeypatch.setattr("jax.devices", lambda: [A100])
   shape = (1, 8, 2, changes.get("head_size", 8))
   q = jax.ShapeDtypeStruct(shape, changes.get("dtype", "float32"))

@@ -19,9 +19,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.generation.reader import Cache, Reader
 from ttt_jax.generation.sampling import check_sampling, sample
-from ttt_jax.generation.state import NOTHING, GenerationState, check_model, grow, place
+from ttt_jax.generation.state import (
+  NOTHING,
+  GenerationState,
+  check_model,
+  grow,
+  place,
+  state_shardings,
+)
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.partition import shardings
 from ttt_jax.sharding import context_size
 
 _SEGMENT = 2048  # tokens of a row read at once, at least one chunk on every shard
@@ -274,6 +282,47 @@ def _read(
   """Reads a segment; rows without new tokens keep their logits."""
   new, cache = reader.read(tokens, cache, counts, aligned=aligned)
   return jnp.where((counts > 0)[:, None], new, logits), cache
+
+
+def trace_read(
+  model: Transformer, mesh: Mesh, rows: int, tokens: int
+) -> tuple[jax.stages.Traced, int]:
+  """The program that reads a whole segment of prompts, traced on a mesh that need not exist.
+
+  Args:
+    model: of arrays or `jax.ShapeDtypeStruct`; only its shapes and dtypes count.
+    rows, tokens: of the prompts.
+
+  Returns:
+    The program, to be compiled under `jax.set_mesh(mesh)`, and the tokens of a row in a segment.
+  """
+
+  def placed(shapes, where):
+    return jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where
+    )
+
+  reader = jax.eval_shape(Reader.of, model)
+  reader = placed(reader, shardings(reader, mesh))
+  config = reader.model
+  with jax.set_mesh(mesh):
+    segment = _segment_length([tokens], np.zeros(1, int), reader.ttt.chunk_size)
+    state = {
+      "cache": jax.eval_shape(lambda: reader.empty_cache(rows, _capacity(tokens))),
+      "logits": jax.ShapeDtypeStruct(
+        (rows, config.vocab_size), accumulation_dtype(jnp.dtype(config.dtype))
+      ),
+    }
+    state = placed(state, state_shardings(state, mesh, split_rows=True))
+    program = _read.trace(
+      reader,
+      jax.ShapeDtypeStruct((rows, segment), jnp.int32),
+      state["logits"],
+      state["cache"],
+      jax.ShapeDtypeStruct((rows,), jnp.int32),
+      aligned=True,
+    )
+  return program, segment
 
 
 @partial(

@@ -4,9 +4,11 @@ import dataclasses
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
@@ -131,16 +133,22 @@ def place(
 ) -> tuple[Cache, Float[Array, "B V"]]:
   """Copies, which can be donated, where the model is, split over its mesh as it reads them."""
   mesh = reader.mesh()
+  arrays = {"cache": cache, "logits": logits}
+  if mesh is None:
+    where = reader.embed.table[...].sharding
+  else:
+    where = state_shardings(arrays, mesh, split_rows=split_rows)
+  return tuple(jax.tree.map(jnp.copy, jax.device_put(arrays, where)).values())
+
+
+def state_shardings(arrays: dict[str, Any], mesh: Mesh, *, split_rows: bool) -> dict[str, Any]:
+  """Where a `cache` and `logits` lie on the mesh: as the model reads them, or with whole rows."""
 
   def where(path, _):
-    if mesh is None:
-      return reader.embed.table[...].sharding
     dims = _DIMENSIONS[jax.tree_util.keystr(path[-1:], simple=True)]
     return sharding(mesh, *(dims if split_rows else (None, *dims[1:])))
 
-  arrays = {"cache": cache, "logits": logits}
-  placed = jax.device_put(arrays, jax.tree.map_with_path(where, arrays))
-  return tuple(jax.tree.map(jnp.copy, placed).values())
+  return jax.tree.map_with_path(where, arrays)
 
 
 def grow(cache: Cache, reader: Reader, capacity: int) -> Cache:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.ops import blockwise, splash
 from ttt_jax.ops.context import is_checked, shard_count, varying_axes
+from ttt_jax.ops.cost import target_platform
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.ops.segments import check_segment_ids
 
@@ -53,7 +54,7 @@ def attention(
       `segments.number_documents`); padding, 0, sees padding.
     context_axis: a mesh axis of the enclosing `jax.shard_map`.
     implementation: `"xla"` takes everything; `"splash"` is the TPU's kernel, `"cudnn"` the GPU's,
-      where they can express the call; None chooses the default backend's, else `"xla"`.
+      where they can express the call; None chooses that of the platform traced for, else `"xla"`.
     balance: in full attention over P shards, shard p exchanges the second half of its queries with
       its mirror P-1-p, and the outputs back (`T H K` numbers sent per row and device), so that all
       devices have equal work. None does; with a window they have it anyway.
@@ -311,17 +312,17 @@ def block_kernel(implementation: str | None, q, k, v):
 
   cuDNN's kernel has positions of its own: who asks for it gets the best of the others.
   """
-  on_tpu = jax.default_backend() == "tpu" and not _refusals_of_splash(q, k, v, None)
+  on_tpu = target_platform() == "tpu" and not _refusals_of_splash(q, k, v, None)
   if implementation in (None, "cudnn"):
     implementation = "splash" if on_tpu else "xla"
   return _BLOCK_KERNELS[implementation]
 
 
 def _choose(implementation, q, k, v, window, segment_ids, context_axis) -> str:
-  """The implementation named, or the first of the default backend's that can express the call."""
+  """The implementation named, or the first of the platform's that can express the call."""
   refusals = partial(_refusals, q, k, v, window, segment_ids, context_axis)
   if implementation is None:
-    preferred = _PREFERRED.get(jax.default_backend(), ("xla",))
+    preferred = _PREFERRED.get(target_platform(), ("xla",))
     return next(name for name in preferred if not refusals(name))
   if reasons := refusals(implementation):
     raise NotImplementedError(
@@ -357,8 +358,8 @@ def _refusals_of_cudnn(q, window, segment_ids, context_axis) -> list[str]:
     reasons.append("full attention over a sequence split over devices (queries start at key 0)")
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     reasons.append(f"dtype {q.dtype}")
-  if jax.default_backend() != "gpu":
-    reasons.append(f"the {jax.default_backend()} backend")
+  if target_platform() != "gpu":
+    reasons.append(f"the {target_platform()} backend")
   else:
     largest = 256 if float(jax.devices()[0].compute_capability) >= 9 else 128
     if q.shape[3] % 8 or q.shape[3] > largest:

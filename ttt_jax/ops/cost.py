@@ -66,7 +66,19 @@ DEVICES = {
   )
 }
 # fmt: on
-_NEAREST = {"tpu": "v5p", "gpu": "h100", "cuda": "h100", "rocm": "h100", "cpu": "cpu"}
+_NEAREST = {"tpu": "v5p", "gpu": "h100", "cpu": "cpu"}
+
+
+def _target():
+  """A device that a program is traced for: of its mesh, which may not be the machine it is traced on."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.devices()[0] if device is None else device
+
+
+def target_platform() -> str:
+  """`"tpu"`, `"gpu"` or `"cpu"`: where the program will run that is being traced."""
+  platform = _target().platform
+  return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def find_device(kind: str | None = None) -> Device:
@@ -81,11 +93,7 @@ def find_device(kind: str | None = None) -> Device:
     return DEVICES[kind]
   platform = None
   if kind is None:
-    # Of the mesh a program is traced for, which may not be the machine it is traced on.
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-      device = jax.devices()[0]
-    kind, platform = device.device_kind, device.platform
+    kind, platform = _target().device_kind, target_platform()
   for device in DEVICES.values():  # the first that fits: "TPU v5" begins v5e, too
     if kind.startswith(device.kind):
       return device
