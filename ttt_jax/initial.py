@@ -33,7 +33,8 @@ def resolve(config: Config) -> Config:
 
   Raises:
     ValueError: a field of `model` or `attention` is neither its default nor the checkpoint's value,
-      and none that stretches its positions (`model.rope_scaling`, `rope_theta`, `max_positions`); layers that do not exist; a mesh that does not fit the devices, the rows or the model; as
+      and none that stretches its positions (`model.rope_scaling`, `rope_theta`, `max_positions`);
+      layers that do not exist; a mesh that does not fit the devices, the rows or the model; as
       `load_pretrained` for what cannot be read.
   """
   return resolve_for(config, jax.device_count())

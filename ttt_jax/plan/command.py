@@ -149,8 +149,8 @@ def _print(planned: Plan, console: Console) -> None:
     return
   step = planned.step_seconds
   line(
-    f"a step takes at least {step['bound']:.3g} s, limited by {step['limit']} (compute {step['compute']:.3g} s, "
-    f"memory {step['memory']:.3g} s, communication {step['communication']:.3g} s): "
+    f"a step takes at least {step['bound']:.3g} s, limited by {step['limit']} "
+    f"(compute {step['compute']:.3g} s, memory {step['memory']:.3g} s, communication {step['communication']:.3g} s): "
     f"{planned.tokens_per_second:,.0f} tokens/s, {100 * planned.mfu_bound:.0f} % MFU"
   )
   table = Table(

@@ -91,7 +91,7 @@ def plan(config: Config, topology: str, *, mode: Mode = "train") -> Plan:
 
       compute        flops_per_device / peak of bfloat16 products
       memory         bytes read and written by its instructions / memory bandwidth
-      communication  bytes sent / link bandwidth, in both directions of a ring where the collective uses both
+      communication  bytes sent / link bandwidth, both directions of a ring where it uses both
 
   No array is made: it runs on a machine without a TPU, in the memory that the compiler takes.
 

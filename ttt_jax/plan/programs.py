@@ -37,10 +37,7 @@ def trace_training(config: Config, mesh: Mesh) -> Traced:
 
 
 def trace_prefill(config: Config, mesh: Mesh) -> Traced:
-  """The last segment of a prompt of `data.seq_len` tokens in `train.batch_size` rows, as `generate` reads it.
-
-  Every segment runs the same program; the last one sees the most keys.
-  """
+  """What `generate` runs for every segment of prompts: `train.batch_size` rows of `data.seq_len` tokens."""
   rows, length = config.train.batch_size, config.data.seq_len
   model = jax.eval_shape(lambda: make_model(config))
   program, segment = trace_read(model, mesh, rows, length)

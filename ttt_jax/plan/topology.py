@@ -27,7 +27,7 @@ class Topology(NamedTuple):
 
 
 def prepare_environment() -> None:
-  """Sets what libtpu reads when it is loaded, so that it asks for no TPU; call it before JAX's first use."""
+  """Sets what libtpu reads when it is loaded, so that it looks for no TPU: before JAX's first use."""
   os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ["TPU_SKIP_MDS_QUERY"] = "1"
   os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
