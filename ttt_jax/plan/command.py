@@ -148,9 +148,9 @@ def _print(planned: Plan, console: Console) -> None:
   if not planned.step_seconds:
     return
   step = planned.step_seconds
+  terms = ", ".join(f"{name} {step[name]:.3g} s" for name in ("compute", "memory", "communication"))
   line(
-    f"a step takes at least {step['bound']:.3g} s, limited by {step['limit']} "
-    f"(compute {step['compute']:.3g} s, memory {step['memory']:.3g} s, communication {step['communication']:.3g} s): "
+    f"a step takes at least {step['bound']:.3g} s, limited by {step['limit']} ({terms}): "
     f"{planned.tokens_per_second:,.0f} tokens/s, {100 * planned.mfu_bound:.0f} % MFU"
   )
   table = Table(
