@@ -127,7 +127,9 @@ class Program:
     """Every instruction that sends, with how often it runs."""
     found = []
     for name, count in self.times.items():
-      for x in self.computations.get(name, ()):
+      body = self.computations.get(name, ())
+      scopes = {x.name: _scope(x.rest) for x in body}
+      for x in body:
         line = f"{x.name} = {x.shape} {x.kind}({x.rest}"
         for match in _INSTRUCTION.finditer(line):
           collective = _collective(match)
@@ -138,7 +140,11 @@ class Program:
           ):  # how programs for TPU spell it: reduce, then cut
             kind, half = "reduce-scatter", collective.bytes // 2
             collective = dataclasses.replace(collective, kind=kind, bytes=half)
-          found.append(dataclasses.replace(collective, times=count))
+          # One that the compiler made of another has no scope of its own, but what it sends has.
+          sent = next((scopes[y] for y in _operands(x.rest) if scopes.get(y)), "")
+          found.append(
+            dataclasses.replace(collective, times=count, scope=collective.scope or sent)
+          )
     return found
 
   @property
@@ -274,6 +280,11 @@ def _size(shape: str) -> int:
   return sum(_bytes(array) for array in arrays if "S(1)" not in (array.group(4) or ""))
 
 
+def _scope(rest: str) -> str:
+  found = re.search(r'op_name="(.*?)"', rest)
+  return "" if found is None else found.group(1)
+
+
 def _found(text: str):
   return _INSTRUCTION.finditer(text)
 
@@ -282,8 +293,7 @@ def _collective(found: re.Match) -> Collective | None:
   """What a collective sends; None if its groups are of a single device."""
   shapes, kind, start, rest = found.groups()
   sizes = [_bytes(array) for array in _ARRAY.finditer(shapes)]
-  scope = re.search(r'op_name="(.*?)"', rest)
-  scope = "" if scope is None else scope.group(1)
+  scope = _scope(rest)
   if kind == "collective-permute":
     # An asynchronous one names its input, its output and two tokens; else there are only outputs.
     size = sizes[0] if start else sum(sizes)
