@@ -35,12 +35,14 @@ def test_there_are_configs():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_config_parses_and_builds(path):
-  assert path.read_text().startswith(f"# ttt-jax train configs/{path.name}")
   config = load_config(path)
+  command = "plan" if config.plan.mode == "prefill" else "train"
+  assert path.read_text().startswith(f"# ttt-jax {command} configs/{path.name}")
   assert config.name == path.stem
   if config.init_from is not None:
-    assert config.model == ModelConfig(dtype=config.model.dtype)
-    model = PRETRAINED[config.init_from]
+    # Either the checkpoint says what the model is, or the config does, so that it can be planned without.
+    model = PRETRAINED.get(config.init_from, config.model)
+    assert config.model in (ModelConfig(dtype=config.model.dtype), model)
     config = dataclasses.replace(config, model=model, init_from=None)
   model = jax.eval_shape(lambda: make_model(config))
   logits = jax.eval_shape(

@@ -142,9 +142,7 @@ class Program:
             collective = dataclasses.replace(collective, kind=kind, bytes=half)
           # One that the compiler made of another has no scope of its own, but what it sends has.
           sent = next((scopes[y] for y in _operands(x.rest) if scopes.get(y)), "")
-          found.append(
-            dataclasses.replace(collective, times=count, scope=collective.scope or sent)
-          )
+          found.append(dataclasses.replace(collective, times=count, scope=collective.scope or sent))
     return found
 
   @property
@@ -323,7 +321,7 @@ def _bytes(array: re.Match) -> int:
 
 
 def _attribute(rest: str, name: str) -> str:
-  groups = r"\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[.*?\] \{.*?\}"
+  groups = r"\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[.*?\](?:, device_ids=\(.*?\)+)? \{.*?\}"
   found = re.search(rf"{name}=({groups})", rest)
   if found is None:
     raise ValueError(f"a collective without {name}: {rest[:200]}")
@@ -331,23 +329,34 @@ def _attribute(rest: str, name: str) -> str:
 
 
 def _groups(text: str) -> tuple[tuple[int, ...], ...]:
-  """The groups of `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)` or `mesh['a'=2,'b'=2] {'b'}`."""
+  """The groups of `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)` or `mesh['a'=2,'b'=2] {'b'}`.
+
+  A mesh may say which devices it has: `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`.
+  """
   if text.startswith("mesh"):
     axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", text)}
-    grouped = re.findall(r"'(\w+)'", text.split("] ")[1])
+    grouped = re.findall(r"'(\w+)'", text.rpartition(" ")[2])
     order = [name for name in axes if name not in grouped] + grouped
     places = [list(axes).index(name) for name in order]
     ids = _transposed(list(axes.values()), places)
+    devices = re.search(r"device_ids=\((\[.*?)\) \{", text)
+    if devices is not None:
+      those = _iota(devices.group(1))
+      ids = [those[i] for i in ids]
     return _cut(ids, math.prod(axes[name] for name in grouped))
   if text.startswith("["):
-    shape, rest = text.split("<=")
-    sizes, _, order = rest.partition("T")
-    sizes = _numbers(sizes)
-    ids = _transposed(sizes, _numbers(order) if order else list(range(len(sizes))))
-    return _cut(ids, _numbers(shape)[-1])
+    shape, devices = text.split("<=")
+    return _cut(_iota(devices), _numbers(shape)[-1])
   if text == "{}":
     return ((0,),)
   return tuple(tuple(_numbers(group)) for group in re.findall(r"\{([\d,]+)\}", text))
+
+
+def _iota(text: str) -> list[int]:
+  """The numbers of `[4,2]T(1,0)`: those of an array of that shape, transposed."""
+  sizes, _, order = text.partition("T")
+  sizes = _numbers(sizes)
+  return _transposed(sizes, _numbers(order) if order else list(range(len(sizes))))
 
 
 def _numbers(text: str) -> list[int]:

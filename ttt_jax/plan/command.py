@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ttt_jax.config import Config, MeshConfig, ModelConfig
 from ttt_jax.initial import resolve_for
-from ttt_jax.plan.plan import Mode, Plan, plan
+from ttt_jax.plan.planner import Mode, Plan, plan
 from ttt_jax.plan.topology import open_topology
 
 _SWEPT_CONTEXTS = (1, 2, 4, 8, 16)
@@ -102,21 +102,35 @@ def _mesh(planned: Plan) -> str:
 
 
 def _row_in_words(planned: Plan) -> str:
-  total = planned.hbm_per_device_gib["total"]
   fits = "fits" if planned.fits else "does not fit"
-  return f"{_mesh(planned)}: {total:.1f} GiB, {fits} ({planned.compile_seconds:.0f} s to compile)"
+  return (
+    f"{_mesh(planned)}: {_memory(planned)}, {fits}; compiled in {planned.compile_seconds:.0f} s"
+  )
+
+
+def _memory(planned: Plan) -> str:
+  total = planned.hbm_per_device_gib["total"]
+  needed = "more than there is" if total is None else f"{total:.2f}"
+  return f"{needed} of {planned.hbm_limit_gib:.2f} GiB"
 
 
 def _table(plans: Sequence[Plan]) -> Table:
   table = Table()
-  for title in ("mesh", "GiB a device", "fits", "step", "limited by", "tokens/s", "MFU at most"):
+  for title in (
+    "mesh",
+    "memory of a device",
+    "fits",
+    "step",
+    "limited by",
+    "tokens/s",
+    "MFU at most",
+  ):
     table.add_column(title, justify="left" if title in ("mesh", "limited by") else "right")
   for planned in plans:
-    total = planned.hbm_per_device_gib["total"]
     step = planned.step_seconds
     table.add_row(
       _mesh(planned),
-      f"{total:.1f} of {planned.hbm_limit_gib:.1f}",
+      _memory(planned),
       "yes" if planned.fits else "no",
       f"{step['bound']:.3g} s" if step else "",
       step.get("limit", ""),
@@ -137,14 +151,11 @@ def _print(planned: Plan, console: Console) -> None:
   )
   parts = {k: v for k, v in planned.hbm_per_device_gib.items() if k != "total"}
   parts = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items())
-  line(
-    f"memory of a device: {planned.hbm_per_device_gib['total']:.2f} of {planned.hbm_limit_gib:.2f} GiB"
-    + (f" ({parts})" if parts else "")
-  )
+  line(f"memory of a device: {_memory(planned)}" + (f" ({parts})" if parts else ""))
   if not planned.fits:
     line("it does not fit; its largest buffers:")
     for buffer in planned.largest:
-      line(f"  {buffer.gib:.2f} GiB {buffer.shape} {buffer.name}\n    {buffer.remedy}")
+      line(f"  {buffer.gib:.2f} GiB  {buffer.shape}  {buffer.scope}\n    {buffer.remedy}")
   if not planned.step_seconds:
     return
   step = planned.step_seconds

@@ -55,6 +55,40 @@ def _flops(jaxpr: Jaxpr, share: float, row: _Row) -> float:
   return total
 
 
+class TracedArray(NamedTuple):
+  """A device's part of an array that a program makes."""
+
+  bytes: float
+  shape: str
+  scope: str  # the `jax.named_scope`s it is made in
+
+
+# What makes an array that has to be stored; results of other primitives are mostly parts of a fusion.
+_STORED = ("dot_general", "scan", "all_gather", "all_to_all", "pallas_call", "gather")
+
+
+def largest_arrays(jaxpr: ClosedJaxpr, *, devices: int, count: int) -> list[TracedArray]:
+  """The largest arrays of a program, by shape and scope; those of a loop's steps stacked, with the loop."""
+  found: dict[tuple[str, str], TracedArray] = {}
+
+  def visit(jaxpr: Jaxpr, share: float) -> None:
+    for equation in jaxpr.eqns:
+      if equation.primitive.name in _STORED:
+        scope = str(equation.source_info.name_stack)
+        for variable in equation.outvars:
+          shape = variable.aval.str_short()
+          size = share * math.prod(variable.aval.shape) * variable.aval.dtype.itemsize
+          array = TracedArray(size, shape, scope)
+          found[shape, scope] = max(array, found.get((shape, scope), array))
+      if equation.primitive.name != "pallas_call":
+        within = 1.0 if equation.primitive.name == "shard_map" else share
+        for inner in _inner(equation.params):
+          visit(inner, within)
+
+  visit(jaxpr.jaxpr, 1 / devices)
+  return sorted(found.values(), reverse=True)[:count]
+
+
 def _inner(params: dict[str, Any]) -> list[Jaxpr]:
   """The jaxprs among an equation's parameters; derivative rules are functions, and not among them."""
   found = []

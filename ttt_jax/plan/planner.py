@@ -16,7 +16,7 @@ from ttt_jax.nn.transformer import count_parameters
 from ttt_jax.ops.cost import Device, find_device
 from ttt_jax.plan.programs import trace_prefill, trace_training
 from ttt_jax.plan.topology import Topology, open_topology
-from ttt_jax.plan.traced import device_flops
+from ttt_jax.plan.traced import TracedArray, device_flops, largest_arrays
 from ttt_jax.sharding import make_mesh
 
 Mode = Literal["train", "prefill"]
@@ -41,9 +41,9 @@ _SCOPES = (
 class Buffer(NamedTuple):
   """One of the largest arrays of a program that does not fit."""
 
-  gib: float
-  name: str
+  gib: float  # of a device
   shape: str
+  scope: str
   remedy: str
 
 
@@ -84,7 +84,7 @@ class Plan(NamedTuple):
   largest: list[Buffer]
 
 
-def plan(config: Config, topology: str, *, mode: Mode = "train") -> Plan:
+def plan(config: Config, topology: str | Topology, *, mode: Mode = "train") -> Plan:
   """Compiles the training step, or the reading of long prompts, for a TPU slice, and reads the result.
 
   The time is that of a roofline, a bound from below of what the program takes:
@@ -97,13 +97,13 @@ def plan(config: Config, topology: str, *, mode: Mode = "train") -> Plan:
 
   Args:
     config: resolved (`ttt_jax.initial.resolve`), its mesh filled.
-    topology: as `v5p:4x4x4`.
+    topology: as `v5p:4x4x4`, or any devices.
     mode: `"train"`, or `"prefill"`: prompts of `data.seq_len` tokens in `train.batch_size` rows.
 
   Raises:
     ValueError: no such topology, libtpu is not there, a mesh of another size.
   """
-  where = open_topology(topology)
+  where = open_topology(topology) if isinstance(topology, str) else topology
   mesh = make_mesh(config.mesh, list(where.devices))
   start = time.perf_counter()
   traced = _TRACERS[mode](config, mesh)
@@ -114,7 +114,7 @@ def plan(config: Config, topology: str, *, mode: Mode = "train") -> Plan:
     window=config.attention.window,
   )
   known = {
-    "topology": topology,
+    "topology": where.name,
     "devices": mesh.size,
     "mesh": dict(mesh.shape),
     "mode": mode,
@@ -129,7 +129,8 @@ def plan(config: Config, topology: str, *, mode: Mode = "train") -> Plan:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    return _too_large(str(error), known, time.perf_counter() - start)
+    arrays = largest_arrays(traced.program.jaxpr, devices=mesh.size, count=3)
+    return _too_large(str(error), known, arrays, time.perf_counter() - start)
   return _read(compiled, known, where, mesh, traced.runs, config, time.perf_counter() - start)
 
 
@@ -181,18 +182,28 @@ def _model_flops(config: Config, mode: Mode) -> float:
 def _by_part(
   collectives: list[Collective], mesh: Mesh, chip: Device, runs: int
 ) -> list[dict[str, Any]]:
-  """Equal kinds over equal axes for one part of the model, together; the most bytes first."""
-  totals: dict[tuple[str, str, str], Counter] = {}
+  """Equal kinds over equal axes for one part of the model, together; the most bytes first.
+
+  Bytes are those of the device that sends most: a permute between two neighbours burdens only one.
+  """
+  together: dict[tuple[str, str, str], list[Collective]] = {}
   for x in collectives:
-    axes, part = _axes(x, mesh), _part(x.scope)
-    times = runs * x.times
-    totals.setdefault((x.kind, axes, part), Counter()).update(
-      count=times, bytes=times * x.bytes, seconds=times * _seconds(x, chip)
+    together.setdefault((x.kind, _axes(x, mesh), _part(x.scope)), []).append(x)
+  entries = []
+  for (kind, axes, part), found in together.items():
+    by_device: Counter = Counter()
+    for x in found:
+      by_device.update(dict.fromkeys(x.senders or range(mesh.size), runs * x.times * x.bytes))
+    entries.append(
+      {
+        "kind": kind,
+        "axis": axes,
+        "part": part,
+        "count": sum(runs * x.times for x in found),
+        "bytes": max(by_device.values(), default=0),
+        "seconds": sum(runs * x.times * _seconds(x, chip) for x in found),
+      }
     )
-  entries = [
-    {"kind": kind, "axis": axes, "part": part, **total}
-    for (kind, axes, part), total in totals.items()
-  ]
   return sorted(entries, key=lambda entry: -entry["bytes"])
 
 
@@ -219,7 +230,7 @@ def _part(scope: str) -> str:
   for mark, part in _SCOPES:
     if mark in scope:
       return part
-  return "parameters" if "sharding_constraint" in scope or not scope else "other"
+  return "parameters" if "sharding_constraint" in scope else "other"
 
 
 def _seconds(x: Collective, chip: Device) -> float:
@@ -234,20 +245,12 @@ def _seconds(x: Collective, chip: Device) -> float:
   return chip.latency + x.bytes / 2 / chip.link
 
 
-def _too_large(message: str, known: dict[str, Any], seconds: float) -> Plan:
+def _too_large(
+  message: str, known: dict[str, Any], arrays: list[TracedArray], seconds: float
+) -> Plan:
   """The plan of a program for which the compiler found no room."""
-  used = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of", message)
-  total = float(used.group(1)) * _UNITS[used.group(2)] / GIB if used else float("nan")
-  buffers = []
-  for size, unit, rest in re.findall(
-    r"Size: ([\d.]+)([KMGT])\s*\n(.*?)(?=\n\s*\d+\. Size:|\n\s*={3,}|\Z)", message, re.DOTALL
-  ):
-    name = re.search(r'op_name="(.*?)"', rest) or re.search(r"Operator: (.*)", rest)
-    shape = re.search(r"(?:Shape|Unpadded size|XLA label): (.*)", rest)
-    name = "" if name is None else name.group(1)
-    gib = float(size) * _UNITS[unit] / GIB
-    buffers.append(Buffer(gib, name, "" if shape is None else shape.group(1), _remedy(name, known)))
-  buffers.sort(key=lambda buffer: -buffer.gib)
+  sizes = re.search(r"(?:[Uu]sed |required for .*?\()([\d.]+)([KMGT])", message)
+  total = None if sizes is None else float(sizes.group(1)) * _UNITS[sizes.group(2)] / GIB
   return Plan(
     **known,
     hbm_per_device_gib={"total": total},
@@ -257,19 +260,19 @@ def _too_large(message: str, known: dict[str, Any], seconds: float) -> Plan:
     tokens_per_second=None,
     mfu_bound=None,
     compile_seconds=seconds,
-    largest=buffers[:3],
+    largest=[Buffer(x.bytes / GIB, x.shape, x.scope, _remedy(x.scope, known)) for x in arrays],
   )
 
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _remedy(name: str, known: dict[str, Any]) -> str:
-  """What makes a buffer smaller, by where it comes from."""
+def _remedy(scope: str, known: dict[str, Any]) -> str:
+  """What makes an array smaller, by where it is made."""
   if known["mode"] == "prefill":
     return "more mesh.tensor for keys, values and parameters; more mesh.context for activations"
-  if "state." in name or "opt_state" in name or "optimizer" in name or "master" in name:
-    return "parameters and optimiser state: more mesh.fsdp (or mesh.tensor)"
-  if "head" in name or "btv" in name:
+  if "optimizer" in scope:
+    return "parameters and optimiser state: more mesh.fsdp, or mesh.tensor"
+  if "head" in scope:
     return "the head: mesh.tensor splits the vocabulary, mesh.fsdp and mesh.context the tokens"
-  return "activations: train.accumulate, more mesh.context or mesh.fsdp, model.remat=layer"
+  return "activations: more train.accumulate, mesh.context or mesh.fsdp; model.remat=layer"
