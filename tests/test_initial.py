@@ -13,7 +13,15 @@ from tokenizers import decoders, pre_tokenizers, trainers
 
 from ttt_jax import load_pretrained, save_pretrained
 from ttt_jax.cli import main
-from ttt_jax.config import AttentionConfig, Config, DataConfig, ModelConfig, TrainConfig, TTTConfig
+from ttt_jax.config import (
+  AttentionConfig,
+  Config,
+  DataConfig,
+  ModelConfig,
+  RopeScaling,
+  TrainConfig,
+  TTTConfig,
+)
 from ttt_jax.data import load_corpus
 from ttt_jax.initial import initial_model, resolve
 from ttt_jax.load_config import dump_config, load_config
@@ -78,13 +86,37 @@ def test_recorded_config_reads_back(pretrained, tmp_path):
   ("sections", "message"),
   [
     ({"model": ModelConfig(d_ff=32)}, r"model\.d_ff=32, but the model of .* has 20: leave"),
-    ({"model": ModelConfig(rope_theta=5.0)}, r"model\.rope_theta=5\.0, but .* has 10000\.0"),
+    ({"model": ModelConfig(norm_eps=5.0)}, r"model\.norm_eps=5\.0, but .* has 1e-05"),
     ({"attention": AttentionConfig(window=9)}, r"attention\.window=9, but .* has 40"),
   ],
 )
 def test_a_field_that_contradicts_the_checkpoint_is_named(pretrained, sections, message):
   with pytest.raises(ValueError, match=message):
     resolve(_config(pretrained, **sections))
+
+
+def test_positions_may_be_stretched(pretrained):
+  """Of what the checkpoint says of positions the config may say otherwise, and the model follows it."""
+  stretched = ModelConfig(
+    rope_theta=5e5,
+    max_positions=512,
+    rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_max_positions=128),
+  )
+  config = resolve(_config(pretrained, model=stretched))
+  assert config.model == dataclasses.replace(
+    SIZES,
+    rope_theta=5e5,
+    max_positions=512,
+    rope_scaling=stretched.rope_scaling,
+  )
+  mesh = mesh_of(1, 1)
+  model = initial_model(config, mesh)
+  assert model.model == config.model
+  plain = initial_model(resolve(_config(pretrained)), mesh)
+  for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(plain), strict=True):
+    assert np.array_equal(a, b)
+  tokens = np.arange(SIZES.vocab_size, dtype=np.int32)[None]
+  assert not np.allclose(model(tokens), plain(tokens))
 
 
 def test_what_does_not_fit_the_checkpoint_is_refused(pretrained, tmp_path):
