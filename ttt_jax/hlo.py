@@ -321,7 +321,8 @@ def _bytes(array: re.Match) -> int:
 
 
 def _attribute(rest: str, name: str) -> str:
-  groups = r"\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[.*?\](?:, device_ids=\(.*?\)+)? \{.*?\}"
+  lists, iota = r"\{\{.*?\}\}|\{\}", r"\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
+  groups = rf"{lists}|{iota}|mesh\[.*?\](?:, device_ids=\(.*?\)+)? \{{.*?\}}"
   found = re.search(rf"{name}=({groups})", rest)
   if found is None:
     raise ValueError(f"a collective without {name}: {rest[:200]}")
