@@ -44,8 +44,8 @@ def _trains(model: Transformer, trainable: str) -> Callable[[str], bool]:
   chosen = {
     f"groups/{g}/{p}/mlp/{name}/value"
     for g, (pattern, _) in enumerate(model.plan)
-    for p, kind in enumerate(pattern)
+    for p, run in enumerate(pattern)
     for name in _NAMES[trainable]
-    if kind.ttt
+    if run.kind.ttt
   }
   return chosen.__contains__

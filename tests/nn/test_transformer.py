@@ -23,6 +23,7 @@ from ttt_jax.nn.layers import rotary_angles
 from ttt_jax.nn.transformer import (
   Group,
   LayerKind,
+  Run,
   Transformer,
   layer_kinds,
   next_token_logits,
@@ -38,7 +39,8 @@ TTT_KIND, PLAIN, FULL = LayerKind(True, 5), LayerKind(False, 5), LayerKind(False
   ("kinds", "written"),
   [
     ((PLAIN,) * 7, 1),
-    ((TTT_KIND, *(PLAIN,) * 5) * 4, 6),
+    ((TTT_KIND, *(PLAIN,) * 5) * 4, 2),
+    ((*(PLAIN,) * 5, TTT_KIND) * 6 + (PLAIN,) * 4, 3),
     ((PLAIN,) * 12 + (TTT_KIND,) + (PLAIN,) * 11, 3),
     ((PLAIN, PLAIN, TTT_KIND, PLAIN), 3),
     ((TTT_KIND, PLAIN, FULL), 3),
@@ -47,13 +49,14 @@ TTT_KIND, PLAIN, FULL = LayerKind(True, 5), LayerKind(False, 5), LayerKind(False
 )
 def test_plan_covers_the_layers_with_the_fewest_written_out(kinds, written):
   plan = plan_groups(kinds)
-  assert sum((group.pattern * group.repeats for group in plan), ()) == kinds
+  covered = [(run.kind,) * run.length for group in plan for run in group.pattern * group.repeats]
+  assert sum(covered, ()) == kinds
   assert sum(len(group.pattern) for group in plan) == written
 
 
 def test_plan_of_a_period_is_one_group():
-  pattern = (TTT_KIND, PLAIN, PLAIN)
-  assert plan_groups(pattern * 4) == (Group(pattern, 4),)
+  pattern = (Run(TTT_KIND, 1), Run(PLAIN, 2))
+  assert plan_groups((TTT_KIND, PLAIN, PLAIN) * 4) == (Group(pattern, 4),)
 
 
 def test_any_set_of_layers_can_be_ttt_or_full():
@@ -61,9 +64,19 @@ def test_any_set_of_layers_can_be_ttt_or_full():
   assert kinds == (TTT_KIND, PLAIN, TTT_KIND, FULL)
 
 
-def test_layers_are_applied_in_order():
-  """A model of one kind per layer equals the same blocks called one after another."""
-  model = random_model()
+@pytest.mark.parametrize(
+  ("layers", "ttt"),
+  [
+    (4, (0, 2)),  # runs of one
+    (9, (2, 5)),  # (two plain, one TTT) twice, then three plain
+    (8, (2, 3, 6, 7)),  # runs of two, with statistics of two
+  ],
+)
+def test_layers_are_applied_in_order(layers, ttt):
+  """A model in runs and repeats equals the same blocks called one after another, and so its statistics."""
+  config = dataclasses.replace(MODEL, num_layers=layers)
+  attention = AttentionConfig(window=5)
+  model = random_model(config, attention, dataclasses.replace(TTT, layers=ttt))
   tokens, segment_ids, _ = random_rows(2, 16)
 
   @jax.jit
@@ -71,14 +84,20 @@ def test_layers_are_applied_in_order():
     x = embeddings = model.embed(tokens)
     rotary = rotary_angles(jnp.arange(16), MODEL.head_size, MODEL.rope_theta)
     documents = number_documents(segment_ids)
+    collected = []
     for g, p, r in model.layers():
       block = jax.tree.map(lambda a, r=r: a[r], model.groups[g][p])
-      x, _ = block(x, embeddings, rotary, documents, update=True)
-    return next_token_logits(x, model.embed, model.norm, model.head)
+      x, stats = block(x, embeddings, rotary, documents, update=True)
+      collected += [] if stats is None else [stats]
+    logits = next_token_logits(x, model.embed, model.norm, model.head)
+    return logits, jax.tree.map(lambda *s: jnp.stack(s), *collected)
 
-  expected = one_after_another(model, jnp.asarray(tokens), jnp.asarray(segment_ids))
-  actual = jax.jit(lambda m, *rows: m(*rows))(model, tokens, segment_ids)
+  expected, expected_stats = one_after_another(model, jnp.asarray(tokens), jnp.asarray(segment_ids))
+  actual, stats = jax.jit(lambda m, *rows: m(*rows, return_stats=True))(model, tokens, segment_ids)
   assert relative_error(actual, expected) < 1e-5
+  for a, b in zip(stats, expected_stats, strict=True):
+    assert a.shape == (len(ttt),)
+    assert relative_error(a, b) < 1e-5
 
 
 LENGTH = 32

@@ -1,9 +1,11 @@
 """A decoder of the Llama / Qwen kind in which any MLP can have fast weights.
 
-Layers of one kind pattern are stacked and scanned: `plan_groups` finds the shortest program for any
-choice of layers, so that compile time follows the number of distinct layers, not the depth.
+Layers of one kind are stacked and scanned, and so are repeated patterns of them: `plan_groups` finds the
+shortest program for any choice of layers, so that compile time follows the number of distinct layers, not
+the depth.
 """
 
+import itertools
 from functools import partial
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ from ttt_jax.nn.layers import (
   rms_normalize,
   rotary_angles,
 )
-from ttt_jax.nn.mlp import Mlp, TttMlp
+from ttt_jax.nn.mlp import Mlp, MlpStats, TttMlp
 from ttt_jax.nn.pending import FastCache
 from ttt_jax.ops.cached_attention import KeyValueCache
 from ttt_jax.ops.context import INCOMING_STATE
@@ -41,10 +43,17 @@ class LayerKind(NamedTuple):
   window: int | None
 
 
-class Group(NamedTuple):
-  """`repeats` times the layers of `pattern`, one after another."""
+class Run(NamedTuple):
+  """`length` layers of one kind, one after another."""
 
-  pattern: tuple[LayerKind, ...]
+  kind: LayerKind
+  length: int
+
+
+class Group(NamedTuple):
+  """`repeats` times the runs of `pattern`, one after another."""
+
+  pattern: tuple[Run, ...]
   repeats: int
 
 
@@ -62,10 +71,10 @@ def layer_kinds(
 
 
 def plan_groups(kinds: tuple[LayerKind, ...]) -> tuple[Group, ...]:
-  """Cuts the layers into repeated patterns so that as few layers as possible are written out.
+  """Cuts the layers into repeated patterns of runs so that as few layers as possible are written out.
 
-  `best[j]` is the cheapest plan for the first j layers, by layers written out, then by groups:
-  its last group covers layers i to j-1 with some period p that divides j - i.
+  `best[j]` is the cheapest plan for the first j layers, by layers written out, one per run, then by
+  groups: its last group covers layers i to j-1 with some period p that divides j - i.
   """
   best: list[tuple[int, int, tuple[Group, ...]]] = [(0, 0, ())]
   for j in range(1, len(kinds) + 1):
@@ -73,10 +82,12 @@ def plan_groups(kinds: tuple[LayerKind, ...]) -> tuple[Group, ...]:
     for i in range(j):
       length = j - i
       for p in (p for p in range(1, length + 1) if length % p == 0):
-        pattern = kinds[i : i + p]
-        if kinds[i:j] == pattern * (length // p):
+        period = kinds[i : i + p]
+        if kinds[i:j] == period * (length // p):
           cost, groups, plan = best[i]
-          plans.append((cost + p, groups + 1, (*plan, Group(pattern, length // p))))
+          pattern = tuple(Run(kind, len(list(same))) for kind, same in itertools.groupby(period))
+          group = Group(pattern, length // p)
+          plans.append((cost + len(pattern), groups + 1, (*plan, group)))
           break  # a longer period of the same layers writes out more
     best.append(min(plans, key=lambda plan: plan[:2]))
   return best[-1][2]
@@ -167,8 +178,8 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
   """Token embeddings, blocks, a final norm and a tied or untied head.
 
-  `groups[g][p]` holds the blocks at place p of group g's pattern, stacked on a leading axis of
-  `repeats`; `layer_of` says which layers these are.
+  `groups[g][p]` holds the blocks of run p of group g's pattern in all its repeats, stacked on a leading
+  axis; `layers` says where each layer is.
   """
 
   def __init__(
@@ -196,11 +207,15 @@ class Transformer(nnx.Module):
     groups = []
     start = 0
     for pattern, repeats in self.plan:
-      keys = layer_keys[start : start + len(pattern) * repeats].reshape(repeats, len(pattern))
+      ends = list(itertools.accumulate(run.length for run in pattern))
+      keys = layer_keys[start : start + ends[-1] * repeats].reshape(repeats, ends[-1])
       groups.append(
-        nnx.List(jax.vmap(partial(make, kind))(keys[:, p]) for p, kind in enumerate(pattern))
+        nnx.List(
+          jax.vmap(partial(make, run.kind))(keys[:, end - run.length : end].reshape(-1))
+          for run, end in zip(pattern, ends)
+        )
       )
-      start += len(pattern) * repeats
+      start += ends[-1] * repeats
     self.groups = nnx.List(groups)
     self.embed = Embed(
       model.vocab_size,
@@ -277,40 +292,56 @@ class Transformer(nnx.Module):
     with jax.named_scope("embed"):
       embeddings = constrain(self.embed(tokens), "batch", "sequence", None)
 
-    def run(block, x, embeddings, documents):
+    @partial(jax.checkpoint, policy=_SAVED[self.model.remat])
+    def layer(x, block, embeddings, documents):
       block = gathered(block, x.dtype)
       return block(x, embeddings, rotary, documents, update=update)
 
-    run = jax.checkpoint(run, policy=_SAVED[self.model.remat])
-
-    def superblock(x, blocks):
+    def superblock(x, runs):
       collected = []
-      for block in blocks:
-        x, stats = run(block, x, embeddings, documents)
-        if stats is not None:
-          collected.append(stats)
-      return x, jax.tree.map(lambda *s: jnp.stack(s), *collected) if collected else None
+      for blocks in runs:
+        x, stats = _run(lambda x, block: layer(x, block, embeddings, documents), x, blocks)
+        collected.append(stats)
+      return x, _joined(collected)
 
     x = embeddings
     collected = []
-    for group in self.groups:
-      x, stats = jax.lax.scan(superblock, x, list(group))
-      if stats is not None:
-        collected.append(stats)
-
-    if not collected:
-      return x, None
-    # [repeats, places] of each group, in the order of the layers.
-    return x, jax.tree.map(lambda *s: jnp.concatenate([a.reshape(-1) for a in s]), *collected)
+    for group, (_, repeats) in zip(self.groups, self.plan):
+      runs = jax.tree.map(partial(_repeated, repeats), list(group))
+      x, stats = jax.lax.scan(superblock, x, runs)
+      collected.append(stats)
+    return x, _joined(collected)
 
   def layers(self) -> list[tuple[int, int, int]]:
-    """For every layer its place in the parameters: group, place in the pattern, repeat."""
+    """For every layer its place in the parameters: group, run of the pattern, place in the stack."""
     return [
-      (g, p, r)
+      (g, p, r * run.length + i)
       for g, (pattern, repeats) in enumerate(self.plan)
       for r in range(repeats)
-      for p in range(len(pattern))
+      for p, run in enumerate(pattern)
+      for i in range(run.length)
     ]
+
+
+def _repeated(repeats: int, stack: Array) -> Array:
+  """A stack of layers by the repeats of their pattern."""
+  return stack.reshape(repeats, -1, *stack.shape[1:])
+
+
+def _run(function, x, blocks):
+  """`lax.scan` over the layers of a run, without a loop around a single one."""
+  if jax.tree.leaves(blocks)[0].shape[0] > 1:
+    return jax.lax.scan(function, x, blocks)
+  x, stats = function(x, jax.tree.map(lambda a: a[0], blocks))
+  return x, jax.tree.map(lambda a: a[None], stats)
+
+
+def _joined(stats: list[MlpStats | None]) -> MlpStats | None:
+  """The statistics of layers one after another, on one axis in their order."""
+  there = [s for s in stats if s is not None]
+  if not there:
+    return None
+  return jax.tree.map(lambda *s: jnp.concatenate([a.reshape(-1) for a in s]), *there)
 
 
 # The product with the head, by whether it is the table of embeddings.
