@@ -214,9 +214,14 @@ def test_state_and_statistics():
   case = make_case(batch=2, tokens=24, f=6)
   z, v, w = (jnp.asarray(case.arrays[name], jnp.float32) for name in ("z", "v", "w_down"))
   how = {"chunk_size": 3, "inner_lr": 0.25, "clip_norm": 2.0}
-  y, state, stats = ttt_jax.inplace_ttt(z, v, w, return_stats=True, **how)
-  first, middle = op(z[:, :12], v[:, :12], w, **how)
-  second, end, sharded = op(z[:, 12:], v[:, 12:], w, state=middle, return_stats=True, **how)
+
+  @jax.jit
+  def read(z, v, w):
+    first, middle = op(z[:, :12], v[:, :12], w, **how)
+    rest = op(z[:, 12:], v[:, 12:], w, state=middle, return_stats=True, **how)
+    return ttt_jax.inplace_ttt(z, v, w, return_stats=True, **how), first, rest
+
+  (y, state, stats), first, (second, end, sharded) = read(z, v, w)
   np.testing.assert_allclose(jnp.concatenate([first, second], 1), y, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(end.S, state.S, rtol=1e-4, atol=1e-5)
   for name in ("update", "state"):  # of the last shard's end
