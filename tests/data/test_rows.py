@@ -195,6 +195,6 @@ def test_a_state_of_other_data_is_refused():
 
 
 def test_memory_of_the_rows_packed_at_a_time_is_bounded():
-  assert packing_bins(8) == packing_bins(4096) == packing_bins(16384) == 64
-  assert packing_bins(32768) == 32
-  assert packing_bins(131072) == packing_bins(1 << 20) == 8
+  assert packing_bins(8) == packing_bins(4096) == packing_bins(32768) == 64
+  assert packing_bins(131072) == 16
+  assert packing_bins(1 << 20) == 8
