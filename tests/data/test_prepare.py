@@ -147,14 +147,14 @@ def test_killed_in_the_middle(text, tmp_path):
     running.stdout.readline()
   running.send_signal(signal.SIGKILL)
   running.communicate()
-  assert any(out.glob("*.array_record"))
+  assert any(out.glob("*.tokens"))
   with pytest.raises(
     ValueError, match=r"data.path='.*out' is unfinished, since `ttt-jax data prep"
   ):
     load(out)
   assert main(["data", "prepare", str(text), str(out)]) == 0
   assert documents(load(out).sources[0].train) == documents(load(text).sources[0].train)
-  assert len(list(out.glob("*.array_record"))) == 1
+  assert len(list(out.glob("*.tokens"))) == 1
 
 
 def test_what_is_no_destination(text, tmp_path, capsys):
@@ -189,13 +189,16 @@ def test_sources_that_give_nothing(text, tmp_path, capsys):
   assert "holds a prepared corpus among its files: give its directory" in capsys.readouterr().err
   with pytest.raises(ValueError, match="holds a prepared corpus among its files"):
     load(tmp_path)
+  (tmp_path / "out" / METADATA).unlink()
+  with pytest.raises(ValueError, match=r"no readable document \(skipped: 2 other format"):
+    load(out)
 
 
 # Damage.
 
 
 def damage(out, kind):
-  shard = out / "tokens-00001.array_record"
+  shard = out / "00001.tokens"
   if kind == "missing":
     shard.unlink()
   elif kind == "cut":
@@ -213,8 +216,8 @@ def damage(out, kind):
 @pytest.mark.parametrize(
   ("kind", "problem"),
   [
-    ("missing", "is damaged, tokens-00001.array_record is missing: restore"),
-    ("cut", r"tokens-00001.array_record has \d+ bytes instead of \d+: restore the file or prepare"),
+    ("missing", "is damaged, 00001.tokens is missing: restore"),
+    ("cut", r"00001.tokens has \d+ bytes instead of \d+: restore the file or prepare"),
     ("index", "index.bin has 32 bytes instead of 480"),
     ("index changed", "index.bin has changed"),
     ("format", "is not of the format ttt_jax_data/1: .* prepare the corpus again"),
@@ -231,7 +234,7 @@ def test_damage_is_found_before_training(text, tmp_path, records_of_16, kind, pr
 @pytest.mark.parametrize("max_bad_records", [0, 1])
 def test_a_corrupt_record_is_named_and_counted(text, tmp_path, records_of_16, max_bad_records):
   data.prepare(str(text), tmp_path / "out")
-  shard = tmp_path / "out" / "tokens-00000.array_record"
+  shard = tmp_path / "out" / "00000.tokens"
   first = sorted(path.relative_to(text).as_posix() for path in text.rglob("*.txt"))[0]
   content = shard.read_bytes()
   # Records this short are stored as they are.
@@ -247,7 +250,7 @@ def test_a_corrupt_record_is_named_and_counted(text, tmp_path, records_of_16, ma
       found = list(itertools.islice(rows, count))
       return np.stack([batch["tokens"] for batch in found]), rows.get_state()
 
-  place = r"tokens-00000.array_record, record 0 is corrupt"
+  place = r"00000.tokens, record 0 is corrupt"
   if max_bad_records == 0:
     with pytest.raises(ValueError, match=f"{place} .*: 1 corrupt records are more than"):
       batches(100)

@@ -59,16 +59,15 @@ def find_files(path: str | None, skipped: Skipped, *, field: str) -> Files:
     )
   paths = []
   for file in sorted(found):
-    suffix = format_of(file)
-    if suffix is None:
-      skipped.add("other_format")
-      continue
-    if suffix == ".array_record" and (file.parent / METADATA).exists():
+    if file.name == METADATA:
       raise ValueError(
         f"{field}={path!r} holds a prepared corpus among its files: give its directory, "
         f"{str(file.parent)!r}, as data.path or as one of data.mixture"
       )
-    paths.append(file)
+    if format_of(file) is None:
+      skipped.add("other_format")
+    else:
+      paths.append(file)
   return Files(path, root, paths)
 
 

@@ -7,6 +7,7 @@ directory tells whether it is whole, and one that a killed `prepare` left is mad
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from ttt_jax.data.files import METADATA, find_files
 from ttt_jax.data.formats import read_texts
-from ttt_jax.data.prepared import FORMAT, INDEX, INDEX_DTYPE, RECORD_TOKENS, read_metadata
+from ttt_jax.data.prepared import (
+  FORMAT,
+  INDEX,
+  INDEX_DTYPE,
+  RECORD_TOKENS,
+  SHARD_SUFFIX,
+  read_metadata,
+)
 from ttt_jax.data.skipped import Skipped, stable_hash
 from ttt_jax.data.tokens import fingerprint, token_dtype, tokenized
 from ttt_jax.pretrained.tokenizer import BYTES, load_tokenizer
@@ -92,6 +100,7 @@ def prepare(
     "documents": writer.documents,
     "tokens": writer.tokens,
     "shards": writer.shards,
+    "index_crc": writer.index_crc,
     "skipped": skipped.counts(),
   }
   _write_metadata(directory, metadata)
@@ -117,7 +126,7 @@ def _clear(directory: Path) -> None:
     raise ValueError(
       f"destination={str(directory)!r} holds a prepared corpus already: delete it, or give another one"
     )
-  for path in [*directory.glob(_shard_name("*")), directory / INDEX]:
+  for path in [*directory.glob(f"*{SHARD_SUFFIX}"), directory / INDEX]:
     path.unlink(missing_ok=True)
 
 
@@ -134,8 +143,8 @@ def _tmp(directory: Path) -> Path:
   return directory / f".{METADATA}.tmp"
 
 
-def _shard_name(number: Any) -> str:
-  return f"tokens-{number if isinstance(number, str) else f'{number:05d}'}.array_record"
+def _shard_name(number: int) -> str:
+  return f"{number:05d}{SHARD_SUFFIX}"
 
 
 class _Writer:
@@ -148,7 +157,7 @@ class _Writer:
     self._shard: ArrayRecordWriter | None = None
     self._size = 0  # of the tokens in the shard that is open
     self.shards: list[dict[str, Any]] = []
-    self.documents, self.tokens = 0, 0
+    self.documents, self.tokens, self.index_crc = 0, 0, 0
 
   def __enter__(self) -> "_Writer":
     self._index = (self._directory / INDEX).open("wb")
@@ -162,7 +171,9 @@ class _Writer:
   def add(self, name: str, tokens: Integer[np.ndarray, "T"]) -> None:
     for start in range(0, tokens.size, RECORD_TOKENS):
       self._write(tokens[start : start + RECORD_TOKENS].astype(self._dtype).tobytes())
-    self._index.write(np.array([(stable_hash(name), tokens.size)], INDEX_DTYPE).tobytes())
+    entry = np.array([(stable_hash(name), tokens.size)], INDEX_DTYPE).tobytes()
+    self._index.write(entry)
+    self.index_crc = zlib.crc32(entry, self.index_crc)
     self.documents += 1
     self.tokens += tokens.size
 

@@ -2,7 +2,8 @@
 
     ttt_jax_data.json             the metadata; `complete` is true once all the rest is on disk
     index.bin                     for each document a hash of its name and its number of tokens
-    tokens-00000.array_record     its tokens in records of `RECORD_TOKENS`, the last one shorter
+    00000.tokens                  an ArrayRecord of its tokens, `RECORD_TOKENS` in a record, the last one
+                                  shorter; named so that it never passes for text
 
 A record is small, so that a piece of a long document costs little more than its own tokens. Whatever
 is read is read when it is asked for, but for the index, which is mapped into memory.
@@ -11,6 +12,7 @@ is read is read when it is asked for, but for the index, which is mapped into me
 import bisect
 import itertools
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ttt_jax.pretrained.tokenizer import Tokenizer
 
 FORMAT = "ttt_jax_data/1"
 INDEX = "index.bin"
+SHARD_SUFFIX = ".tokens"
 INDEX_DTYPE = np.dtype([("name_hash", "<u8"), ("tokens", "<u8")])
 RECORD_TOKENS = 1 << 14
 
@@ -43,6 +46,33 @@ def read_metadata(directory: Path) -> dict[str, Any]:
   return metadata
 
 
+def _check(
+  metadata: dict[str, Any], directory: Path, given: str, tokenizer: Tokenizer | None
+) -> None:
+  """Raises ValueError unless the directory is whole and made with this tokenizer.
+
+  The index is read once, the shards are not: what is corrupt in them is found when it is read.
+  """
+  if not metadata["complete"]:
+    raise ValueError(
+      f"{given} is unfinished, since `ttt-jax data prepare` was stopped before its end: run it again"
+    )
+  if metadata["fingerprint"] != fingerprint(tokenizer):
+    raise ValueError(
+      f"{given} was prepared with the tokenizer {metadata['tokenizer']!r}, which is not the one of "
+      f"this run: set data.tokenizer={metadata['tokenizer']}, or prepare it again with --tokenizer"
+    )
+  sizes = {shard["name"]: shard["bytes"] for shard in metadata["shards"]}
+  for name, size in {**sizes, INDEX: metadata["documents"] * INDEX_DTYPE.itemsize}.items():
+    file = directory / name
+    there = file.stat().st_size if file.is_file() else None
+    if there != size:
+      state = "is missing" if there is None else f"has {there} bytes instead of {size}"
+      raise ValueError(f"{given} is damaged, {name} {state}: restore the file or prepare it again")
+  if zlib.crc32(np.memmap(directory / INDEX, np.uint8, mode="r")) != metadata["index_crc"]:
+    raise ValueError(f"{given} is damaged, {INDEX} has changed: restore it or prepare it again")
+
+
 class PreparedCorpus:
   """A prepared directory, checked: whole, made with this tokenizer, every file there.
 
@@ -55,33 +85,13 @@ class PreparedCorpus:
     self._directory = Path(path).expanduser()
     self._skipped = skipped
     metadata = read_metadata(self._directory)
-    given = f"{field}={path!r}"
-    if not metadata["complete"]:
-      raise ValueError(
-        f"{given} is unfinished, since `ttt-jax data prepare` was stopped before its end: run it again"
-      )
-    if metadata["fingerprint"] != fingerprint(tokenizer):
-      raise ValueError(
-        f"{given} was prepared with the tokenizer {metadata['tokenizer']!r}, which is not the one of "
-        f"this run: set data.tokenizer={metadata['tokenizer']}, or prepare it again with --tokenizer"
-      )
-    self._dtype = token_dtype(tokenizer).newbyteorder("<")
-    self._shards = metadata["shards"]
-    for name, size in [(s["name"], s["bytes"]) for s in self._shards] + [(INDEX, None)]:
-      size = metadata["documents"] * INDEX_DTYPE.itemsize if size is None else size
-      file = self._directory / name
-      there = file.stat().st_size if file.is_file() else None
-      if there != size:
-        state = "is missing" if there is None else f"has {there} bytes instead of {size}"
-        raise ValueError(
-          f"{given} is damaged, {name} {state}: restore the file or prepare it again"
-        )
+    _check(metadata, self._directory, f"{field}={path!r}", tokenizer)
     index = np.memmap(self._directory / INDEX, INDEX_DTYPE, mode="r")
     self.lengths, self.name_hashes = index["tokens"], index["name_hash"]
+    self._dtype = token_dtype(tokenizer).newbyteorder("<")
     records = -(-self.lengths.astype(np.int64) // RECORD_TOKENS)
-    if records.sum() != sum(shard["records"] for shard in self._shards):
-      raise ValueError(f"{given} is damaged, {INDEX} has changed: restore it or prepare it again")
     self._first_record = np.cumsum(records) - records
+    self._shards = metadata["shards"]
     self._ends = list(itertools.accumulate(shard["records"] for shard in self._shards))
     # Grain opens a shard when it is first read from, as it is told how many records there are.
     self._records = grain.sources.ArrayRecordDataSource(
