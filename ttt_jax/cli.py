@@ -158,7 +158,7 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
     "--text-field", default="text", metavar="NAME", help="of JSON and parquet (default text)"
   )
   prepare.add_argument(
-    "--shard-size", type=int, default=512, metavar="MIB", help="of a file (default 512)"
+    "--shard-size", type=int, default=256, metavar="MIB", help="of a file (default 256)"
   )
   prepare.add_argument(
     "--max-bad-records", type=int, default=0, metavar="N", help="corrupt ones to skip (default 0)"

@@ -89,16 +89,16 @@ def test_read_lazily(text, tmp_path, records_of_16, monkeypatch):
   read = []
   whole = prepared.PreparedCorpus._read_record
 
-  def count(self, document, place):
-    read.append((document, place))
-    return whole(self, document, place)
+  def count(self, number):
+    read.append(number)
+    return whole(self, number)
 
   monkeypatch.setattr(prepared.PreparedCorpus, "_read_record", count)
   corpus = load(tmp_path / "out", heldout_fraction=0.5)
   corpus.report()
   assert not read
   data.heldout_rows(corpus.sources, seq_len=16, max_documents=2, seed=0)
-  assert len(read) == 2  # the first 16 tokens of two documents
+  assert 2 <= len(read) <= 4  # the first 16 tokens of two documents
 
 
 def test_tokens_of_a_tokenizer(text, tmp_path):
@@ -139,7 +139,7 @@ def test_killed_in_the_middle(text, tmp_path):
     "import time; from ttt_jax.data import preparation\n"
     "write = preparation._Writer._write\n"
     "def slow(*arguments): write(*arguments); print(flush=True); time.sleep(0.05)\n"
-    "preparation._Writer._write = slow\n"
+    "preparation._Writer._write, preparation.RECORD_TOKENS = slow, 16\n"
     f"preparation.prepare({str(text)!r}, {str(out)!r}, shard_bytes=100)\n"
   )
   running = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)

@@ -41,7 +41,7 @@ def prepare(
   *,
   tokenizer: str = BYTES,
   text_field: str = "text",
-  shard_bytes: int = 1 << 29,
+  shard_bytes: int = 1 << 28,
   max_bad_records: int = 0,
   console: Console | None = None,
 ) -> dict[str, Any]:
@@ -156,6 +156,7 @@ class _Writer:
     self._shard_bytes = shard_bytes
     self._shard: ArrayRecordWriter | None = None
     self._size = 0  # of the tokens in the shard that is open
+    self._rest = b""  # of the documents so far, less than a record
     self.shards: list[dict[str, Any]] = []
     self.documents, self.tokens, self.index_crc = 0, 0, 0
 
@@ -164,13 +165,19 @@ class _Writer:
     return self
 
   def __exit__(self, *exception) -> None:
+    if self._rest:
+      self._write(self._rest)
     self._close_shard()
     _sync(self._index)
     self._index.close()
 
   def add(self, name: str, tokens: Integer[np.ndarray, "T"]) -> None:
-    for start in range(0, tokens.size, RECORD_TOKENS):
-      self._write(tokens[start : start + RECORD_TOKENS].astype(self._dtype).tobytes())
+    data = self._rest + tokens.astype(self._dtype).tobytes()
+    size = RECORD_TOKENS * self._dtype.itemsize
+    whole = len(data) // size * size
+    for start in range(0, whole, size):
+      self._write(data[start : start + size])
+    self._rest = data[whole:]
     entry = np.array([(stable_hash(name), tokens.size)], INDEX_DTYPE).tobytes()
     self._index.write(entry)
     self.index_crc = zlib.crc32(entry, self.index_crc)

@@ -1,12 +1,13 @@
 """A corpus that `ttt-jax data prepare` made: what lies in its directory, and how it is read.
 
     ttt_jax_data.json             the metadata; `complete` is true once all the rest is on disk
-    index.bin                     for each document a hash of its name and its number of tokens
-    00000.tokens                  an ArrayRecord of its tokens, `RECORD_TOKENS` in a record, the last one
-                                  shorter; named so that it never passes for text
+    index.bin             for each document a hash of its name and its number of tokens
+    00000.tokens          an ArrayRecord of the tokens of all documents, one after another
 
-A record is small, so that a piece of a long document costs little more than its own tokens. Whatever
-is read is read when it is asked for, but for the index, which is mapped into memory.
+A record has `RECORD_TOKENS` of them, the very last one the rest, whatever documents they are of: one per
+document would be slow where documents are short, since each read takes ArrayRecord (0.8.6) a time that
+grows with the number of records in the file. The suffix is none that passes for text. Whatever is read is
+read when it is asked for, but for the index, which is mapped into memory.
 """
 
 import bisect
@@ -29,7 +30,7 @@ FORMAT = "ttt_jax_data/1"
 INDEX = "index.bin"
 SHARD_SUFFIX = ".tokens"
 INDEX_DTYPE = np.dtype([("name_hash", "<u8"), ("tokens", "<u8")])
-RECORD_TOKENS = 1 << 14
+RECORD_TOKENS = 1 << 13
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:
@@ -89,8 +90,8 @@ class PreparedCorpus:
     index = np.memmap(self._directory / INDEX, INDEX_DTYPE, mode="r")
     self.lengths, self.name_hashes = index["tokens"], index["name_hash"]
     self._dtype = token_dtype(tokenizer).newbyteorder("<")
-    records = -(-self.lengths.astype(np.int64) // RECORD_TOKENS)
-    self._first_record = np.cumsum(records) - records
+    lengths = self.lengths.astype(np.int64)
+    self._starts, self._tokens = np.cumsum(lengths) - lengths, metadata["tokens"]
     self._shards = metadata["shards"]
     self._ends = list(itertools.accumulate(shard["records"] for shard in self._shards))
     # Grain opens a shard when it is first read from, as it is told how many records there are.
@@ -100,18 +101,17 @@ class PreparedCorpus:
 
   def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "T"] | None:
     stop = min(stop, int(self.lengths[document]))
+    start, stop = (int(self._starts[document]) + place for place in (start, stop))
     first, last = start // RECORD_TOKENS, -(-stop // RECORD_TOKENS)
-    parts = [self._read_record(document, place) for place in range(first, last)]
+    parts = [self._read_record(number) for number in range(first, last)]
     if any(part is None for part in parts):
       return None
     tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
     begin = first * RECORD_TOKENS
     return tokens[start - begin : stop - begin]
 
-  def _read_record(self, document: int, place: int) -> Integer[np.ndarray, "T"] | None:
-    """Record `place` of a document."""
-    number = int(self._first_record[document]) + place
-    tokens = min(RECORD_TOKENS, int(self.lengths[document]) - place * RECORD_TOKENS)
+  def _read_record(self, number: int) -> Integer[np.ndarray, "T"] | None:
+    tokens = min(RECORD_TOKENS, self._tokens - number * RECORD_TOKENS)
     try:
       data = self._records[number]
       if len(data) != tokens * self._dtype.itemsize:
