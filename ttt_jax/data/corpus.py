@@ -134,7 +134,11 @@ def load_corpus(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None = 
 def _load_source(config, path, weight, name, seed, tokenizer, skipped) -> Source:
   """A source read into memory."""
   files = find_files(path, skipped, field=name)
-  texts = iterate_texts(files.root, files.paths, config.text_field, skipped)
+  texts = (
+    text
+    for file in files.paths
+    for text in read_texts(file, files.name_of(file), text_field=config.text_field, skipped=skipped)
+  )
   documents = [Document(name, tokens) for name, tokens in tokenized(texts, tokenizer)]
   if len(documents) < 2:
     found = "one readable document only" if documents else "no readable document"
@@ -148,15 +152,6 @@ def _load_source(config, path, weight, name, seed, tokenizer, skipped) -> Source
   heldout = _is_held(hashes, config.heldout_fraction)
   train, held = (InMemory(documents[i] for i in np.flatnonzero(x)) for x in (~heldout, heldout))
   return Source(files.source, train, held, weight)
-
-
-def iterate_texts(
-  root: Path, paths: Sequence[Path], text_field: str, skipped: Skipped
-) -> Iterator[tuple[str, bytes]]:
-  """(name, UTF-8) of every text in the files."""
-  for path in paths:
-    name = path.relative_to(root).as_posix()
-    yield from read_texts(path, name, text_field=text_field, skipped=skipped)
 
 
 def _is_held(name_hashes: np.ndarray, fraction: float) -> np.ndarray:

@@ -25,6 +25,9 @@ class Files(NamedTuple):
   root: Path  # that names are relative to
   paths: list[Path]  # in the order of their names
 
+  def name_of(self, path: Path) -> str:
+    return path.relative_to(self.root).as_posix()
+
 
 def find_files(path: str | None, skipped: Skipped, *, field: str) -> Files:
   """The files of known formats that `path` names, None for the standard library; others are counted.

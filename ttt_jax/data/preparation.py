@@ -79,8 +79,7 @@ def prepare(
 
   def texts() -> Iterator[tuple[str, bytes]]:
     for path in files.paths:
-      name = path.relative_to(files.root).as_posix()
-      yield from read_texts(path, name, text_field=text_field, skipped=skipped)
+      yield from read_texts(path, files.name_of(path), text_field=text_field, skipped=skipped)
       progress.file_done()
 
   with (
