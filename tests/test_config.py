@@ -14,6 +14,7 @@ from ttt_jax.config import (
   ModelConfig,
   TrainConfig,
   TTTConfig,
+  WeightedSource,
 )
 from ttt_jax.initial import make_model, resolve
 from ttt_jax.load_config import load_config
@@ -62,9 +63,22 @@ def test_quickstart_is_what_the_readme_says():
   assert 64 <= config.ttt.chunk_size <= 512
 
 
+def of_two(*weights):
+  return tuple(WeightedSource(name, weight) for name, weight in zip("ab", weights))
+
+
 @pytest.mark.parametrize(
   ("section", "fields", "message"),
   [
+    (DataConfig, {"mixture": of_two(1.0, -0.5)}, r"data\.mixture\[1\]\.weight=-0\.5 must be"),
+    (DataConfig, {"mixture": of_two(float("nan"), 1.0)}, r"data\.mixture\[0\]\.weight=nan must be"),
+    (DataConfig, {"mixture": of_two(0.0, 0.0)}, r"data\.mixture has no weight above 0"),
+    (
+      DataConfig,
+      {"mixture": of_two(1.0, 1.0), "path": "c"},
+      r"data\.path='c' and data\.mixture excl",
+    ),
+    (DataConfig, {"max_bad_records": -1}, r"data\.max_bad_records=-1 must not be negative"),
     (MeshConfig, {"context": 0}, r"mesh\.context=0 must be positive"),
     (MeshConfig, {"data": -1, "fsdp": -1}, r"several -1"),
     (

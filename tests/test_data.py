@@ -6,7 +6,9 @@ import json
 import os
 import sys
 from collections import Counter
+from contextlib import closing
 
+import grain
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,16 +18,22 @@ from hypothesis import strategies as st
 import ttt_jax.loss
 from ttt_jax import data
 from ttt_jax.config import DataConfig
+from ttt_jax.data import rows as rows_module
+from ttt_jax.data.interleave import Interleave
 
 DOCUMENT_LENGTHS = (1, 3, 12, 7, 8, 9, 30, 5, 16, 2)
 
 
 def make_documents(lengths, seed=0):
   rng = np.random.default_rng(seed)
-  return [
+  return data.InMemory(
     data.Document(f"{i}.txt", rng.integers(0, 256, length, dtype=np.uint8))
     for i, length in enumerate(lengths)
-  ]
+  )
+
+
+def make_source(lengths, seed=0):
+  return [data.Source("made up", make_documents(lengths, seed), data.InMemory())]
 
 
 def write(root, files):
@@ -37,12 +45,15 @@ def write(root, files):
 
 
 def load(path, seed=0, **options):
-  return data.load_corpus(DataConfig(path=path, **options), seed=seed)
+  """The only source of a corpus, and what was skipped."""
+  corpus = data.load_corpus(DataConfig(path=path, **options), seed=seed)
+  return corpus.sources[0], corpus.skipped.counts()
 
 
-def texts(corpus):
+def texts(loaded):
   """Everything that was read, as {name: text}."""
-  return {d.name: data.decode(d.tokens) for d in corpus.train + corpus.heldout}
+  source, _ = loaded
+  return {d.name: data.decode(d.tokens) for d in source.train + source.heldout}
 
 
 def names(documents):
@@ -108,8 +119,8 @@ def test_all_formats_are_read(tmp_path):
     "h.jsonl.gz:1": "h",
     "UPPER.TXT": "u",
   }
-  assert corpus.skipped == {}
-  assert all(d.tokens.dtype == np.uint8 for d in corpus.train + corpus.heldout)
+  assert corpus[1] == {}
+  assert all(d.tokens.dtype == np.uint8 for d in corpus[0].train + corpus[0].heldout)
 
 
 def test_what_is_skipped_is_counted_by_reason(tmp_path):
@@ -144,7 +155,7 @@ def test_what_is_skipped_is_counted_by_reason(tmp_path):
   os.mkfifo(tmp_path / "pipe.txt")
   corpus = load(path)
   assert texts(corpus) == {"good.txt": "good", "lines.jsonl:1": "good"}
-  assert corpus.skipped == {
+  assert corpus[1] == {
     "empty": 4,
     "undecodable": 3,
     "malformed_json": 1,
@@ -152,7 +163,7 @@ def test_what_is_skipped_is_counted_by_reason(tmp_path):
     "unreadable": 5,
     "other_format": 2,
   }
-  report = corpus.report()
+  report = data.load_corpus(DataConfig(path=path), seed=0).report()
   assert path in report
   for part in ("training 1 (4 bytes)", "held out 1 (4 bytes)", "4 missing text field", "5 unread"):
     assert part in report
@@ -162,11 +173,11 @@ def test_globs_files_and_literal_brackets(tmp_path):
   write(tmp_path, {"a/1.txt": "1", "a/b/2.txt": "2", "a/3.py": "3", "4.txt": "4", "a/5.bin": "5"})
   one_level = load(f"{tmp_path}/a/*")
   assert texts(one_level) == {"1.txt": "1", "3.py": "3"}
-  assert one_level.skipped == {"directory": 1, "other_format": 1}
+  assert one_level[1] == {"directory": 1, "other_format": 1}
   assert texts(load(f"{tmp_path}/**/*.txt")) == {"a/1.txt": "1", "a/b/2.txt": "2", "4.txt": "4"}
   everything = load(f"{tmp_path}/**")
   assert len(texts(everything)) == 4
-  assert everything.skipped == {"other_format": 1}
+  assert everything[1] == {"other_format": 1}
   assert texts(load(f"{tmp_path}/*/[13].*")) == {"a/1.txt": "1", "a/3.py": "3"}
   write(tmp_path, {"x[1]/6.txt": "6", "x[1]/7.txt": "7"})
   assert texts(load(f"{tmp_path}/x[1]")) == {"6.txt": "6", "7.txt": "7"}
@@ -188,7 +199,7 @@ def test_directory_links_are_counted_and_cannot_loop(tmp_path):
     (tmp_path / name).symlink_to(tmp_path)
   corpus = load(path)
   assert set(texts(corpus)) == {"a/1.txt", "2.txt"}
-  assert corpus.skipped == {"linked_directory": 3}
+  assert corpus[1] == {"linked_directory": 3}
   assert set(texts(load(f"{path}/**/*.txt"))) == {"a/1.txt", "2.txt"}
 
 
@@ -197,15 +208,15 @@ def test_directory_links_are_counted_and_cannot_loop(tmp_path):
 
 def test_split_depends_on_the_names_alone(tmp_path):
   path = write(tmp_path, {f"{i}.txt": f"text {i}" for i in range(200)})
-  corpus = load(path, heldout_fraction=0.2)
+  corpus, _ = load(path, heldout_fraction=0.2)
   train, heldout = set(names(corpus.train)), set(names(corpus.heldout))
   assert train.isdisjoint(heldout)
   assert len(train | heldout) == 200
   assert 20 < len(heldout) < 60
-  other_seed = load(path, seed=1, heldout_fraction=0.2)
+  other_seed, _ = load(path, seed=1, heldout_fraction=0.2)
   assert set(names(other_seed.heldout)) == heldout
   write(tmp_path, {f"{i}.txt": f"text {i}" for i in range(200, 220)})
-  larger = load(path, heldout_fraction=0.2)
+  larger, _ = load(path, heldout_fraction=0.2)
   assert set(names(larger.heldout)) & (train | heldout) == heldout
   # By BLAKE2b, so these very documents on every machine and Python.
   assert sorted(heldout)[:3] == ["1.txt", "104.txt", "106.txt"]
@@ -213,18 +224,18 @@ def test_split_depends_on_the_names_alone(tmp_path):
 
 def test_order_is_fixed_by_the_seed_not_by_the_file_system(tmp_path):
   files = {f"{i}.txt": f"text {i}" for i in range(40)}
-  first = load(write(tmp_path / "first", files))
-  second = load(write(tmp_path / "second", dict(reversed(files.items()))))
+  first, _ = load(write(tmp_path / "first", files))
+  second, _ = load(write(tmp_path / "second", dict(reversed(files.items()))))
   assert names(first.train) == names(second.train)
   assert names(first.train) != sorted(names(first.train))
-  assert names(first.train) != names(load(str(tmp_path / "first"), seed=1).train)
+  assert names(first.train) != names(load(str(tmp_path / "first"), seed=1)[0].train)
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_neither_side_is_empty(tmp_path, fraction, count):
   path = write(tmp_path, {f"{i}.txt": "text" for i in range(count)})
-  corpus = load(path, heldout_fraction=fraction)
+  corpus, _ = load(path, heldout_fraction=fraction)
   assert min(len(corpus.train), len(corpus.heldout)) == 1
   assert len(corpus.train) + len(corpus.heldout) == count
 
@@ -279,8 +290,9 @@ def expected_pieces(documents, seq_len):
     yield from (whole[i : i + seq_len] for i in range(0, len(whole), seq_len))
 
 
-def take(dataset, count):
-  return list(itertools.islice(iter(dataset), count))
+def take(rows, count):
+  with closing(rows):
+    return list(itertools.islice(rows, count))
 
 
 def assert_same_batches(left, right):
@@ -294,13 +306,17 @@ def assert_same_batches(left, right):
 @given(
   lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
   seq_len=st.integers(1, 16),
-  seed=st.integers(-3, 2**70),
+  seed=st.integers(0, 2**40),
   epochs=st.integers(1, 3),
 )
 @settings(max_examples=40, deadline=None)
 def test_every_piece_lies_whole_in_one_row_once_per_epoch(lengths, seq_len, seed, epochs):
-  documents = make_documents(lengths)
-  rows = data._packed_rows(documents, seq_len=seq_len, seed=seed, epochs=epochs)
+  source = make_source(lengths)
+  documents = source[0].train
+  pieces = rows_module._Pieces(documents, seq_len, seed, "made up")
+  stream = rows_module._Stream([pieces], Interleave([1.0]), 0, 1)
+  order = grain.MapDataset.source(stream)[: epochs * len(pieces)]
+  rows = rows_module.packed(order, grain.ReadOptions(0, 0), seq_len=seq_len, seed=seed)
   found = Counter(segments((row["tokens"], row["tokens_segment_ids"]) for row in rows))
   expected = Counter(expected_pieces(documents, seq_len))
   assert found == {piece: epochs * count for piece, count in expected.items()}
@@ -309,7 +325,7 @@ def test_every_piece_lies_whole_in_one_row_once_per_epoch(lengths, seq_len, seed
 def test_rows_labels_and_types():
   seq_len, batch_size = 8, 3
   rows = data.training_rows(
-    make_documents(DOCUMENT_LENGTHS), seq_len=seq_len, batch_size=batch_size, seed=0
+    make_source(DOCUMENT_LENGTHS), seq_len=seq_len, batch_size=batch_size, seed=0
   )
   pieces = set(expected_pieces(make_documents(DOCUMENT_LENGTHS), seq_len))
   seen = set()
@@ -326,17 +342,19 @@ def test_rows_labels_and_types():
 
 
 def test_epochs_differ_and_never_end():
-  documents = make_documents([4] * 50)
-  # Every piece fills its row, and 50 divides the rows, so that epochs are seen one by one.
-  rows = data.training_rows(documents, seq_len=4, batch_size=50, seed=0)
-  first, second, third = (batch["tokens"].tolist() for batch in take(rows, 3))
+  source = make_source([4] * 64)
+  # Every piece fills its row, and an epoch the rows that are packed at a time.
+  rows = data.training_rows(source, seq_len=4, batch_size=1, seed=0)
+  epochs = np.reshape([batch["tokens"] for batch in take(rows, 3 * 64)], (3, 64, 4)).tolist()
+  first, second, third = epochs
   assert first != second != third != first
-  one = data.training_rows(make_documents([3]), seq_len=8, batch_size=1, seed=0)
+  assert sorted(first) == sorted(second) == sorted(third)
+  one = data.training_rows(make_source([3]), seq_len=8, batch_size=1, seed=0)
   assert len(take(one, 200)) == 200
 
 
 def test_rows_are_fixed_by_the_seed():
-  documents = make_documents(DOCUMENT_LENGTHS)
+  documents = make_source(DOCUMENT_LENGTHS)
   options = {"seq_len": 8, "batch_size": 2}
   first = take(data.training_rows(documents, seed=5, **options), 10)
   assert_same_batches(first, take(data.training_rows(documents, seed=5, **options), 10))
@@ -344,28 +362,9 @@ def test_rows_are_fixed_by_the_seed():
   assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(first, other))
 
 
-@pytest.mark.parametrize("steps", [0, 1, 20, 21, 22, 64, 65, 150])
-def test_restored_state_continues_with_the_same_batches(steps):
-  # 3 rows per batch and 64 rows packed at a time: states within and at the end of a group.
-  documents = make_documents(DOCUMENT_LENGTHS)
-  rows = data.training_rows(documents, seq_len=8, batch_size=3, seed=1)
-  iterator = iter(rows)
-  for _ in range(steps):
-    next(iterator)
-  state = json.dumps(iterator.get_state())
-  expected = [next(iterator) for _ in range(70)]
-  same_documents = make_documents(DOCUMENT_LENGTHS)
-  restored = iter(data.training_rows(same_documents, seq_len=8, batch_size=3, seed=1))
-  restored.set_state(json.loads(state))
-  assert json.dumps(restored.get_state()) == state
-  assert_same_batches(expected, [next(restored) for _ in range(70)])
-  iterator.set_state(json.loads(state))  # also backwards, in the iterator that went on
-  assert_same_batches(expected, [next(iterator) for _ in range(70)])
-
-
 def test_no_training_documents():
   with pytest.raises(ValueError, match=r"no training documents: data\.path"):
-    data.training_rows([], seq_len=8, batch_size=1, seed=0)
+    data.training_rows(make_source([]), seq_len=8, batch_size=1, seed=0)
 
 
 # Held-out rows.
@@ -373,27 +372,34 @@ def test_no_training_documents():
 
 def test_heldout_rows_are_the_beginnings_of_long_documents():
   documents = make_documents([8, 9, 7, 30, 1, 8])
+  source, backwards = (
+    [data.Source("made up", data.InMemory(), data.InMemory(part))]
+    for part in (documents, documents[::-1])
+  )
   starts = {d.tokens[:8].tobytes() for d in documents if d.tokens.size >= 8}
-  rows = data.heldout_rows(documents, seq_len=8, max_documents=10, seed=0)
+  rows = data.heldout_rows(source, seq_len=8, max_documents=10, seed=0)
   assert rows.shape == (4, 8)
   assert rows.dtype == np.int32
   assert {row.astype(np.uint8).tobytes() for row in rows} == starts
-  few = data.heldout_rows(documents[::-1], seq_len=8, max_documents=2, seed=0)
+  few = data.heldout_rows(backwards, seq_len=8, max_documents=2, seed=0)
   np.testing.assert_array_equal(few, rows[:2])
   orders = {
-    data.heldout_rows(documents, seq_len=8, max_documents=4, seed=seed).tobytes()
-    for seed in range(8)
+    data.heldout_rows(source, seq_len=8, max_documents=4, seed=seed).tobytes() for seed in range(8)
   }
   assert len(orders) > 1
 
 
 def test_heldout_documents_too_short():
+  nothing = data.InMemory()
+  source = [data.Source("made up", nothing, make_documents([8, 30, 1]))]
   with pytest.raises(
     ValueError, match=r"eval.seq_len=31 .* 3 held-out .* 30 tokens: use eval.seq_len=30"
   ):
-    data.heldout_rows(make_documents([8, 30, 1]), seq_len=31, max_documents=2, seed=0)
+    data.heldout_rows(source, seq_len=31, max_documents=2, seed=0)
   with pytest.raises(ValueError, match=r"no held-out documents: data\.path"):
-    data.heldout_rows([], seq_len=31, max_documents=2, seed=0)
+    data.heldout_rows(
+      [data.Source("made up", nothing, nothing)], seq_len=31, max_documents=2, seed=0
+    )
 
 
 # The standard library.
@@ -401,16 +407,17 @@ def test_heldout_documents_too_short():
 
 def test_standard_library():
   corpus = data.load_corpus(DataConfig(), seed=0)
-  found = set(names(corpus.train + corpus.heldout))
+  source = corpus.sources[0]
+  found = set(names(source.train + source.heldout))
   assert {"json/decoder.py", "unittest/case.py", "os.py"} <= found
   parts = {part for name in found for part in name.split("/")[:-1]}
   assert parts.isdisjoint({"test", "tests", "idle_test", "site-packages", "__pycache__"})
-  assert sum(d.tokens.size for d in corpus.train) > 8e6
-  assert len(corpus.heldout) > 10
+  assert source.train.lengths.sum() > 8e6
+  assert len(source.heldout) > 10
   assert "standard library" in corpus.report()
-  assert len(data.heldout_rows(corpus.heldout, seq_len=4096, max_documents=8, seed=0)) == 8
+  assert len(data.heldout_rows(corpus.sources, seq_len=4096, max_documents=8, seed=0)) == 8
 
-  rows = data.training_rows(corpus.train, seq_len=4096, batch_size=4, seed=0)
+  rows = data.training_rows(corpus.sources, seq_len=4096, batch_size=4, seed=0)
   batches = take(rows, 320)
   padding = np.mean([batch["segment_ids"] == 0 for batch in batches])
   assert padding < 0.03

@@ -222,8 +222,8 @@ def test_eval_of_a_pretrained_model(pretrained, tmp_path, capsys):
   assert (summary["steps"], summary["heldout_loss_updates_off"]) == (0, None)
 
   config = load_config(run_dir / "config.yaml")
-  held = load_corpus(config.data, seed=0, tokenizer=load_tokenizer(pretrained)).heldout
-  tokens = jnp.stack([document.tokens[:40] for document in held])
+  held = load_corpus(config.data, seed=0, tokenizer=load_tokenizer(pretrained)).sources[0].heldout
+  tokens = jnp.stack([document.tokens[:40].astype(np.int32) for document in held])
   logits = load_pretrained(pretrained)(tokens)
   losses = token_losses(logits[:, :-1], tokens[:, 1:])[0]
   np.testing.assert_allclose(summary["heldout_loss"], np.mean(losses), rtol=1e-5)

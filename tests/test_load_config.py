@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ttt_jax.config import Config, TrainConfig, TTTConfig
+from ttt_jax.config import Config, DataConfig, TrainConfig, TTTConfig, WeightedSource
 from ttt_jax.load_config import config_difference, dump_config, load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -33,6 +33,35 @@ def test_what_a_file_does_not_name_keeps_its_default(load):
   assert load("") == Config()
   assert load("ttt:\ntrain:\n") == Config()
   assert load("ttt: {layers: [2]}") == Config(ttt=TTTConfig(layers=(2,)))
+
+
+def test_mixtures(load, tmp_path):
+  text = "data:\n  mixture:\n  - {path: books, weight: 3}\n  - {path: null, weight: 0.5}\n  - {path: c.d}"
+  sources = (WeightedSource("books", 3.0), WeightedSource(None, 0.5), WeightedSource("c.d", 1.0))
+  want = Config(data=DataConfig(mixture=sources))
+  assert load(text) == load(dump_config(want)) == want
+  other = load(text, "--data.mixture", "[{path: a}, {path: b, weight: 2}]")
+  assert other.data.mixture == (WeightedSource("a", 1.0), WeightedSource("b", 2.0))
+  difference = config_difference(dataclasses.asdict(want), dataclasses.asdict(other))
+  assert [line.split(":")[0] for line in difference] == ["data.mixture"]
+
+
+@pytest.mark.parametrize(
+  ("value", "problem"),
+  [
+    (
+      "[{path: a, wieght: 1}]",
+      r"unknown field data\.mixture\[0\]\.wieght .*: there are path, weight",
+    ),
+    ("[{path: a}, {weight: 1}]", r"data\.mixture\[1\] lacks path"),
+    ("[{path: a, weight: much}]", r"data\.mixture\[0\]\.weight='much' is not a number"),
+    ("[a, b]", r"data\.mixture\[0\]='a' is not a mapping of path, weight"),
+    ("{a: 1}", r"data\.mixture=.* is not a list, each item a mapping of path, weight"),
+  ],
+)
+def test_mistakes_in_mixtures(load, value, problem):
+  with pytest.raises(ValueError, match=problem):
+    load("", "--data.mixture", value)
 
 
 def test_overrides_win_and_leave_their_neighbours(load):

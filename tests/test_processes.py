@@ -11,13 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ttt_jax.data import prepare
 from ttt_jax.rundir import read_metrics
 
 CONFIG = """
 model: {{num_layers: 2, d_model: 16, d_ff: 24, num_heads: 2, num_kv_heads: 2}}
 attention: {{window: 8}}
 ttt: {{layers: [1], chunk_size: 8}}
-data: {{seq_len: 64, path: {data}, heldout_fraction: 0.3}}
+data:
+  seq_len: 64
+  heldout_fraction: 0.3
+  align_documents: true
+  mixture: [{{path: {folder}/text}}, {{path: {folder}/prepared, weight: 0.5}}]
 train: {{steps: 8, batch_size: 4, warmup_steps: 2, log_every: 1}}
 checkpoint: {{every: 2}}
 eval: {{documents: 3, buckets: 2, prompt_tokens: 16, sample_tokens: 4}}
@@ -31,13 +36,15 @@ MESHES = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
   folder = tmp_path_factory.mktemp("processes")
-  (folder / "text").mkdir()
   rng = np.random.default_rng(0)
-  for i in range(12):
-    words = rng.choice(["to", "learn", "while", "reading", "is", "fast"], 40)
-    (folder / "text" / f"{i}.txt").write_text(" ".join(words))
+  for name in ("text", "more"):
+    (folder / name).mkdir()
+    for i in range(12):
+      words = rng.choice(["to", "learn", "while", "reading", "is", "fast"], 40)
+      (folder / name / f"{i}.txt").write_text(" ".join(words))
+  prepare(str(folder / "more"), folder / "prepared")
   path = folder / "tiny.yaml"
-  path.write_text(CONFIG.format(data=folder / "text"))
+  path.write_text(CONFIG.format(folder=folder))
   return path
 
 

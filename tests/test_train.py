@@ -17,7 +17,7 @@ from helpers import (
 
 from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import AttentionConfig, CheckpointConfig, Config, DataConfig, TrainConfig
-from ttt_jax.data import Corpus, Document
+from ttt_jax.data import Corpus, Document, InMemory, Source
 from ttt_jax.hlo import count_collectives
 from ttt_jax.progress import TrainingProgress
 from ttt_jax.rundir import read_metrics
@@ -49,7 +49,8 @@ def _corpus() -> Corpus:
     Document(name=f"{i}.txt", tokens=np.frombuffer(b" ".join(rng.choice(words, 60)), np.uint8))
     for i in range(12)
   )
-  return Corpus(train=documents[:10], heldout=documents[10:], skipped={}, source="made up")
+  source = Source("made up", InMemory(documents[:10]), InMemory(documents[10:]))
+  return Corpus((source,))
 
 
 def _losses(path):

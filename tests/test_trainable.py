@@ -20,7 +20,7 @@ from ttt_jax.config import (
   EvalConfig,
   TrainConfig,
 )
-from ttt_jax.data import Corpus, Document
+from ttt_jax.data import Corpus, Document, InMemory, Source
 from ttt_jax.sharding import sharding
 from ttt_jax.step import (
   Batch,
@@ -157,7 +157,8 @@ def test_resumed_from_a_checkpoint_equals_undisturbed(tmp_path):
   documents = tuple(
     Document(f"{i}.txt", rng.integers(0, 256, 100, dtype=np.uint8)) for i in range(6)
   )
-  corpus, mesh = Corpus(documents[:5], documents[5:], {}, "made up"), mesh_of(1, 1)
+  source = Source("made up", InMemory(documents[:5]), InMemory(documents[5:]))
+  corpus, mesh = Corpus((source,)), mesh_of(1, 1)
   whole = train(CONFIG, corpus, mesh, tmp_path)
   shutil.rmtree(tmp_path / "checkpoints" / "3")
   resumed = train(CONFIG, corpus, mesh, tmp_path)  # from step 2

@@ -32,6 +32,11 @@ _GENERATE_EPILOG = """Text goes to the standard output, everything else to the s
   ttt-jax generate models/mine --learn book.txt --prompt "The captain's name was"
 """
 
+_PREPARE_EPILOG = """For example:
+  ttt-jax data prepare "books/**/*.parquet" data/books --tokenizer models/smollm2
+  ttt-jax train configs/mine.yaml --data.path data/books --data.tokenizer models/smollm2
+"""
+
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
@@ -70,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
   _add_plan(commands)
   _add_convert(commands)
   _add_generate(commands)
+  data = commands.add_parser("data", help="prepare text for training")
+  _add_prepare(data.add_subparsers(dest="data", required=True, metavar="WHAT"))
   bench = commands.add_parser("bench", help="measure what fast weights cost on this machine")
   benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
   text = "dense gated MLP against TTT MLP: time, memory, bytes exchanged; tables, JSON and a plot"
@@ -168,6 +175,50 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
   start.add_argument("--load-state", type=Path, metavar="FILE", help="go on from a saved state")
   generate.add_argument("--save-state", type=Path, metavar="FILE", help="to go on from later")
   generate.set_defaults(run=_run_generate, takes_overrides=True)
+
+
+def _add_prepare(commands: argparse._SubParsersAction) -> None:
+  text = (
+    "tokenise text once, into a directory that data.path names; for what does not fit in memory"
+  )
+  prepare = commands.add_parser(
+    "prepare",
+    help=text,
+    description=text,
+    epilog=_PREPARE_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  prepare.add_argument(
+    "source", help="a directory or glob of .txt, .md, .py, .jsonl, .parquet, .array_record files"
+  )
+  prepare.add_argument("destination", help="a new directory, or one that was left unfinished")
+  prepare.add_argument(
+    "--tokenizer", default="bytes", help="as data.tokenizer in training (default bytes)"
+  )
+  prepare.add_argument(
+    "--text-field", default="text", metavar="NAME", help="of JSON and parquet (default text)"
+  )
+  prepare.add_argument(
+    "--shard-size", type=int, default=256, metavar="MIB", help="of a file (default 256)"
+  )
+  prepare.add_argument(
+    "--max-bad-records", type=int, default=0, metavar="N", help="corrupt ones to skip (default 0)"
+  )
+  prepare.set_defaults(run=_run_prepare, takes_overrides=False)
+
+
+def _run_prepare(parsed: argparse.Namespace) -> None:
+  from ttt_jax.data import prepare
+
+  prepare(
+    parsed.source,
+    parsed.destination,
+    tokenizer=parsed.tokenizer,
+    text_field=parsed.text_field,
+    shard_bytes=parsed.shard_size << 20,
+    max_bad_records=parsed.max_bad_records,
+  )
 
 
 def _run_convert(parsed: argparse.Namespace) -> None:

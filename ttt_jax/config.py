@@ -5,6 +5,7 @@ config can be read and refused before a device is touched. Sizes in tokens unles
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -293,19 +294,63 @@ class TTTConfig:
 
 
 @dataclass(frozen=True)
+class WeightedSource:
+  """One of several sources of text."""
+
+  path: str | None  # as data.path
+  weight: float = 1.0  # its part of the tokens, against the weights of the others; 0 leaves it out
+
+
+@dataclass(frozen=True)
 class DataConfig:
   """Where the text comes from. Every row holds `seq_len` tokens of one or more documents."""
 
-  # A directory or glob of .txt, .md, .py, .jsonl files, each also .gz; None: the Python standard
-  # library's own sources.
+  # A directory that `ttt-jax data prepare` made; or a directory or glob of .txt, .md, .py, .jsonl files,
+  # each also .gz, .parquet and .array_record files, which every process reads into memory. None: the
+  # Python standard library's own sources.
   path: str | None = None
+  mixture: tuple[WeightedSource, ...] = ()  # several sources, instead of `path`
+  text_field: str = "text"  # of .jsonl, parquet and JSON in ArrayRecord files
   # Where `ttt_jax.load_tokenizer` finds one, or "bytes". None: the one of `init_from`, else bytes.
   tokenizer: str | None = None
   seq_len: int = 4096
   heldout_fraction: float = 0.05  # of the documents, chosen by a hash of their path
+  # Pad rows so that every document begins with a chunk of the fast weights: none then shares a chunk with
+  # the end of another one.
+  align_documents: bool = False
+  max_bad_records: int = 0  # corrupt records of parquet and ArrayRecord files that are left out
+
+  @property
+  def sources(self) -> tuple[tuple[str, str | None, float], ...]:
+    """(field, path, weight) of every source that counts."""
+    if not self.mixture:
+      return (("data.path", self.path, 1.0),)
+    return tuple(
+      (f"data.mixture[{i}].path", source.path, source.weight)
+      for i, source in enumerate(self.mixture)
+      if source.weight > 0
+    )
 
   def __post_init__(self):
     _require_positive("data", self, "seq_len")
+    _require(
+      self.max_bad_records >= 0,
+      f"data.max_bad_records={self.max_bad_records} must not be negative",
+    )
+    _require(
+      not (self.mixture and self.path is not None),
+      f"data.path={self.path!r} and data.mixture exclude each other: name the path in the mixture, or "
+      "leave one out",
+    )
+    for i, source in enumerate(self.mixture):
+      _require(
+        source.weight >= 0 and math.isfinite(source.weight),
+        f"data.mixture[{i}].weight={source.weight} must be a number from 0 on",
+      )
+    _require(
+      len(self.sources) > 0,
+      "data.mixture has no weight above 0: give one to each source that is to be read",
+    )
     _require(
       0 < self.heldout_fraction < 1,
       f"data.heldout_fraction={self.heldout_fraction} must lie between 0 and 1",

@@ -4,10 +4,11 @@ A process here is one of a program of `jax.distributed`: a host of a TPU pod sli
 step needs nothing of this, since JAX runs it over the mesh of all their devices; files and mistakes do.
 """
 
+import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -72,6 +73,18 @@ def together(function: Callable[[], T]) -> T:
 def on_main(function: Callable[[], T]) -> T | None:
   """`function()` on the first process, None on the others once it is done; errors as `together`."""
   return together(function if is_main() else lambda: None)
+
+
+def gather(value: Any) -> list[Any]:
+  """A JSON-able value of every process, by process; all of them call it."""
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array([data.size], np.int32))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[: data.size] = data
+  every = multihost_utils.process_allgather(padded)
+  return [json.loads(row[:size].tobytes()) for row, size in zip(every, sizes.ravel())]
 
 
 @contextmanager

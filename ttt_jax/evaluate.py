@@ -123,7 +123,7 @@ def evaluate(
 ) -> dict[str, Any]:
   """The evaluation part of `summary.json`."""
   rows = heldout_rows(
-    corpus.heldout,
+    corpus.sources,
     seq_len=config.eval_seq_len,
     max_documents=config.eval.documents,
     seed=config.seed,

@@ -183,6 +183,12 @@ def _section(hint: Any) -> type | None:
   return next((option for option in options if dataclasses.is_dataclass(option)), None)
 
 
+def _item_section(hint: Any) -> type | None:
+  """The dataclass of a list of sections, `tuple[SECTION, ...]`."""
+  item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+  return item if dataclasses.is_dataclass(item) else None
+
+
 _FIELDS = dict(_fields(Config))
 
 
@@ -215,14 +221,32 @@ def _check(cls: type, tree: dict, path: tuple[str, ...], where: str) -> None:
         )
       raise _unknown(name, where)
     hint = hints[key]
-    section = _section(hint)
-    if section is None:
+    section, item = _section(hint), _item_section(hint)
+    if item is not None and isinstance(value, list):
+      for i, one in enumerate(value):
+        if not isinstance(one, dict):
+          raise ValueError(f"{name}[{i}]={one!r} is not {_describe(item)} ({where})")
+        _check_item(item, one, f"{name}[{i}]", where)
+    elif section is None:
       if not _fits(value, hint):
         raise ValueError(f"{name}={value!r} is not {_describe(hint)} ({where})")
     elif isinstance(value, dict):
       _check(section, value, (*path, key), where)
     elif value is not None:
       raise ValueError(f"{name}={value!r} is not a section ({where}): write {name}.FIELD")
+
+
+def _check_item(cls: type, tree: dict, name: str, where: str) -> None:
+  """`_check` of one of a list of sections."""
+  hints = typing.get_type_hints(cls)
+  for key, value in tree.items():
+    if key not in hints:
+      raise ValueError(f"unknown field {name}.{key} {where}: there are {', '.join(hints)}")
+    if not _fits(value, hints[key]):
+      raise ValueError(f"{name}.{key}={value!r} is not {_describe(hints[key])} ({where})")
+  for field in dataclasses.fields(cls):
+    if field.default is dataclasses.MISSING and field.name not in tree:
+      raise ValueError(f"{name} lacks {field.name} ({where})")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -241,6 +265,10 @@ def _describe(hint: Any) -> str:
   names[types.NoneType] = "null"
   if isinstance(hint, types.UnionType):
     return " or ".join(_describe(option) for option in typing.get_args(hint))
+  if dataclasses.is_dataclass(hint):
+    return f"a mapping of {', '.join(typing.get_type_hints(hint))}"
+  if _item_section(hint) is not None:
+    return f"a list, each item {_describe(_item_section(hint))}"
   if typing.get_origin(hint) is tuple:
     return f"a list of {typing.get_args(hint)[0].__name__}"
   return names[hint]

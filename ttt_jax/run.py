@@ -143,7 +143,7 @@ def _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console
     "tokens": records[-1]["tokens"] if records else 0,
     "tokens_per_second": _speed(records),
     "tokens_per_second_baseline": _speed(runs["twin without"]) if baseline is not None else None,
-    "skipped": dict(corpus.skipped),
+    "skipped": corpus.skipped.counts(),
     **evaluate(config, model, baseline, before, corpus, mesh),
   }
   on_main(lambda: _write_summary(config, model, summary, runs, run_dir, console))

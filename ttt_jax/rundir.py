@@ -22,7 +22,14 @@ METRICS_FILE = "metrics.jsonl"
 # They say where a run goes on, not what it computes: never compared.
 _NOT_COMPARED = ("run_dir", "runtime", "plan")
 # Fields and sections that a resumed run may change: how long, on what, how often, how judged.
-MAY_CHANGE = ("train.steps", "train.log_every", "mesh", "checkpoint", "eval")
+MAY_CHANGE = (
+  "train.steps",
+  "train.log_every",
+  "data.max_bad_records",
+  "mesh",
+  "checkpoint",
+  "eval",
+)
 
 
 def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = MAY_CHANGE) -> Path:

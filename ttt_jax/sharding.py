@@ -86,6 +86,36 @@ def put(x: np.ndarray, mesh: Mesh, *dims: str | None) -> jax.Array:
   return jax.make_array_from_callback(x.shape, sharding(mesh, *dims), lambda index: x[index])
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+  """The rows of a batch that devices of this process hold, ascending.
+
+  Processes that differ along `context` or `tensor` only hold the same ones.
+  """
+  held = sharding(mesh, "batch").addressable_devices_indices_map((batch_size,))
+  return tuple(sorted({row for (index,) in held.values() for row in range(batch_size)[index]}))
+
+
+def put_rows(x: np.ndarray, mesh: Mesh, *dims: str | None) -> jax.Array:
+  """The batch on the mesh of which this process has its `local_rows`, `x`; all processes call it.
+
+  Args:
+    x: rows along its first dimension.
+    mesh: of all processes.
+    dims: the logical dimensions after that of the rows.
+  """
+  parts = spec("batch", mesh=mesh)
+  shards = int(np.prod([mesh.shape[axis] for axis in jax.tree.leaves(tuple(parts))], dtype=int))
+  local = local_rows(mesh, shards)
+  size = len(x) // len(local)  # rows of a shard
+
+  def part(index: tuple[slice, ...]) -> np.ndarray:
+    start = size * local.index((index[0].start or 0) // size)
+    return x[(slice(start, start + size), *index[1:])]
+
+  shape = (size * shards, *x.shape[1:])
+  return jax.make_array_from_callback(shape, sharding(mesh, "batch", *dims), part)
+
+
 def ambient_mesh() -> AbstractMesh | None:
   """The mesh of `jax.set_mesh` if it splits anything that is not yet manual, else None."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -18,7 +18,7 @@ from ttt_jax.nn.transformer import Transformer
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.optim import make_optimizer
 from ttt_jax.partition import constrain_parameters, shardings
-from ttt_jax.sharding import constrain, put, sharding
+from ttt_jax.sharding import constrain, put_rows, sharding
 from ttt_jax.trainable import trained_parameters, with_parameters
 
 
@@ -177,5 +177,5 @@ def jit_train_step(config: Config, mesh: Mesh) -> Callable:
 
 
 def put_batch(rows: dict[str, Any], mesh: Mesh) -> Batch:
-  """Host rows `[B, T]` on the mesh."""
-  return Batch(*(put(rows[name], mesh, "batch", "sequence") for name in Batch._fields))
+  """The batch on the mesh, from the host rows that this process holds (`local_rows`)."""
+  return Batch(*(put_rows(rows[name], mesh, "sequence") for name in Batch._fields))

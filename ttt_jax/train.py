@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,15 @@ from jax.sharding import Mesh
 
 from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import Config
-from ttt_jax.data import Corpus, training_rows
-from ttt_jax.distributed import stop_requests
+from ttt_jax.data import Corpus, merge_states, training_rows
+from ttt_jax.distributed import gather, stop_requests
 from ttt_jax.flops import training_flops
 from ttt_jax.metrics import Profile, open_log
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.ops.cost import find_device
 from ttt_jax.optim import learning_rate
 from ttt_jax.progress import TrainingProgress
+from ttt_jax.sharding import local_rows
 from ttt_jax.step import TrainState, abstract_state, init_state, jit_train_step, put_batch
 from ttt_jax.trainable import trained_parameters
 
@@ -117,17 +118,16 @@ def train(
       `train.max_bad_steps` steps in a row without a finite loss and gradient; nothing more is saved.
   """
   steps = config.train.steps
-  rows = iter(
-    training_rows(
-      corpus.train,
-      seq_len=config.data.seq_len,
-      batch_size=config.train.batch_size,
-      seed=config.seed,
-    )
+  rows = training_rows(
+    corpus.sources,
+    seq_len=config.data.seq_len,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    slots=local_rows(mesh, config.train.batch_size),
+    align=config.ttt.chunk_size if config.data.align_documents else 1,
   )
-  with Checkpoints(
-    run_dir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
-  ) as checkpoints:
+  kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
+  with closing(rows), Checkpoints(run_dir / "checkpoints", **kept) as checkpoints:
     if checkpoints.latest_step is None:
       state = init_state(config, mesh)
     else:
@@ -142,7 +142,7 @@ def train(
       checkpoints.save(
         done,
         arrays=state._asdict(),
-        data_state=rows.get_state(),
+        data_state=merge_states(gather(rows.get_state())),
         config=dataclasses.asdict(config),
       )
 

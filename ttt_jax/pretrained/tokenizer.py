@@ -55,11 +55,19 @@ class Tokenizer:
     self._source = source  # the directory whose files `save` copies
     self.bos_id = bos_id
     self.eos_ids = eos_ids
-    self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+    self.vocab_size = 1 + max(self.vocabulary().values())
 
   def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """The tokens of a text; by default with those the tokenizer puts around it, as `transformers` does."""
     return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of many texts, by all cores."""
+    return [encoding.ids for encoding in self._backend.encode_batch_fast(texts)]
+
+  def vocabulary(self) -> dict[str, int]:
+    """How each token is spelled, added ones included."""
+    return self._backend.get_vocab(with_added_tokens=True)
 
   def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
     """The text of tokens; U+FFFD stands for bytes that are not UTF-8."""

@@ -1,0 +1,205 @@
+"""The documents of a run: where they are, how many tokens each has, which ones are held out.
+
+Rows are made of `Documents`: random access by number, with lengths known beforehand. Text is tokenised
+when it is loaded and stays in memory; a prepared corpus (`prepared.py`) stays on disk.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32, Integer
+
+from ttt_jax.config import DataConfig
+from ttt_jax.data.files import FORMATS, METADATA, find_files
+from ttt_jax.data.formats import read_texts
+from ttt_jax.data.interleave import Interleave
+from ttt_jax.data.prepared import PreparedCorpus, PreparedDocuments
+from ttt_jax.data.skipped import Skipped, stable_hash
+from ttt_jax.data.tokens import decode, tokenized
+from ttt_jax.pretrained.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+  name: str  # the path below the source's root; PATH:RECORD where a file holds many
+  tokens: Integer[np.ndarray, "T"]
+
+
+@runtime_checkable
+class Documents(Protocol):
+  """Random access to documents by number.
+
+  Attributes:
+    lengths: their tokens.
+  """
+
+  lengths: Integer[np.ndarray, "documents"]
+
+  def __len__(self) -> int: ...
+
+  def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "T"] | None:
+    """Tokens `start` to `stop` of a document, or to its end; None if they are corrupt, which counts.
+
+    Called by several threads.
+    """
+
+  def order(self, seed: int) -> Sequence[int]:
+    """All documents in an order from the seed."""
+
+
+class InMemory(tuple[Document, ...]):
+  """`Documents` as a tuple of them."""
+
+  @property
+  def lengths(self) -> Integer[np.ndarray, "documents"]:
+    return np.array([document.tokens.size for document in self], np.int64)
+
+  def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "T"]:
+    return self[document].tokens[start:stop]
+
+  def order(self, seed: int) -> Sequence[int]:
+    keys = [(stable_hash(f"{seed}:{d.name}"), d.name, i) for i, d in enumerate(self)]
+    return [i for *_, i in sorted(keys)]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+  """One of the sources of a mixture: each of its documents is for training or held out."""
+
+  name: str  # for people
+  train: Documents
+  heldout: Documents
+  weight: float = 1.0  # its part of the tokens, against the weights of the others
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+  """All that a run reads, and what was left aside."""
+
+  sources: tuple[Source, ...]
+  skipped: Skipped = field(default_factory=Skipped)
+  tokenizer: Tokenizer | None = None  # None: bytes
+
+  def decode(self, tokens: Integer[Any, "T"] | Sequence[int]) -> str:
+    """The text of tokens; U+FFFD stands for bytes that are not UTF-8."""
+    if self.tokenizer is None:
+      return decode(tokens)
+    return self.tokenizer.decode(np.asarray(tokens).tolist())
+
+  def report(self) -> str:
+    unit = "bytes" if self.tokenizer is None else "tokens"
+    weights = sum(source.weight for source in self.sources)
+
+    def size(documents):
+      return f"{len(documents):,} ({documents.lengths.sum(dtype=np.int64):,} {unit})"
+
+    def line(source):
+      share = f" {source.weight / weights:.1%} of the tokens," if len(self.sources) > 1 else ""
+      return (
+        f"{source.name}:{share} documents for training {size(source.train)}, held out "
+        f"{size(source.heldout)}; "
+      )
+
+    return "\n".join(map(line, self.sources)) + f"skipped: {self.skipped}."
+
+
+def load_corpus(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None = None) -> Corpus:
+  """Finds, and but for prepared ones reads, the documents of `config.path` or `config.mixture`.
+
+  `hash(name) < heldout_fraction` holds a document out, whatever the seed and the other documents
+  are; only where a side would stay empty, the lowest hash is held out and the highest is trained
+  on. The seed fixes the order on each side. What is not read is counted in `skipped`. The tokenizer,
+  None for bytes, changes neither the split nor the order.
+
+  Raises:
+    ValueError: a source does not exist, holds fewer than two readable documents, or was prepared with
+      another tokenizer or not to the end; too many corrupt records.
+  """
+  skipped = Skipped(config.max_bad_records)
+  sources = []
+  for name, path, weight in config.sources:
+    if path and (Path(path).expanduser() / METADATA).is_file():
+      corpus = PreparedCorpus(path, field=name, tokenizer=tokenizer, skipped=skipped)
+      heldout = _is_held(corpus.name_hashes, config.heldout_fraction)
+      train, held = (PreparedDocuments(corpus, np.flatnonzero(x)) for x in (~heldout, heldout))
+      sources.append(Source(path, train, held, weight))
+    else:
+      sources.append(_load_source(config, path, weight, name, seed, tokenizer, skipped))
+  return Corpus(tuple(sources), skipped, tokenizer)
+
+
+def _load_source(config, path, weight, name, seed, tokenizer, skipped) -> Source:
+  """A source read into memory."""
+  files = find_files(path, skipped, field=name)
+  texts = (
+    text
+    for file in files.paths
+    for text in read_texts(file, files.name_of(file), text_field=config.text_field, skipped=skipped)
+  )
+  documents = [Document(name, tokens) for name, tokens in tokenized(texts, tokenizer)]
+  if len(documents) < 2:
+    found = "one readable document only" if documents else "no readable document"
+    raise ValueError(
+      f"{name}={path!r} holds {found} (skipped: {skipped}): give a "
+      f"directory or glob with two documents or more, one to train on and one to hold out, in "
+      f"{FORMATS}; a single long text can be cut into several files"
+    )
+  documents.sort(key=lambda document: (stable_hash(f"{seed}:{document.name}"), document.name))
+  hashes = np.array([stable_hash(document.name) for document in documents], np.uint64)
+  heldout = _is_held(hashes, config.heldout_fraction)
+  train, held = (InMemory(documents[i] for i in np.flatnonzero(x)) for x in (~heldout, heldout))
+  return Source(files.source, train, held, weight)
+
+
+def _is_held(name_hashes: np.ndarray, fraction: float) -> np.ndarray:
+  """Which documents are held out: at least one is, and at least one is not."""
+  held = name_hashes < np.uint64(int(fraction * 2**64))
+  held[np.argmax(name_hashes)] = False
+  held[np.argmin(name_hashes)] = True
+  return held
+
+
+def heldout_rows(
+  sources: Sequence[Source], *, seq_len: int, max_documents: int, seed: int
+) -> Int32[np.ndarray, "B T"]:
+  """The first `seq_len` tokens of at most `max_documents` held-out documents, in an order from the seed.
+
+  Of several sources they are taken by weight, as long as each has documents of that length.
+
+  Raises:
+    ValueError: no document has `seq_len` tokens.
+  """
+  lengths = [source.heldout.lengths for source in sources]
+  if not any(each.size for each in lengths):
+    raise ValueError("no held-out documents: data.path must hold at least two documents")
+  rows = [_long_rows(source.heldout, seq_len, seed) for source in sources]
+  turns = Interleave([source.weight for source in sources])
+  turn, ended, found = 0, set(), []
+  while len(found) < max_documents and len(ended) < len(sources):
+    source, _ = turns(turn)
+    turn += 1
+    row = next(rows[source], None)
+    if row is None:
+      ended.add(source)
+    else:
+      found.append(row)
+  if not found:
+    longest = max(int(each.max(initial=0)) for each in lengths)
+    raise ValueError(
+      f"eval.seq_len={seq_len} is longer than each of the {sum(each.size for each in lengths)} "
+      f"held-out documents, the longest of which has {longest} tokens: use eval.seq_len={longest} or "
+      "less, or hold out more or longer documents (data.heldout_fraction, data.path)"
+    )
+  return np.stack(found).astype(np.int32)
+
+
+def _long_rows(documents: Documents, seq_len: int, seed: int) -> Iterator[np.ndarray]:
+  lengths = documents.lengths
+  for document in map(int, documents.order(seed)):
+    if lengths[document] >= seq_len:
+      row = documents.read(document, 0, seq_len)
+      if row is not None:
+        yield row

@@ -1,0 +1,248 @@
+"""`ttt-jax data prepare`: text to tokens on disk, once, for a corpus that is too large to hold in memory.
+
+The metadata is written first, as unfinished, and once more when everything else is on disk. So a
+directory tells whether it is whole, and one that a killed `prepare` left is made anew by the next one.
+"""
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Integer
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+from ttt_jax.data.files import METADATA, find_files
+from ttt_jax.data.formats import read_texts
+from ttt_jax.data.prepared import (
+  FORMAT,
+  INDEX,
+  INDEX_DTYPE,
+  RECORD_TOKENS,
+  SHARD_SUFFIX,
+  read_metadata,
+)
+from ttt_jax.data.skipped import Skipped, stable_hash
+from ttt_jax.data.tokens import fingerprint, token_dtype, tokenized
+from ttt_jax.pretrained.tokenizer import BYTES, load_tokenizer
+
+_LINE_SECONDS = 10  # between two lines of progress where no bar can be drawn
+
+
+def prepare(
+  source: str | None,
+  destination: str | Path,
+  *,
+  tokenizer: str = BYTES,
+  text_field: str = "text",
+  shard_bytes: int = 1 << 28,
+  max_bad_records: int = 0,
+  console: Console | None = None,
+) -> dict[str, Any]:
+  """Tokenises the texts of `source` into `destination`, which `data.path` then names; returns its metadata.
+
+  Args:
+    source: as `data.path`; files are read one after another, in the order of their names.
+    destination: a directory that is new, empty, or left unfinished by an earlier call.
+    tokenizer: as `data.tokenizer`.
+    text_field: as `data.text_field`.
+    shard_bytes: of tokens in one file.
+    max_bad_records: as `data.max_bad_records`.
+    console: for the progress.
+
+  Raises:
+    ValueError: the destination is something else; `source` cannot be read, holds fewer than two texts
+      or too many corrupt records.
+  """
+  if shard_bytes <= 0:
+    raise ValueError(f"the size of a shard must be positive, not {shard_bytes}")
+  console = Console(stderr=True) if console is None else console
+  loaded = None if tokenizer == BYTES else load_tokenizer(tokenizer)
+  skipped = Skipped(max_bad_records)
+  files = find_files(source, skipped, field="source")
+  directory = Path(destination).expanduser()
+  _clear(directory)
+  metadata = {
+    "format": FORMAT,
+    "complete": False,
+    "source": files.source,
+    "tokenizer": tokenizer,
+    "fingerprint": fingerprint(loaded),
+  }
+  _write_metadata(directory, metadata)
+
+  def texts() -> Iterator[tuple[str, bytes]]:
+    for path in files.paths:
+      yield from read_texts(path, files.name_of(path), text_field=text_field, skipped=skipped)
+      progress.file_done()
+
+  with (
+    _Writer(directory, token_dtype(loaded).newbyteorder("<"), shard_bytes) as writer,
+    _Progress(console, len(files.paths)) as progress,
+  ):
+    for name, tokens in tokenized(texts(), loaded):
+      writer.add(name, tokens)
+      progress.update(writer.documents, writer.tokens)
+  if writer.documents < 2:
+    raise ValueError(
+      f"source={source!r} holds {writer.documents} readable documents (skipped: {skipped}): two or more "
+      "are needed, one to train on and one to hold out"
+    )
+  metadata |= {
+    "complete": True,
+    "documents": writer.documents,
+    "tokens": writer.tokens,
+    "shards": writer.shards,
+    "index_crc": writer.index_crc,
+    "skipped": skipped.counts(),
+  }
+  _write_metadata(directory, metadata)
+  console.print(
+    f"{directory}: {writer.documents:,} documents, {writer.tokens:,} tokens in {len(writer.shards)} "
+    f"file{'s' if len(writer.shards) > 1 else ''}; skipped: {skipped}",
+    highlight=False,
+  )
+  return metadata
+
+
+def _clear(directory: Path) -> None:
+  """Makes the directory, or empties an unfinished one."""
+  if directory.exists() and not directory.is_dir():
+    raise ValueError(f"destination={str(directory)!r} is a file: give another one")
+  directory.mkdir(parents=True, exist_ok=True)
+  names = {path.name for path in directory.iterdir()} - {_tmp(directory).name}
+  if not names:
+    return
+  if METADATA not in names:
+    raise ValueError(f"destination={str(directory)!r} is not empty: give another one")
+  if read_metadata(directory)["complete"]:
+    raise ValueError(
+      f"destination={str(directory)!r} holds a prepared corpus already: delete it, or give another one"
+    )
+  for path in [*directory.glob(f"*{SHARD_SUFFIX}"), directory / INDEX]:
+    path.unlink(missing_ok=True)
+
+
+def _write_metadata(directory: Path, metadata: dict[str, Any]) -> None:
+  tmp = _tmp(directory)
+  with tmp.open("w", encoding="utf-8") as file:
+    json.dump(metadata, file, indent=1)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(tmp, directory / METADATA)
+
+
+def _tmp(directory: Path) -> Path:
+  return directory / f".{METADATA}.tmp"
+
+
+def _shard_name(number: int) -> str:
+  return f"{number:05d}{SHARD_SUFFIX}"
+
+
+class _Writer:
+  """Shards and index, with what the metadata says of them; a context manager, then on disk."""
+
+  def __init__(self, directory: Path, dtype: np.dtype, shard_bytes: int):
+    self._directory = directory
+    self._dtype = dtype
+    self._shard_bytes = shard_bytes
+    self._shard: ArrayRecordWriter | None = None
+    self._size = 0  # of the tokens in the shard that is open
+    self._rest = b""  # of the documents so far, less than a record
+    self.shards: list[dict[str, Any]] = []
+    self.documents, self.tokens, self.index_crc = 0, 0, 0
+
+  def __enter__(self) -> "_Writer":
+    self._index = (self._directory / INDEX).open("wb")
+    return self
+
+  def __exit__(self, *exception) -> None:
+    if self._rest:
+      self._write(self._rest)
+    self._close_shard()
+    _sync(self._index)
+    self._index.close()
+
+  def add(self, name: str, tokens: Integer[np.ndarray, "T"]) -> None:
+    data = self._rest + tokens.astype(self._dtype).tobytes()
+    size = RECORD_TOKENS * self._dtype.itemsize
+    whole = len(data) // size * size
+    for start in range(0, whole, size):
+      self._write(data[start : start + size])
+    self._rest = data[whole:]
+    entry = np.array([(stable_hash(name), tokens.size)], INDEX_DTYPE).tobytes()
+    self._index.write(entry)
+    self.index_crc = zlib.crc32(entry, self.index_crc)
+    self.documents += 1
+    self.tokens += tokens.size
+
+  def _write(self, record: bytes) -> None:
+    if self._shard is None:
+      self.shards.append({"name": _shard_name(len(self.shards)), "records": 0})
+      path = self._directory / self.shards[-1]["name"]
+      # One record per chunk of the file: a record is read without its neighbours.
+      self._shard = ArrayRecordWriter(str(path), "group_size:1")
+    self._shard.write(record)
+    self.shards[-1]["records"] += 1
+    self._size += len(record)
+    if self._size >= self._shard_bytes:
+      self._close_shard()
+
+  def _close_shard(self) -> None:
+    if self._shard is None:
+      return
+    self._shard.close()
+    self._shard, self._size = None, 0
+    path = self._directory / self.shards[-1]["name"]
+    with path.open("rb") as file:
+      _sync(file)
+    self.shards[-1]["bytes"] = path.stat().st_size
+
+
+def _sync(file) -> None:
+  file.flush()
+  os.fsync(file.fileno())
+
+
+class _Progress:
+  """A line that changes on a terminal, a line now and then elsewhere."""
+
+  def __init__(self, console: Console, files: int):
+    self._console = console
+    self._files, self._done = files, 0
+    self._start = self._last = time.monotonic()
+    self._progress = Progress(
+      TextColumn("{task.description}"),
+      TimeElapsedColumn(),
+      console=console,
+      disable=not console.is_terminal,
+    )
+    self._task = self._progress.add_task("reading", total=None)
+
+  def __enter__(self) -> "_Progress":
+    self._progress.start()
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._progress.stop()
+
+  def file_done(self) -> None:
+    self._done += 1
+
+  def update(self, documents: int, tokens: int) -> None:
+    now = time.monotonic()
+    line = (
+      f"{self._done:,}/{self._files:,} files  {documents:,} documents  {tokens:,} tokens  "
+      f"{tokens / max(now - self._start, 1e-3):,.0f} tokens/s"
+    )
+    self._progress.update(self._task, description=line)
+    if not self._console.is_terminal and now - self._last >= _LINE_SECONDS:
+      self._last = now
+      self._console.print(line, highlight=False)

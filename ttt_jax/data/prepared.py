@@ -1,0 +1,143 @@
+"""A corpus that `ttt-jax data prepare` made: what lies in its directory, and how it is read.
+
+    ttt_jax_data.json             the metadata; `complete` is true once all the rest is on disk
+    index.bin             for each document a hash of its name and its number of tokens
+    00000.tokens          an ArrayRecord of the tokens of all documents, one after another
+
+A record has `RECORD_TOKENS` of them, the very last one the rest, whatever documents they are of: one per
+document would be slow where documents are short, since each read takes ArrayRecord (0.8.6) a time that
+grows with the number of records in the file. The suffix is none that passes for text. Whatever is read is
+read when it is asked for, but for the index, which is mapped into memory.
+"""
+
+import bisect
+import itertools
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Integer
+
+from ttt_jax.data.files import METADATA
+from ttt_jax.data.skipped import Skipped
+from ttt_jax.data.tokens import fingerprint, token_dtype
+from ttt_jax.pretrained.tokenizer import Tokenizer
+
+FORMAT = "ttt_jax_data/1"
+INDEX = "index.bin"
+SHARD_SUFFIX = ".tokens"
+INDEX_DTYPE = np.dtype([("name_hash", "<u8"), ("tokens", "<u8")])
+RECORD_TOKENS = 1 << 13
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+  """Raises ValueError if it is damaged or of another format."""
+  try:
+    metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{directory / METADATA} cannot be read: {error}") from error
+  if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    raise ValueError(
+      f"{directory / METADATA} is not of the format {FORMAT}: it was written by another version of "
+      "ttt_jax; prepare the corpus again"
+    )
+  return metadata
+
+
+def _check(
+  metadata: dict[str, Any], directory: Path, given: str, tokenizer: Tokenizer | None
+) -> None:
+  """Raises ValueError unless the directory is whole and made with this tokenizer.
+
+  The index is read once, the shards are not: what is corrupt in them is found when it is read.
+  """
+  if not metadata["complete"]:
+    raise ValueError(
+      f"{given} is unfinished, since `ttt-jax data prepare` was stopped before its end: run it again"
+    )
+  if metadata["fingerprint"] != fingerprint(tokenizer):
+    raise ValueError(
+      f"{given} was prepared with the tokenizer {metadata['tokenizer']!r}, which is not the one of "
+      f"this run: set data.tokenizer={metadata['tokenizer']}, or prepare it again with --tokenizer"
+    )
+  sizes = {shard["name"]: shard["bytes"] for shard in metadata["shards"]}
+  for name, size in {**sizes, INDEX: metadata["documents"] * INDEX_DTYPE.itemsize}.items():
+    file = directory / name
+    there = file.stat().st_size if file.is_file() else None
+    if there != size:
+      state = "is missing" if there is None else f"has {there} bytes instead of {size}"
+      raise ValueError(f"{given} is damaged, {name} {state}: restore the file or prepare it again")
+  if zlib.crc32(np.memmap(directory / INDEX, np.uint8, mode="r")) != metadata["index_crc"]:
+    raise ValueError(f"{given} is damaged, {INDEX} has changed: restore it or prepare it again")
+
+
+class PreparedCorpus:
+  """A prepared directory, checked: whole, made with this tokenizer, every file there.
+
+  Attributes:
+    lengths: tokens of each document.
+    name_hashes: `stable_hash` of its name.
+  """
+
+  def __init__(self, path: str, *, field: str, tokenizer: Tokenizer | None, skipped: Skipped):
+    self._directory = Path(path).expanduser()
+    self._skipped = skipped
+    metadata = read_metadata(self._directory)
+    _check(metadata, self._directory, f"{field}={path!r}", tokenizer)
+    index = np.memmap(self._directory / INDEX, INDEX_DTYPE, mode="r")
+    self.lengths, self.name_hashes = index["tokens"], index["name_hash"]
+    self._dtype = token_dtype(tokenizer).newbyteorder("<")
+    lengths = self.lengths.astype(np.int64)
+    self._starts, self._tokens = np.cumsum(lengths) - lengths, metadata["tokens"]
+    self._shards = metadata["shards"]
+    self._ends = list(itertools.accumulate(shard["records"] for shard in self._shards))
+    # Grain opens a shard when it is first read from, as it is told how many records there are.
+    self._records = grain.sources.ArrayRecordDataSource(
+      [f"{self._directory / shard['name']}[0:{shard['records']}]" for shard in self._shards]
+    )
+
+  def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "T"] | None:
+    stop = min(stop, int(self.lengths[document]))
+    start, stop = (int(self._starts[document]) + place for place in (start, stop))
+    first, last = start // RECORD_TOKENS, -(-stop // RECORD_TOKENS)
+    parts = [self._read_record(number) for number in range(first, last)]
+    if any(part is None for part in parts):
+      return None
+    tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    begin = first * RECORD_TOKENS
+    return tokens[start - begin : stop - begin]
+
+  def _read_record(self, number: int) -> Integer[np.ndarray, "T"] | None:
+    tokens = min(RECORD_TOKENS, self._tokens - number * RECORD_TOKENS)
+    try:
+      data = self._records[number]
+      if len(data) != tokens * self._dtype.itemsize:
+        raise RuntimeError(f"{len(data)} bytes instead of {tokens * self._dtype.itemsize}")
+    except RuntimeError as error:
+      shard = bisect.bisect_right(self._ends, number)
+      within = number - (self._ends[shard] - self._shards[shard]["records"])
+      file = self._directory / self._shards[shard]["name"]
+      self._skipped.add_corrupt(f"{file}, record {within}", error)
+      return None
+    return np.frombuffer(data, self._dtype)
+
+
+class PreparedDocuments:
+  """Some `Documents` of a prepared corpus."""
+
+  def __init__(self, corpus: PreparedCorpus, chosen: Integer[np.ndarray, "documents"]):
+    self._corpus = corpus
+    self._chosen = chosen
+    self.lengths = corpus.lengths[chosen]
+
+  def __len__(self) -> int:
+    return len(self._chosen)
+
+  def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "T"] | None:
+    return self._corpus.read(int(self._chosen[document]), start, stop)
+
+  def order(self, seed: int) -> Integer[np.ndarray, "documents"]:
+    return np.random.default_rng(seed % 2**64).permutation(len(self))

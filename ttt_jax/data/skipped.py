@@ -1,0 +1,56 @@
+"""What reading leaves aside: counted by reason, and of corrupt records at most as many as allowed."""
+
+import hashlib
+import threading
+import warnings
+from collections import Counter
+
+
+class Skipped:
+  """Counts by reason; the reason `corrupt` has a limit and names each place. Threads may share one."""
+
+  def __init__(self, max_bad_records: int = 0):
+    self._limit = max_bad_records
+    self._counts = Counter()
+    self._places: set[str] = set()
+    self._lock = threading.Lock()
+
+  def add(self, reason: str, count: int = 1) -> None:
+    with self._lock:
+      self._counts[reason] += count
+
+  def add_corrupt(self, place: str, problem: Exception | str, records: int = 1) -> None:
+    """Counts the corrupt records of a place once, with a warning.
+
+    Raises:
+      ValueError: they are more than `data.max_bad_records`.
+    """
+    with self._lock:
+      if place in self._places:
+        return
+      self._places.add(place)
+      self._counts["corrupt"] += records
+      bad = self._counts["corrupt"]
+    reason = (str(problem) or type(problem).__name__).splitlines()[0][:200]
+    if bad > self._limit:
+      raise ValueError(
+        f"{place} is corrupt ({reason}): {bad} corrupt records are more than data.max_bad_records="
+        f"{self._limit}; restore the file, or raise data.max_bad_records to go on without them"
+      )
+    warnings.warn(f"{place} is corrupt and skipped ({reason})", stacklevel=2)
+
+  def counts(self) -> dict[str, int]:
+    with self._lock:
+      return dict(+self._counts)
+
+  def __str__(self) -> str:
+    counts = sorted(self.counts().items())
+    parts = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts]
+    return ", ".join(parts) or "nothing"
+
+
+def stable_hash(text: str) -> int:
+  """64 bits that stay the same over processes, machines and Python versions."""
+  # File names that are not UTF-8 reach Python as surrogates.
+  data = text.encode(errors="surrogateescape")
+  return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")

@@ -1,0 +1,83 @@
+"""Tokens on the host: bytes, or what a tokenizer makes of a text.
+
+A `Tokenizer | None` is None for bytes, everywhere in `ttt_jax.data`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, Integer
+
+from ttt_jax.pretrained.tokenizer import Tokenizer
+
+VOCAB_SIZE = 256  # one token per byte
+IGNORE = -1  # the label of a token that has no successor in its row; the same as in ttt_jax.loss
+
+_BATCH_BYTES = 1 << 22  # of text that a tokenizer gets at a time, to spread over its threads
+_PROBE = (
+  "Don't  panic:\n\tx_1 = 3.14e-5  # \u00e9t\u00e9 \u4f60\u597d \u0417\u0434\u0440 \U0001f600\r\n"
+)
+
+
+def encode(text: str) -> Int32[np.ndarray, "T"]:
+  """The UTF-8 bytes of `text`, one token each."""
+  return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+
+def decode(tokens: Integer[Any, "T"] | Sequence[int]) -> str:
+  """The text of these bytes; U+FFFD stands where they are not UTF-8.
+
+  Raises ValueError if a token is not a byte.
+  """
+  tokens = np.asarray(tokens, np.int64)
+  foreign = tokens[(tokens < 0) | (tokens >= VOCAB_SIZE)]
+  if foreign.size:
+    raise ValueError(f"token {foreign[0]} is not a byte: decode takes 0 to {VOCAB_SIZE - 1}")
+  return tokens.astype(np.uint8).tobytes().decode(errors="replace")
+
+
+def vocab_size(tokenizer: Tokenizer | None) -> int:
+  return VOCAB_SIZE if tokenizer is None else tokenizer.vocab_size
+
+
+def token_dtype(tokenizer: Tokenizer | None) -> np.dtype:
+  """The narrowest unsigned integers that hold every token: uint8, uint16 or uint32."""
+  return np.min_scalar_type(vocab_size(tokenizer) - 1)
+
+
+def fingerprint(tokenizer: Tokenizer | None) -> str:
+  """Equal for tokenizers that make the same tokens: a hash of the vocabulary and of a text encoded.
+
+  What the library writes to a file is not hashed, as it differs between its versions.
+  """
+  if tokenizer is None:
+    return "bytes"
+  known = [sorted(tokenizer.vocabulary().items()), tokenizer.encode(_PROBE)]
+  return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
+
+
+def tokenized(
+  texts: Iterable[tuple[str, bytes]], tokenizer: Tokenizer | None
+) -> Iterator[tuple[str, Integer[np.ndarray, "T"]]]:
+  """(name, tokens) for every (name, UTF-8), in order, a few MB of text in memory at a time."""
+  if tokenizer is None:
+    yield from ((name, np.frombuffer(text, np.uint8)) for name, text in texts)
+    return
+  dtype = token_dtype(tokenizer)
+
+  def encoded(batch):
+    ids = tokenizer.encode_batch([text.decode() for _, text in batch])
+    return ((name, np.asarray(tokens, dtype)) for (name, _), tokens in zip(batch, ids))
+
+  batch, size = [], 0
+  for name, text in texts:
+    batch.append((name, text))
+    size += len(text)
+    if size >= _BATCH_BYTES:
+      yield from encoded(batch)
+      batch, size = [], 0
+  if batch:
+    yield from encoded(batch)
