@@ -210,7 +210,7 @@ def config_file(tmp_path):
   ("words", "message"),
   [
     ([], "plan.topology is not set"),
-    (["--topology", "v5e:1x7"], "v5e:1x7"),
+    (["--topology", "v9:1x7"], "v9:1x7"),
     (["--plan.mode", "decode"], "plan.mode='decode'"),
     (["--topologie", "v5e:2x2"], "topologie"),
   ],
@@ -258,3 +258,6 @@ def test_a_slice_by_name(tmp_path):
   assert result.returncode == 1, result.stderr
   assert "it does not fit; its largest buffers" in result.stdout
   assert "GiB  " in result.stdout
+  result = run(path, "--topology", "v5e:1x7")
+  assert result.returncode == 2
+  assert "plan.topology='v5e:1x7' is no slice" in result.stderr
