@@ -208,58 +208,52 @@ class Program:
 
   def _trips(self, loop: Instruction) -> int:
     """Iterations of a loop that counts from a constant to a constant; 1 where the text does not say."""
-    attributes = dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", loop.rest))
     known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
     if known is not None:
       return int(known.group(1))
-    condition = {x.name: x for x in self.computations.get(attributes.get("condition", ""), ())}
-    test = next((x for x in condition.values() if x.is_root), None)
-    if test is not None and test.kind == "fusion":
-      inner = self.computations.get(next(iter(_CALLED.findall(test.rest)), ""), ())
-      compare = next((x for x in inner if x.kind == "compare"), None)
-      if compare is not None:
-        by_parameter = {
-          x.name: _operands(test.rest)[int(x.rest.split(")")[0])]
-          for x in inner
-          if x.kind == "parameter"
-        }
-        constants = {x.name: x for x in inner if x.kind == "constant"}
-        condition |= constants
-        names = [by_parameter.get(name, name) for name in _operands(compare.rest)]
-        return self._count(loop, condition, names, compare.rest)
-    if test is None or test.kind != "compare":
+    numbers, test = self._condition(loop)
+    if None in numbers or not (found := re.search(r"direction=(LT|LE)", test)):
       self.unknown_loops.append(loop.name)
       return 1
-    return self._count(loop, condition, _operands(test.rest), test.rest)
+    index, limit = numbers
+    return max(0, limit - index + (found.group(1) == "LE"))
 
-  def _count(self, loop, condition: dict[str, Instruction], names: list[str], test: str) -> int:
-    index, limit = (self._number(loop, condition.get(name)) for name in names)
-    if index is None or limit is None or not re.search(r"direction=(LT|LE)", test):
-      self.unknown_loops.append(loop.name)
-      return 1
-    return max(0, limit - index + ("direction=LE" in test))
+  def _condition(self, loop: Instruction) -> tuple[list[int | None], str]:
+    """The two numbers that a loop's condition compares before the first iteration, and how it does."""
+    condition = self._by_name(re.search(r"\bcondition=%?([\w.\-]+)", loop.rest).group(1))
+    test = next(x for x in condition.values() if x.is_root)
+    names = _operands(test.rest)
+    if test.kind == "fusion":
+      inside = self._by_name(_CALLED.findall(test.rest)[0])
+      given = {
+        x.name: names[int(x.rest.split(")")[0])] for x in inside.values() if x.kind == "parameter"
+      }
+      condition |= inside
+      test = next((x for x in inside.values() if x.kind == "compare"), test)
+      names = [given.get(name, name) for name in _operands(test.rest)]
+    if test.kind != "compare":
+      return [None], test.rest
+    return [self._number(loop, condition.get(name)) for name in names], test.rest
 
   def _number(self, loop: Instruction, x: Instruction | None) -> int | None:
-    """A constant of a loop's condition, or what an entry of its state is at the start."""
-    if x is None:
+    """A constant, or what an entry of a loop's state is at its start if that is one."""
+    if x is not None and x.kind == "get-tuple-element":
+      caller = next(body for body in self.computations.values() if loop in body)
+      around = {y.name: y for y in caller}
+      state = around.get(_operands(loop.rest)[0])
+      if state is None or state.kind != "tuple":
+        return None
+      place = int(re.search(r"index=(\d+)", x.rest).group(1))
+      x = around.get(_operands(state.rest)[place])
+      while x is not None and x.kind in ("copy", "bitcast"):
+        x = around.get(_operands(x.rest)[0])
+    if x is None or x.kind != "constant":
       return None
-    if x.kind == "constant":
-      found = re.match(r"(-?\d+)\)", x.rest)
-      return int(found.group(1)) if found else None
-    place = re.search(r"index=(\d+)", x.rest)
-    if x.kind != "get-tuple-element" or place is None:
-      return None
-    caller = next(
-      body for body in self.computations.values() if any(y.name == loop.name for y in body)
-    )
-    by_name = {y.name: y for y in caller}
-    state = by_name.get(next(iter(_operands(loop.rest)), ""))
-    if state is None or state.kind != "tuple":
-      return None
-    start = by_name.get(_operands(state.rest)[int(place.group(1))])
-    while start is not None and start.kind in ("copy", "bitcast"):
-      start = by_name.get(_operands(start.rest)[0])
-    return self._number(loop, start) if start is not None and start.kind == "constant" else None
+    found = re.match(r"(-?\d+)\)", x.rest)
+    return None if found is None else int(found.group(1))
+
+  def _by_name(self, computation: str) -> dict[str, Instruction]:
+    return {x.name: x for x in self.computations.get(computation, ())}
 
 
 def _operands(rest: str) -> list[str]:
