@@ -393,7 +393,7 @@ def test_heldout_documents_too_short():
   nothing = data.InMemory()
   source = [data.Source("made up", nothing, make_documents([8, 30, 1]))]
   with pytest.raises(
-    ValueError, match=r"eval.seq_len=31 .* 3 held-out .* 30 tokens: use eval.seq_len=30"
+    ValueError, match=r"eval.seq_len=31 .* 3 held-out .* 30 tokens: use 30 or less"
   ):
     data.heldout_rows(source, seq_len=31, max_documents=2, seed=0)
   with pytest.raises(ValueError, match=r"no held-out documents: data\.path"):

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ttt_jax.nn.layers import project
+from ttt_jax.nn.layers import Embed, RMSNorm, project
 from ttt_jax.nn.transformer import HEAD, Transformer
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.sharding import Axes, over_shards
@@ -45,32 +46,52 @@ def model_losses(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Any]:
   """`token_losses(model(tokens), labels)` and the `MlpStats`, with few logits in memory at a time.
 
+  Args:
+    model: the model.
+    tokens, labels, segment_ids: packed rows.
+    update: whether the fast weights learn.
+    z_loss, at_once: as for `hidden_losses`.
+  """
+  x, stats = model.hidden(tokens, segment_ids, update=update)
+  losses, valid = hidden_losses(
+    x, labels, model.embed, model.norm, model.head, z_loss=z_loss, at_once=at_once
+  )
+  return losses, valid, stats
+
+
+def hidden_losses(
+  x: Float[Array, "B T D"],
+  labels: Int[Array | np.ndarray, "B T"],
+  embed: Embed,
+  norm: RMSNorm,
+  head: nnx.Param | None,
+  *,
+  z_loss: float = 0.0,
+  at_once: int = LOGITS_AT_ONCE,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+  """`token_losses(next_token_logits(x, embed, norm, head), labels)`, few logits in memory at a time.
+
   A device reads its part of the vocabulary, `at_once` logits at a time, forward and, computed once
   more, backward. Over `fsdp` the head is gathered once, and its gradient reduced once; over `tensor`
   three numbers per token are exchanged.
 
   Args:
-    model: the model.
-    tokens, labels, segment_ids: packed rows.
-    update: whether the fast weights learn.
     z_loss: weight of `logsumexp(logits)^2`, added to the loss of every token with a label.
     at_once: logits of a device.
   """
-  x, stats = model.hidden(tokens, segment_ids, update=update)
   rows = ("batch", "sequence")
-  tied = model.head is None
-  losses, valid = over_shards(
+  tied = head is None
+  return over_shards(
     partial(_device_losses, tied=tied, z_loss=z_loss, at_once=at_once),
     x,
     jnp.asarray(labels),
-    model.norm,
-    model.embed.table[...] if tied else model.head[...],
+    norm,
+    embed.table[...] if tied else head[...],
     dims=((*rows, None), rows, None, ("vocab", "embed") if tied else ("embed", "vocab")),
     out_dims=(rows, rows),
     # Else the head's gradient would be summed over the shards in every piece.
     check_vma=False,
   )
-  return losses, valid, stats
 
 
 def _device_losses(x, labels, norm, kernel, *, tied, z_loss, at_once, axes: Axes):

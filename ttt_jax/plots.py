@@ -68,6 +68,49 @@ def plot_training(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
   plt.close(figure)
 
 
+# Ways to read in `perplexity.json`: colour, marker; a reset has those of the last entry.
+_MODES = {"updating": ("#0b4f9e", "o"), "frozen": ("#d1620b", "s"), "plain": ("#0b4f9e", "o")}
+_RESET = ("#3f8f4f", "v")
+
+
+def plot_perplexity(report: dict[str, Any], path: Path) -> None:
+  """Loss of the last block against the text before it, and by position, with intervals."""
+  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), dpi=150, layout="constrained")
+  for mode in report["modes"]:
+    color, marker = _MODES.get(mode, _RESET)
+    by_context = [row for row in report["by_context"] if row["mode"] == mode]
+    rows = [row[mode] for row in report["by_position"]]
+    middle = [(row["from"] + row["to"]) / 2 for row in report["by_position"]]
+    for axes, x, points in (
+      (left, [row["context"] for row in by_context], by_context),
+      (right, middle, rows),
+    ):
+      axes.plot(
+        x, [p["loss"] for p in points], color=color, marker=marker, markersize=5, label=mode
+      )
+      if points[0]["low"] is not None:
+        axes.fill_between(
+          x, [p["low"] for p in points], [p["high"] for p in points], color=color, alpha=0.12
+        )
+  contexts = sorted({row["context"] for row in report["by_context"]})
+  left.set_xscale("log", base=2)
+  left.set_xticks(contexts, [f"{c:,}" for c in contexts], minor=False)
+  left.set_title(f"The same last {report['block']} tokens", loc="left", fontsize=11)
+  left.set_xlabel("tokens of context before them")
+  right.set_title(
+    f"Along the longest read ({report['documents']} documents)", loc="left", fontsize=11
+  )
+  right.set_xlabel("position in the document (tokens)")
+  right.set_xlim(0, report["by_position"][-1]["to"])
+  for axes in (left, right):
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+  left.legend(frameon=False, title="fast weights" if len(report["modes"]) > 1 else None)
+  figure.savefig(path)
+  plt.close(figure)
+
+
 def plot_bench(report: dict[str, Any], path: Path) -> None:
   """Time against the dense MLP, with the FLOPs' ratio as a line, and memory; bytes sent, if any."""
   exchange = [record for record in report["exchange"] if "," not in record["case"]]

@@ -77,7 +77,7 @@ def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = 
 
 def write_json(path: str | Path, data: Any) -> None:
   """Writes a JSON file whole or not at all; NaN and infinities become null."""
-  _write_whole(Path(path), json.dumps(_jsonable(data), indent=2, allow_nan=False) + "\n")
+  _write_whole(Path(path), json.dumps(jsonable(data), indent=2, allow_nan=False) + "\n")
 
 
 class MetricsLog:
@@ -172,17 +172,17 @@ def _without(tree: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _line(record: dict[str, Any]) -> str:
-  return json.dumps(_jsonable(record), allow_nan=False) + "\n"
+  return json.dumps(jsonable(record), allow_nan=False) + "\n"
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
   """`value` of Python types that JSON has, None for what is not finite."""
   if isinstance(value, dict):
-    return {str(key): _jsonable(item) for key, item in value.items()}
+    return {str(key): jsonable(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
-    return [_jsonable(item) for item in value]
+    return [jsonable(item) for item in value]
   if isinstance(value, np.ndarray | np.generic):
-    return _jsonable(value.tolist())
+    return jsonable(value.tolist())
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value

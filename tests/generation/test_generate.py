@@ -9,7 +9,7 @@ import pytest
 from helpers import ATTENTION, MODEL, TTT, mesh_of, random_model, relative_error
 
 from ttt_jax.config import AttentionConfig, TTTConfig
-from ttt_jax.generation import generate as module
+from ttt_jax.generation import segments
 from ttt_jax.generation.generate import Stream, generate
 from ttt_jax.generation.reader import Reader
 from ttt_jax.partition import shardings
@@ -21,7 +21,7 @@ NEW = 18
 
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch):
-  monkeypatch.setattr(module, "_SEGMENT", 16)
+  monkeypatch.setattr(segments, "_SEGMENT", 16)
 
 
 @pytest.fixture(scope="module")

@@ -163,11 +163,19 @@ def _is_held(name_hashes: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def heldout_rows(
-  sources: Sequence[Source], *, seq_len: int, max_documents: int, seed: int
+  sources: Sequence[Source],
+  *,
+  seq_len: int,
+  max_documents: int,
+  seed: int,
+  name: str = "eval.seq_len",
 ) -> Int32[np.ndarray, "B T"]:
   """The first `seq_len` tokens of at most `max_documents` held-out documents, in an order from the seed.
 
   Of several sources they are taken by weight, as long as each has documents of that length.
+
+  Args:
+    name: where `seq_len` comes from, for the message.
 
   Raises:
     ValueError: no document has `seq_len` tokens.
@@ -189,8 +197,8 @@ def heldout_rows(
   if not found:
     longest = max(int(each.max(initial=0)) for each in lengths)
     raise ValueError(
-      f"eval.seq_len={seq_len} is longer than each of the {sum(each.size for each in lengths)} "
-      f"held-out documents, the longest of which has {longest} tokens: use eval.seq_len={longest} or "
+      f"{name}={seq_len} is longer than each of the {sum(each.size for each in lengths)} "
+      f"held-out documents, the longest of which has {longest} tokens: use {longest} or "
       "less, or hold out more or longer documents (data.heldout_fraction, data.path)"
     )
   return np.stack(found).astype(np.int32)

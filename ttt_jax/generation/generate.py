@@ -19,22 +19,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.generation.reader import Cache, Reader
 from ttt_jax.generation.sampling import check_sampling, sample
+from ttt_jax.generation.segments import room_for, row_shards, segment_length
 from ttt_jax.generation.state import (
   NOTHING,
   GenerationState,
   check_model,
   grow,
+  new_state,
   place,
   state_shardings,
 )
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.partition import shardings
-from ttt_jax.sharding import context_size
 
-_SEGMENT = 2048  # tokens of a row read at once, at least one chunk on every shard
-_SHORTEST_SEGMENT = 16
-_SMALLEST_CAPACITY = 256
 _STEPS = 16  # tokens made between two looks of the host
 
 
@@ -207,19 +205,18 @@ class Stream:
   def _start(self, state: GenerationState | None, max_new_tokens: int, update: bool) -> None:
     """Places a cache with room for all that will be read."""
     real = len(self._prompts)
-    rows = real + -real % _row_shards(self._mesh)  # rows of nothing fill up
-    vocabulary = self._reader.model.vocab_size
-    if state is None:
-      cache = self._reader.empty_cache(rows, 0, update=update)
-      logits = jnp.zeros((rows, vocabulary), accumulation_dtype(self._reader.model.dtype))
-    else:
-      here = place(state.cache, state.logits, self._reader, split_rows=False)
-      cache, logits = jax.tree.map(lambda x: _pad_rows(x, rows), here)
-    self._lengths = np.asarray(cache.lengths).astype(np.int64)
+    rows = real + -real % row_shards(self._mesh)  # rows of nothing fill up
+    new = np.array([len(prompt) + max_new_tokens for prompt in self._prompts])
     self._active = np.arange(rows) < real
-    new = [len(prompt) + max_new_tokens for prompt in self._prompts]
-    most = int(np.max(self._lengths[:real] + new))
-    cache = grow(cache, self._reader, _capacity(most))
+    if state is None:
+      self._lengths = np.zeros(rows, np.int64)
+      room = room_for(int(new.max()))
+      self._cache, self._logits = new_state(self._reader, rows, room, update=update)
+      return
+    here = place(state.cache, state.logits, self._reader, split_rows=False)
+    cache, logits = jax.tree.map(lambda x: _pad_rows(x, rows), here)
+    self._lengths = np.asarray(cache.lengths).astype(np.int64)
+    cache = grow(cache, self._reader, room_for(int(np.max(self._lengths[:real] + new))))
     self._cache, self._logits = place(cache, logits, self._reader, split_rows=True)
 
   def _read_prompts(self) -> None:
@@ -227,7 +224,7 @@ class Stream:
     rest += [[] for _ in range(len(self._active) - len(rest))]
     while any(rest):
       begun = self._lengths % self._chunk if self._chunk else np.zeros_like(self._lengths)
-      length = _segment_length([len(prompt) for prompt in rest], begun, self._chunk or 1)
+      length = segment_length([len(prompt) for prompt in rest], begun, self._chunk or 1)
       # All rows end at a chunk's end, or at their own.
       counts = np.minimum([len(prompt) for prompt in rest], np.maximum(length - begun, 0))
       tokens = np.zeros((len(rest), length), np.int32)
@@ -306,9 +303,9 @@ def trace_read(
   reader = placed(reader, shardings(reader, mesh))
   config = reader.model
   with jax.set_mesh(mesh):
-    segment = _segment_length([tokens], np.zeros(1, int), reader.ttt.chunk_size)
+    segment = segment_length([tokens], np.zeros(1, int), reader.ttt.chunk_size)
     state = {
-      "cache": jax.eval_shape(lambda: reader.empty_cache(rows, _capacity(tokens))),
+      "cache": jax.eval_shape(lambda: reader.empty_cache(rows, room_for(tokens))),
       "logits": jax.ShapeDtypeStruct(
         (rows, config.vocab_size), accumulation_dtype(jnp.dtype(config.dtype))
       ),
@@ -381,28 +378,6 @@ def _learn(reader: Reader, cache: Cache, row: Int[Array, ""]) -> Cache:
   return reader.learn_pending(cache, row)
 
 
-def _capacity(tokens: int) -> int:
-  """Slots for so many tokens, at most a quarter more: programs are compiled for few sizes."""
-  step = max(_SMALLEST_CAPACITY, 1 << max(0, tokens.bit_length() - 3))
-  return -(-tokens // step) * step
-
-
-def _segment_length(left: list[int], begun: Int[np.ndarray, "B"], chunk_size: int) -> int:
-  """How many tokens to read next: a whole segment, or one of few sizes that holds all that is left.
-
-  Args:
-    left: tokens of each row.
-    begun: tokens of each row's unfinished chunk.
-  """
-  shards = context_size()
-  unit = chunk_size * shards
-  segment = -(-_SEGMENT // unit) * unit
-  if max(n + b for n, b in zip(left, begun)) >= segment:
-    return segment
-  short = max(_SHORTEST_SEGMENT, 1 << (max(left) - 1).bit_length())
-  return min(segment, short if shards == 1 else -(-short // unit) * unit)
-
-
 def _prompts(tokens, vocab_size: int, state: GenerationState | None) -> list[list[int]]:
   """The prompts as lists; raises ValueError for what cannot be read."""
   if isinstance(tokens, (jax.Array, np.ndarray)):
@@ -440,11 +415,6 @@ def _check_positions(model, prompts, max_new_tokens, state) -> None:
       "there; its fast weights read on",
       stacklevel=4,
     )
-
-
-def _row_shards(mesh: Mesh | None) -> int:
-  """How many parts rows are split into."""
-  return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def _pad_rows(x: Array, rows: int) -> Array:

@@ -80,6 +80,27 @@ class Reader:
   ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads new tokens behind those in a cache, made by `empty_cache`; fast weights learn on.
 
+    Arguments are those of `hidden`.
+
+    Returns:
+      The logits of the successor of each row's last new token, in float32 or wider, and the cache.
+    """
+    x, cache = self.hidden(tokens, cache, counts, aligned=aligned)
+    last = jnp.clip(counts - 1, 0)[:, None, None]
+    x = jnp.take_along_axis(x, last, axis=1)
+    logits = next_token_logits(x, self.embed, self.norm, self.head)[:, 0]
+    return constrain(logits, "batch", None), cache
+
+  def hidden(
+    self,
+    tokens: Int[Array, "B T"],
+    cache: Cache,
+    counts: Int[Array, "B"],
+    *,
+    aligned: bool = False,
+  ) -> tuple[Float[Array, "B T D"], Cache]:
+    """What the logits of every new token are made of, and the cache with the new tokens.
+
     A row's chunk that is full after a call with one token is not learned yet: `learn_pending` does
     that, before the row's next token.
 
@@ -87,9 +108,6 @@ class Reader:
       tokens: T new tokens a row, of which the first `counts` are there; the others fill up rows of
         different lengths.
       aligned: no row that reads has an unfinished chunk, which saves work.
-
-    Returns:
-      The logits of the successor of each row's last new token, in float32 or wider, and the cache.
     """
     place = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=cache.lengths.dtype)[None]
     config = self.model
@@ -104,10 +122,7 @@ class Reader:
       block = gathered(block, x.dtype)
       x, layer = block.read(x, embeddings, rotary, layer, cache.lengths, counts, aligned=aligned)
       layers.append(layer)
-    last = jnp.clip(counts - 1, 0)[:, None, None]
-    x = jnp.take_along_axis(x, last, axis=1)
-    logits = next_token_logits(x, self.embed, self.norm, self.head)[:, 0]
-    return constrain(logits, "batch", None), Cache(cache.lengths + counts, tuple(layers))
+    return x, Cache(cache.lengths + counts, tuple(layers))
 
   def learn_pending(self, cache: Cache, row: Int[Array, ""]) -> Cache:
     """The cache after every TTT layer learned one row's chunk, which is full."""

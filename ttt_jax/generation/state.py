@@ -17,6 +17,7 @@ from ttt_jax.generation.reader import Cache, Reader
 from ttt_jax.nn.attention import KEYS_AND_VALUES
 from ttt_jax.nn.mlp import FAST_CACHE
 from ttt_jax.nn.transformer import Transformer
+from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.sharding import sharding
 from ttt_jax.tree import named_leaves
 
@@ -128,17 +129,37 @@ def check_model(state_of: str, model: str) -> None:
     )
 
 
+def new_state(
+  reader: Reader, rows: int, tokens: int, *, update: bool
+) -> tuple[Cache, Float[Array, "B V"]]:
+  """The cache of rows that have read nothing, with room for `tokens` each, and logits of no meaning.
+
+  Made where the model is, split over its mesh as it reads them: never whole on one device.
+  """
+  config = reader.model
+
+  def make():
+    logits = jnp.zeros((rows, config.vocab_size), accumulation_dtype(jnp.dtype(config.dtype)))
+    return {"cache": reader.empty_cache(rows, tokens, update=update), "logits": logits}
+
+  where = _where(jax.eval_shape(make), reader, split_rows=True)
+  return tuple(jax.jit(make, out_shardings=where)().values())
+
+
 def place(
   cache: Cache, logits: Float[Array, "B V"], reader: Reader, *, split_rows: bool
 ) -> tuple[Cache, Float[Array, "B V"]]:
   """Copies, which can be donated, where the model is, split over its mesh as it reads them."""
-  mesh = reader.mesh()
   arrays = {"cache": cache, "logits": logits}
-  if mesh is None:
-    where = reader.embed.table[...].sharding
-  else:
-    where = state_shardings(arrays, mesh, split_rows=split_rows)
+  where = _where(arrays, reader, split_rows=split_rows)
   return tuple(jax.tree.map(jnp.copy, jax.device_put(arrays, where)).values())
+
+
+def _where(arrays: dict[str, Any], reader: Reader, *, split_rows: bool) -> Any:
+  mesh = reader.mesh()
+  if mesh is None:
+    return reader.embed.table[...].sharding
+  return state_shardings(arrays, mesh, split_rows=split_rows)
 
 
 def state_shardings(arrays: dict[str, Any], mesh: Mesh, *, split_rows: bool) -> dict[str, Any]:

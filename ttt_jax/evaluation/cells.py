@@ -1,0 +1,79 @@
+"""Results of a long evaluation, kept one by one, so that the same command again goes on after the last."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ttt_jax.rundir import jsonable
+
+
+class Cells:
+  """A file of results by key: `settings` on the first line, then one result per line, written at once.
+
+  A result stands there whole or not at all, and once: a line that a killed process left torn is dropped,
+  and a key that has a result is not given another.
+  """
+
+  def __init__(self, path: str | Path, settings: dict[str, Any]):
+    """Opens the file or makes it.
+
+    Args:
+      path: the file.
+      settings: everything that the results depend on.
+
+    Raises:
+      ValueError: the file holds results of other settings, or is no such file. Nothing was changed.
+    """
+    self._path = Path(path)
+    self._results: dict[str, Any] = {}
+    settings = jsonable(settings)
+    lines = []
+    if self._path.exists():
+      text = self._path.read_text(encoding="utf-8")
+      lines = text.splitlines()[: None if text.endswith("\n") else -1]
+    if lines:
+      self._read(lines, settings)
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    whole = "".join(line + "\n" for line in lines or [json.dumps({"settings": settings})])
+    tmp = self._path.with_name(f".{self._path.name}.tmp")
+    tmp.write_text(whole, encoding="utf-8")
+    os.replace(tmp, self._path)
+
+  def _read(self, lines: list[str], settings: dict[str, Any]) -> None:
+    try:
+      first, *records = map(json.loads, lines)
+      recorded = first["settings"]
+      self._results = {_name(record["key"]): record["result"] for record in records}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+      raise ValueError(f"{self._path} is no file of results: give another --out") from error
+    names = sorted(recorded.keys() | settings.keys())
+    changed = [name for name in names if recorded.get(name) != settings.get(name)]
+    if changed:
+      raise ValueError(
+        f"{self._path} holds results of other settings: "
+        + ", ".join(f"{n} was {recorded.get(n)!r}, is {settings.get(n)!r}" for n in changed)
+        + ". Give another --out, or delete it"
+      )
+
+  def __contains__(self, key: tuple) -> bool:
+    return _name(key) in self._results
+
+  def __getitem__(self, key: tuple) -> Any:
+    return self._results[_name(key)]
+
+  def __len__(self) -> int:
+    return len(self._results)
+
+  def add(self, key: tuple, result: Any) -> None:
+    """Keeps a result, of what JSON has; NaN and infinities become null."""
+    if key in self:
+      raise ValueError(f"{self._path} has a result for {key} already")
+    result = jsonable(result)
+    with self._path.open("a", encoding="utf-8") as file:
+      file.write(json.dumps({"key": list(key), "result": result}, allow_nan=False) + "\n")
+    self._results[_name(key)] = result
+
+
+def _name(key) -> str:
+  return json.dumps(list(key))

@@ -1,0 +1,283 @@
+"""What more context buys: the loss of a fixed last block, the text before it growing; loss by position.
+
+Documents are read in segments that carry keys, values and fast weights, so that memory is that of one
+segment and the cache whatever the length, split over the mesh as the model is. Each is read three ways:
+with its fast weights updating, frozen, and set back to the slow ones every so many tokens.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from jaxtyping import Array, Float, Int
+
+from ttt_jax.evaluation.cells import Cells
+from ttt_jax.generation.reader import Cache, Reader
+from ttt_jax.generation.segments import room_for, row_shards, segment_length
+from ttt_jax.generation.state import new_state
+from ttt_jax.loss import IGNORE, hidden_losses
+from ttt_jax.sharding import put
+
+_RESAMPLES = 10000
+
+
+@dataclass(frozen=True)
+class PerplexityConfig:
+  """What is read, and how."""
+
+  lengths: tuple[int, ...] = (2048, 4096, 8192)  # tokens before the block
+  block: int = 1024  # tokens whose loss is compared
+  documents: int = 16  # at most so many
+  reset_every: tuple[int, ...] = ()  # also with fast weights that start again every so many tokens
+  buckets: int = 8  # of the loss by position
+  batch: int = 1  # documents read at once, by each part of the mesh's data and fsdp axes
+  seed: int = 0  # of the choice of documents, and of the intervals
+
+  def __post_init__(self):
+    for name in ("block", "documents", "buckets", "batch"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be positive")
+    if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
+      raise ValueError(f"lengths={list(self.lengths)} must be different positive numbers of tokens")
+    if any(n < 1 for n in self.reset_every):
+      raise ValueError(f"reset_every={list(self.reset_every)} must be positive numbers of tokens")
+
+  @property
+  def tokens(self) -> int:
+    """Of a document."""
+    return max(self.lengths) + self.block
+
+
+@dataclass(frozen=True)
+class Mode:
+  """A way to read: whether fast weights learn, and after how many tokens they start again."""
+
+  name: str
+  update: bool
+  reset_every: int | None = None
+
+
+def modes(reader: Reader, config: PerplexityConfig) -> tuple[Mode, ...]:
+  """The ways to read that differ for this model; one without fast weights has a single one.
+
+  Raises:
+    ValueError: fast weights that would start again within a chunk.
+  """
+  if not reader.ttt.layers:
+    return (Mode("plain", update=False),)
+  chunk = reader.ttt.chunk_size
+  for n in config.reset_every:
+    if n % chunk:
+      raise ValueError(
+        f"reset_every={n} is not a multiple of ttt.chunk_size={chunk}: a chunk is learned whole"
+      )
+  resets = (Mode(f"reset {n}", update=True, reset_every=n) for n in config.reset_every)
+  return (Mode("updating", update=True), Mode("frozen", update=False), *resets)
+
+
+def read_losses(
+  reader: Reader,
+  rows: Int[np.ndarray, "B T"],
+  *,
+  update: bool = True,
+  reset_every: int | None = None,
+  start: int = 0,
+  on_read: Callable[[int], None] = lambda tokens: None,
+) -> Float[np.ndarray, "B S"]:
+  """Nats per token: entry t of a row is the loss of token start + t + 1 after those up to start + t.
+
+  Those of one pass over the row, read in segments.
+
+  Args:
+    rows: one document each, of equal lengths.
+    update: whether the fast weights learn.
+    reset_every: tokens after which they are set back to the slow weights; what attention sees is kept.
+    start: the first token that predicts.
+    on_read: called with the tokens of each segment that was read.
+  """
+  mesh = reader.mesh()
+  shards = row_shards(mesh)
+  total = rows.shape[1]
+  filled = np.concatenate([rows, np.repeat(rows[:1], -len(rows) % shards, axis=0)])
+  labels = np.pad(filled[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
+  labels[:, :start] = IGNORE
+  chunk = reader.ttt.chunk_size if reader.ttt.layers and update else 1
+  none_begun = np.zeros(1, int)  # every segment but the last one ends with a chunk
+
+  def put_tokens(x, length, fill):
+    x = np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=fill).astype(np.int32)
+    return x if mesh is None else put(x, mesh, "batch", "sequence")
+
+  def put_counts(count):
+    counts = np.full(len(filled), count, np.int32)
+    return counts if mesh is None else put(counts, mesh, "batch")
+
+  parts, position = [], 0
+  with nullcontext() if mesh is None else jax.set_mesh(mesh):
+    cache, _ = new_state(reader, len(filled), room_for(total), update=update)
+    while position < total:
+      if reset_every and position and position % reset_every == 0:
+        cache = _forget(cache)
+      left = total - position
+      if reset_every:
+        left = min(left, reset_every - position % reset_every)
+      length = segment_length([left], none_begun, chunk)
+      count = min(left, length)
+      read = slice(position, position + count)
+      losses, cache = _read(
+        reader,
+        put_tokens(filled[:, read], length, 0),
+        put_tokens(labels[:, read], length, IGNORE),
+        cache,
+        put_counts(count),
+        counted=position + count > start,
+      )
+      if losses is not None:
+        parts.append(process_allgather(losses, tiled=True)[: len(rows), :count])
+      position += count
+      on_read(count * len(rows))
+  return np.concatenate(parts, axis=1)[:, -(total - start) : -1]
+
+
+@partial(jax.jit, static_argnames="counted", donate_argnames="cache")
+def _read(
+  reader: Reader,
+  tokens: Int[Array, "B T"],
+  labels: Int[Array, "B T"],
+  cache: Cache,
+  counts: Int[Array, "B"],
+  *,
+  counted: bool,
+) -> tuple[Float[Array, "B T"] | None, Cache]:
+  x, cache = reader.hidden(tokens, cache, counts, aligned=True)
+  if not counted:
+    return None, cache
+  return hidden_losses(x, labels, reader.embed, reader.norm, reader.head)[0], cache
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _forget(cache: Cache) -> Cache:
+  """The cache with fast weights that have learned nothing, at a chunk's end."""
+  layers = tuple(
+    layer._replace(fast=jax.tree.map(jnp.zeros_like, layer.fast)) for layer in cache.layers
+  )
+  return cache._replace(layers=layers)
+
+
+def bootstrap(
+  values: Float[np.ndarray, "documents"], *, seed: int, level: float = 0.95
+) -> tuple[float, float] | tuple[None, None]:
+  """The percentile interval of the mean over documents drawn again with replacement; None of one."""
+  if len(values) < 2:
+    return None, None
+  draws = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLES, len(values)))
+  low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+  return float(low), float(high)
+
+
+def evaluate_perplexity(
+  reader: Reader,
+  rows: Int[np.ndarray, "documents T"],
+  config: PerplexityConfig,
+  cells: Cells,
+  *,
+  on_read: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, Any]:
+  """Reads every document in every way that `cells` does not hold yet; returns the report.
+
+  The block is the last `config.block` tokens of a row; with c tokens of context the row is read from
+  c tokens before it, as if it began there. Losses by position are those of the longest context.
+  """
+  at_once = config.batch * row_shards(reader.mesh())
+  ways = modes(reader, config)
+  for first in range(0, len(rows), at_once):
+    documents = range(first, min(first + at_once, len(rows)))
+    for mode in ways:
+      for context in sorted(config.lengths):
+        if all((mode.name, context, d) in cells for d in documents):
+          on_read((context + config.block) * len(documents))
+          continue
+        longest = context == max(config.lengths)
+        losses = read_losses(
+          reader,
+          rows[first : documents.stop, config.tokens - config.block - context :],
+          update=mode.update,
+          reset_every=mode.reset_every,
+          start=0 if longest else context - 1,
+          on_read=on_read,
+        )
+        for document, of_row in zip(documents, losses):
+          if (mode.name, context, document) not in cells:
+            result = {"block": of_row[-config.block :].mean()}
+            if longest:
+              result["positions"] = [of_row[a:b].mean() for a, b in _edges(config)]
+            cells.add((mode.name, context, document), result)
+  return _report(ways, len(rows), config, cells)
+
+
+def tokens_to_read(reader: Reader, documents: int, config: PerplexityConfig) -> int:
+  """What `on_read` will have been told in all."""
+  each = sum(context + config.block for context in config.lengths)
+  return documents * len(modes(reader, config)) * each
+
+
+def settings(
+  reader: Reader, rows: Int[np.ndarray, "documents T"], config: PerplexityConfig
+) -> dict[str, Any]:
+  """What a result in `Cells` depends on; contexts and ways to read may be added to those there are."""
+  return {
+    "evaluation": "perplexity",
+    "model": reader.fingerprint(),
+    "documents": hashlib.sha256(np.ascontiguousarray(rows, "<i4").tobytes()).hexdigest()[:16],
+    "block": config.block,
+    "buckets": config.buckets,
+    "longest": max(config.lengths),
+  }
+
+
+def _edges(config: PerplexityConfig) -> Sequence[tuple[int, int]]:
+  edges = np.linspace(0, config.tokens - 1, config.buckets + 1).round().astype(int)
+  return list(pairwise(edges.tolist()))
+
+
+def _report(ways, documents: int, config: PerplexityConfig, cells: Cells) -> dict[str, Any]:
+  def losses(mode, context):
+    return np.array([cells[mode.name, context, d]["block"] for d in range(documents)])
+
+  def positions(mode):
+    of = [cells[mode.name, max(config.lengths), d]["positions"] for d in range(documents)]
+    return np.array(of)
+
+  def summary(values):
+    low, high = bootstrap(values, seed=config.seed)
+    return {"loss": float(values.mean()), "low": low, "high": high}
+
+  contexts = []
+  for context in sorted(config.lengths):
+    for mode in ways:
+      of = summary(losses(mode, context))
+      row = {"context": context, "mode": mode.name, **of, "perplexity": float(np.exp(of["loss"]))}
+      frozen = [way for way in ways if way.name == "frozen" and mode.update]
+      if frozen:  # documents differ more than ways to read them: the interval of the difference
+        gain = summary(losses(frozen[0], context) - losses(mode, context))
+        row |= {"gain": gain["loss"], "gain_low": gain["low"], "gain_high": gain["high"]}
+      contexts.append(row)
+  by_position = [
+    {"from": a, "to": b, **{mode.name: summary(positions(mode)[:, i]) for mode in ways}}
+    for i, (a, b) in enumerate(_edges(config))
+  ]
+  return {
+    "documents": documents,
+    "block": config.block,
+    "modes": [mode.name for mode in ways],
+    "by_context": contexts,
+    "by_position": by_position,
+  }

@@ -1,0 +1,107 @@
+"""`ttt-jax eval perplexity`: documents in; a table, JSON and a picture out."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ttt_jax.config import Config
+from ttt_jax.data import heldout_rows
+from ttt_jax.evaluation.cells import Cells
+from ttt_jax.evaluation.perplexity import (
+  PerplexityConfig,
+  evaluate_perplexity,
+  settings,
+  tokens_to_read,
+)
+from ttt_jax.generation.reader import Reader
+from ttt_jax.plots import plot_perplexity
+from ttt_jax.run import load_data
+from ttt_jax.rundir import write_json
+
+
+def run_perplexity(
+  model: Reader, data: Config, config: PerplexityConfig, out: Path, console: Console | None = None
+) -> dict[str, Any]:
+  """Evaluates, prints, and writes `perplexity.json` and `.png`, and each result at once to `cells.jsonl`.
+
+  The same call again goes on after the last document that was read.
+
+  Args:
+    model: the model.
+    data: the resolved config whose held-out documents are read.
+    config: what is read, and how.
+    out: directory; made if it is not there.
+
+  Raises:
+    ValueError: no document is long enough; `out` holds results of other settings; several processes.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"eval perplexity runs in one process, here are {jax.process_count()}: run it on one host, over all "
+      "of its devices"
+    )
+  console = Console() if console is None else console
+  corpus = load_data(data)
+  console.print(corpus.report(), highlight=False)
+  rows = heldout_rows(
+    corpus.sources,
+    seq_len=config.tokens,
+    max_documents=config.documents,
+    seed=config.seed,
+    name="the longest of --lengths and the --block behind it",
+  )
+  if len(rows) < config.documents:
+    console.print(f"{len(rows)} held-out documents have {config.tokens} tokens", highlight=False)
+  cells = Cells(out / "cells.jsonl", settings(model, rows, config))
+  progress = Progress(
+    *Progress.get_default_columns(), console=console, disable=not console.is_terminal
+  )
+  with progress:
+    task = progress.add_task("reading", total=tokens_to_read(model, len(rows), config))
+    report = evaluate_perplexity(
+      model, rows, config, cells, on_read=lambda tokens: progress.advance(task, tokens)
+    )
+  report = {"name": data.name, "layers": list(model.ttt.layers), **report}
+  write_json(out / "perplexity.json", report)
+  plot_perplexity(report, out / "perplexity.png")
+  _print(report, console)
+  console.print(f"written: {out / 'perplexity.json'}, {out / 'perplexity.png'}", highlight=False)
+  return report
+
+
+def _print(report: dict[str, Any], console: Console) -> None:
+  table = Table()
+  for title in (
+    "context",
+    "read with fast weights",
+    "loss",
+    "95 %",
+    "perplexity",
+    "gain over frozen",
+    "95 %",
+  ):
+    table.add_column(title, justify="right")
+  for row in report["by_context"]:
+    gain = ("", "") if "gain" not in row else (f"{row['gain']:+.4f}", _interval(row, "gain_"))
+    table.add_row(
+      str(row["context"]),
+      row["mode"],
+      f"{row['loss']:.4f}",
+      _interval(row, ""),
+      f"{row['perplexity']:.3f}",
+      *gain,
+    )
+  console.print(
+    f"nats per token in the last {report['block']} tokens of {report['documents']} held-out documents",
+    highlight=False,
+  )
+  console.print(table)
+
+
+def _interval(row: dict[str, Any], prefix: str) -> str:
+  low, high = row[f"{prefix}low"], row[f"{prefix}high"]
+  return "" if low is None else f"{low:.4f} to {high:.4f}"
