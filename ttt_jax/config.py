@@ -263,6 +263,10 @@ class TTTConfig:
   inner_lr_scale: str = "1/F"  # "fixed": inner_lr as it is; "1/F": inner_lr / d_ff
   learn_inner_lr: bool = True  # multiply by exp(10 s), s learned per layer from 0
   decay: float | None = None  # the state's factor per chunk, in (0, 1]; None: 1, as in the paper
+  # Tokens after which what was learned counts half: a decay of 2^(-chunk_size / half_life), which holds
+  # when the chunk is changed; instead of `decay`.
+  half_life: float | None = None
+  learn_half_life: bool = False  # multiply it by exp(10 s), s learned per layer from 0
   clip_norm: float | None = None  # Frobenius norm a chunk's update is rescaled to; None: no clip
   implementation: str | None = None  # None: by the cost model
   # Read a chunk in one product, Z (W + S), rounded to model.dtype; None: where that loses nothing.
@@ -289,8 +293,24 @@ class TTTConfig:
     )
     if self.decay is not None:
       _require(0 < self.decay <= 1, f"ttt.decay={self.decay} must be in (0, 1]")
+    if self.half_life is not None:
+      _require_positive("ttt", self, "half_life")
+      _require(
+        self.decay is None,
+        f"ttt.half_life={self.half_life} and ttt.decay={self.decay} both say what is forgotten: leave "
+        "one out",
+      )
+    _require(
+      not (self.learn_half_life and self.half_life is None),
+      "ttt.learn_half_life=true needs a ttt.half_life to start from, in tokens",
+    )
     if self.clip_norm is not None:
       _require_positive("ttt", self, "clip_norm")
+
+  @property
+  def chunk_decay(self) -> float | None:
+    """The state's factor per chunk before anything is learned of it; None is 1."""
+    return self.decay if self.half_life is None else 0.5 ** (self.chunk_size / self.half_life)
 
 
 @dataclass(frozen=True)

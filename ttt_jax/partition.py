@@ -40,6 +40,7 @@ _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
   "conv": (None, None),
   "projection": ("embed", None),
   "log_rate": (),
+  "log_half_life": (),
   "scale": (None,),
 }
 

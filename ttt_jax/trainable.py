@@ -14,8 +14,8 @@ from ttt_jax.tree import named_leaves
 
 # Of a TTT layer's MLP, by `train.trainable`.
 _NAMES = {
-  "ttt": ("conv", "projection", "log_rate"),
-  "ttt+down": ("conv", "projection", "log_rate", "down"),
+  "ttt": ("conv", "projection", "log_rate", "log_half_life"),
+  "ttt+down": ("conv", "projection", "log_rate", "log_half_life", "down"),
 }
 
 

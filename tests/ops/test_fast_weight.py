@@ -541,9 +541,21 @@ def _on_shards(**changes):
   )(jnp.ones((2, 16, 5)), jnp.ones((2, 16, 6)))
 
 
-def test_lengths_take_a_constant_decay():
-  with pytest.raises(NotImplementedError, match="lengths with a decay that is an array"):
-    _call(lengths=jnp.ones(2, jnp.int32), decay=jnp.float32(0.5))
+def test_a_decay_that_is_an_array_with_lengths():
+  """The numbers of the constant, and of every gradient but its own, which is refused, not wrong."""
+  rng = np.random.default_rng(0)
+  z, v = (jnp.asarray(rng.normal(size=(2, 12, n)), jnp.float32) for n in (5, 6))
+  lengths = jnp.array([12, 7], jnp.int32)
+
+  def total(decay, z):
+    y, state = _call(z=z, v=v, lengths=lengths, decay=decay)
+    return jnp.sum(y**2) + jnp.sum(state.S**2)
+
+  expected = jax.value_and_grad(lambda z: total(0.5, z))(z)
+  actual = jax.jit(jax.value_and_grad(total, argnums=1))(jnp.float32(0.5), z)
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), actual, expected)
+  with pytest.raises(NotImplementedError, match="the gradient of decay with lengths"):
+    jax.jit(jax.grad(total))(jnp.float32(0.5), z)
 
 
 def test_bad_input_on_shards(unchecked_types):

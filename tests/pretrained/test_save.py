@@ -93,6 +93,16 @@ def test_published_keys_and_our_section(tmp_path, rate):
   assert_same(again, made)
 
 
+def test_learned_half_lives_are_not_lost(tmp_path):
+  ttt = dataclasses.replace(PUBLISHED, half_life=24.0, learn_half_life=True)
+  made = random_model(ttt=ttt)
+  with pytest.warns(UserWarning, match=r"ttt\.half_life=24"):
+    save_pretrained(made, tmp_path / "a")
+  again = load_pretrained(tmp_path / "a")
+  assert again.ttt == ttt
+  assert_same(again, made)
+
+
 def test_learned_rates_are_not_lost(tmp_path):
   """Rates that differ cannot be said in the published format: then nothing is, and a warning says so."""
   ttt = dataclasses.replace(PUBLISHED, learn_inner_lr=True)
@@ -122,6 +132,7 @@ def test_learned_rates_are_not_lost(tmp_path):
     ("normalize_target", True, r"ttt\.normalize_target=true"),
     ("conv_width", 3, r"ttt\.conv_width=3 \(there it is 5\)"),
     ("decay", 0.9, r"ttt\.decay=0\.9"),
+    ("half_life", 24.0, r"ttt\.half_life=24\.0"),
     ("clip_norm", 1.0, r"ttt\.clip_norm=1\.0"),
   ],
 )

@@ -18,13 +18,14 @@ from ttt_jax.ops.target import ntp_targets
 from ttt_jax.sharding import Axes, context_size, over_shards
 
 # Logical dimensions of what `TttMlp._weights` returns, and of a row's cache.
-_WEIGHTS = (("mlp", None), None, None, None)
+_WEIGHTS = (("mlp", None), None, None, None, None)
 FAST_CACHE = FastCache(
   s=("batch", "mlp", None), z=("batch", None, "mlp"), source=("batch", None, None)
 )
 
-# inner rate = base * exp(10 s): s then moves on the scale that AdamW moves other parameters on.
-INNER_RATE_SPEED = 10.0
+# Inner rate and half-life are base * exp(10 s): s then moves on the scale that AdamW moves other
+# parameters on.
+LOG_SPEED = 10.0
 
 
 class MlpStats(NamedTuple):
@@ -36,12 +37,14 @@ class MlpStats(NamedTuple):
     output_ratio: `|z S| / |z W|` over 256 tokens of every shard: the fast part of the output against
       the slow one.
     inner_lr: the inner rate.
+    decay: the state's factor per chunk.
   """
 
   update_ratio: Float[Array, ""]
   state_ratio: Float[Array, ""]
   output_ratio: Float[Array, ""]
   inner_lr: Float[Array, ""]
+  decay: Float[Array, ""]
 
 
 def merge_stats(stats: MlpStats) -> MlpStats:
@@ -88,6 +91,7 @@ class TttMlp(Mlp):
     self.conv = nnx.Param(kernel)
     self.projection = nnx.Param(jnp.eye(d, dtype=param_dtype)) if ttt.projection else None
     self.log_rate = nnx.Param(jnp.zeros((), param_dtype)) if ttt.learn_inner_lr else None
+    self.log_half_life = nnx.Param(jnp.zeros((), param_dtype)) if ttt.learn_half_life else None
     self.ttt = ttt
     self.base_rate = ttt.inner_lr / model.d_ff if ttt.inner_lr_scale == "1/F" else ttt.inner_lr
     self.state_dtype = model.state_dtype
@@ -96,7 +100,14 @@ class TttMlp(Mlp):
     """`base_rate * exp(10 s)`, with s learned from 0, or `base_rate`."""
     if self.log_rate is None:
       return jnp.asarray(self.base_rate, dtype)
-    return self.base_rate * jnp.exp(INNER_RATE_SPEED * self.log_rate[...].astype(dtype))
+    return self.base_rate * jnp.exp(LOG_SPEED * self.log_rate[...].astype(dtype))
+
+  def learned_decay(self, dtype: DTypeLike) -> Float[Array, ""] | None:
+    """`2^(-C / half-life)` of a half-life `ttt.half_life * exp(10 s)`, s learned from 0; else None."""
+    if self.log_half_life is None:
+      return None
+    half_life = self.ttt.half_life * jnp.exp(LOG_SPEED * self.log_half_life[...].astype(dtype))
+    return jnp.exp2(-self.ttt.chunk_size / half_life)
 
   def learn(
     self,
@@ -113,6 +124,7 @@ class TttMlp(Mlp):
     """
     wide = accumulation_dtype(h.dtype)
     weights = self._weights(h.dtype)
+    *_, lr, decay = weights
     rows = ("batch", "sequence")
     y, stats = over_shards(
       self._learn,
@@ -130,14 +142,17 @@ class TttMlp(Mlp):
     )
     updates, state, fast, slow = (x.astype(wide) for x in stats)
     norm = jnp.linalg.norm(jax.lax.stop_gradient(self.down[...].astype(wide)))
+    if decay is None:
+      decay = jnp.asarray(1.0 if self.ttt.chunk_decay is None else self.ttt.chunk_decay, wide)
     return y, MlpStats(
       update_ratio=jnp.mean(updates) / norm,
       state_ratio=jnp.max(state) / norm,
       output_ratio=jnp.linalg.norm(fast) / jnp.linalg.norm(slow),
-      inner_lr=jax.lax.stop_gradient(weights[-1]),
+      inner_lr=jax.lax.stop_gradient(lr),
+      decay=jax.lax.stop_gradient(decay),
     )
 
-  def _learn(self, z, source, w_down, conv, projection, lr, segment_ids, *, axes: Axes):
+  def _learn(self, z, source, w_down, conv, projection, lr, decay, segment_ids, *, axes: Axes):
     y, _, stats = self._fast_weight(
       z,
       source,
@@ -145,6 +160,7 @@ class TttMlp(Mlp):
       conv,
       projection,
       lr,
+      decay,
       segment_ids=segment_ids,
       context_axis=axes.context,
       tensor_axis=axes.tensor,
@@ -152,7 +168,9 @@ class TttMlp(Mlp):
     )
     return y, tuple(x[:, None] for x in stats)  # one entry per row and shard
 
-  def _fast_weight(self, z, source, w_down, conv, projection, lr, *, segment_ids=None, **how):
+  def _fast_weight(
+    self, z, source, w_down, conv, projection, lr, decay, *, segment_ids=None, **how
+  ):
     """`inplace_ttt` as the config says."""
     ttt = self.ttt
     v = ntp_targets(source, conv, projection, chunk_size=ttt.chunk_size, segment_ids=segment_ids)
@@ -163,7 +181,7 @@ class TttMlp(Mlp):
       chunk_size=ttt.chunk_size,
       inner_lr=lr,
       segment_ids=segment_ids,
-      decay=ttt.decay,
+      decay=ttt.chunk_decay if decay is None else decay,
       clip_norm=ttt.clip_norm,
       implementation=ttt.implementation,
       merge=ttt.merge,
@@ -174,14 +192,16 @@ class TttMlp(Mlp):
     )
 
   def _weights(self, dtype: DTypeLike):
-    """What `_fast_weight` takes besides activations: W, convolution, projection, inner rate.
+    """What `_fast_weight` takes besides activations: W, convolution, projection, inner rate, decay.
 
     In float32 or wider, although they are computed with in `dtype`: so are their gradients, which
     `over_shards` sums over the devices.
     """
     wide = accumulation_dtype(dtype)
     projection = None if self.projection is None else self.projection[...].astype(wide)
-    return self.down[...].astype(wide), self.conv[...].astype(wide), projection, self.inner_lr(wide)
+    conv = self.conv[...].astype(wide)
+    rate, decay = self.inner_lr(wide), self.learned_decay(wide)
+    return self.down[...].astype(wide), conv, projection, rate, decay
 
   def empty_cache(self, rows: int, dtype: DTypeLike) -> FastCache:
     """Of rows that have read nothing."""
@@ -271,7 +291,7 @@ class TttMlp(Mlp):
     )
     return y, FastCache(s, z, source)
 
-  def _read(self, z, source, w_down, conv, projection, lr, s, lengths, *, axes: Axes):
+  def _read(self, z, source, w_down, conv, projection, lr, decay, s, lengths, *, axes: Axes):
     y, state = self._fast_weight(
       z,
       source,
@@ -279,6 +299,7 @@ class TttMlp(Mlp):
       conv,
       projection,
       lr,
+      decay,
       state=FastWeightState(s),
       lengths=lengths,
       context_axis=axes.context,

@@ -121,6 +121,7 @@ def inplace_ttt(
     lengths: how many tokens of each row of the whole sequence are there, for rows of different lengths
       filled up behind: a chunk that is not wholly there never updates, and the state stays as it is.
       None is all. The state returned does not say how many tokens are pending: that differs by row.
+      A decay that is an array has no gradient then.
     decay: the state's factor per chunk, in (0, 1]; differentiable when an array; None is 1.
     clip_norm: a chunk's update of larger Frobenius norm is rescaled to this one; None is no clip.
     context_axis: the mesh axis of the enclosing `jax.shard_map` along which T is cut into contiguous
@@ -148,11 +149,11 @@ def inplace_ttt(
   Raises:
     ValueError: shapes or dtypes that disagree, values out of range, an unbound axis, shards that do not
       hold whole chunks, a state from the middle of a chunk, unknown names.
-    NotImplementedError: `merge=True` with an implementation that has no `W + S` to read; `lengths` with
-      a decay that is traced.
+    NotImplementedError: `merge=True` with an implementation that has no `W + S` to read; the gradient of
+      a decay where there are `lengths`.
   """
   _check_arguments(z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis)
-  _check_lengths(lengths, z.shape[:-2], decay)
+  _check_lengths(lengths, z.shape[:-2])
   *lead, t, f = z.shape
   d = v.shape[-1]
   b = math.prod(lead)
@@ -199,10 +200,12 @@ def inplace_ttt(
     facts = chunk_facts(segment_ids.reshape(b, t), chunk_size, context_axis)
     facts = ChunkFacts(*(vary_over(x, axes) for x in facts))
     keep = facts.keeps.astype(state_dtype)
-  if isinstance(decay, jax.Array):
+  if isinstance(decay, jax.Array) and lengths is None:
     decay = localized(decay, state_dtype)
-  elif decay is not None and decay != 1:
-    keep = localized(jnp.full((b, n), decay), state_dtype) if keep is None else keep * float(decay)
+  elif isinstance(decay, jax.Array) or (decay is not None and decay != 1):
+    factor = _undifferentiated(decay) if isinstance(decay, jax.Array) else float(decay)
+    factor = localized(jnp.full((b, n), factor), state_dtype)
+    keep = factor if keep is None else keep * factor
     decay = None
   else:
     decay = None
@@ -332,6 +335,20 @@ def _arrays(*values) -> list[jax.Array]:
   return [x for x in values if isinstance(x, jax.Array)]
 
 
+@jax.custom_jvp
+def _undifferentiated(decay: Float[Array, ""]) -> Float[Array, ""]:
+  """`decay` where rows end at different chunks, which its gradient knows nothing of."""
+  return decay
+
+
+@_undifferentiated.defjvp
+def _undifferentiated_jvp(primals, tangents):
+  raise NotImplementedError(
+    "the gradient of decay with lengths: train on rows of one length, with segment_ids for padding, or "
+    "pass decay as a Python float"
+  )
+
+
 def _is_traced(x) -> bool:
   return isinstance(x, jax.core.Tracer)
 
@@ -377,15 +394,13 @@ def _check_arguments(
       )
 
 
-def _check_lengths(lengths, lead, decay) -> None:
+def _check_lengths(lengths, lead) -> None:
   if lengths is None:
     return
   if lengths.shape != lead or not jnp.issubdtype(lengths.dtype, jnp.integer):
     raise ValueError(
       f"lengths has shape {lengths.shape} and dtype {lengths.dtype}, expected integers {lead}: one a row"
     )
-  if isinstance(decay, jax.Array):
-    raise NotImplementedError("lengths with a decay that is an array: pass decay as a Python float")
 
 
 def _check_state(state, shape, dtype, context_axis) -> None:

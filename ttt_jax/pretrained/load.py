@@ -34,7 +34,10 @@ from ttt_jax.pretrained.tensors import EMBEDDING, HEAD, Row, named_parameters, t
 from ttt_jax.pretrained.ttt_config import read_published, read_section
 
 _MAX_NAMED = 20  # how many misfits an error spells out
-_TTT_TENSORS = (".mlp.ttt_conv.weight", ".mlp.ttt_proj.weight", ".mlp.ttt_log_rate")
+_TTT_TENSORS = tuple(
+  f".mlp.{name}"
+  for name in ("ttt_conv.weight", "ttt_proj.weight", "ttt_log_rate", "ttt_log_half_life")
+)
 # Constants that old checkpoints store; the model forms them itself.
 _DERIVED = ".self_attn.rotary_emb.inv_freq"
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from ttt_jax.nn.mlp import INNER_RATE_SPEED
+from ttt_jax.nn.mlp import LOG_SPEED
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.pretrained.files import CONFIG, new_directory, write_json, write_safetensors
 from ttt_jax.pretrained.hf_config import write_config
@@ -74,7 +74,7 @@ def _inner_rates(model: Transformer) -> list[float]:
     if layer in model.ttt.layers:
       mlp = model.groups[g][p].mlp
       learned = 0.0 if mlp.log_rate is None else float(mlp.log_rate[...][repeat])
-      rates.append(mlp.base_rate * math.exp(INNER_RATE_SPEED * learned))
+      rates.append(mlp.base_rate * math.exp(LOG_SPEED * learned))
   return rates
 
 

@@ -18,7 +18,7 @@ from ttt_jax.tree import named_leaves
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-_TTT_PARAMETERS = ("conv", "projection", "log_rate")
+_TTT_PARAMETERS = ("conv", "projection", "log_rate", "log_half_life")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _layer_rows(model: Transformer, layer: int, block: str, mlp: Any, repeat: in
 
 
 def _ttt_rows(prefix: str, parameter: str, mlp: TttMlp, d: int, repeat: int) -> Iterator[Row]:
-  """Convolution and projection as the published code has them, and our learned inner rate."""
+  """Convolution and projection as the published code has them, our learned rate and half-life."""
   width = mlp.ttt.conv_width
   shape = (d, 1, width)
   yield Row(f"{prefix}.ttt_conv.weight", f"{parameter}/conv", repeat, shape, (d, width), (1, 0))
@@ -116,3 +116,5 @@ def _ttt_rows(prefix: str, parameter: str, mlp: TttMlp, d: int, repeat: int) -> 
     yield _same(f"{prefix}.ttt_proj.weight", f"{parameter}/projection", (d, d), repeat)
   if mlp.log_rate is not None:
     yield _same(f"{prefix}.ttt_log_rate", f"{parameter}/log_rate", (), repeat)
+  if mlp.log_half_life is not None:
+    yield _same(f"{prefix}.ttt_log_half_life", f"{parameter}/log_half_life", (), repeat)

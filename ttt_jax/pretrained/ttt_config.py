@@ -67,6 +67,8 @@ def write_published(ttt: TTTConfig, rates: Iterable[float]) -> tuple[dict[str, A
     reasons.append(f"ttt.conv_width={ttt.conv_width} (there it is {_CONV_WIDTH})")
   if ttt.decay not in (None, 1.0):
     reasons.append(f"ttt.decay={ttt.decay} (there is none)")
+  if ttt.half_life is not None:
+    reasons.append(f"ttt.half_life={ttt.half_life} (there is none)")
   if ttt.clip_norm is not None:
     reasons.append(f"ttt.clip_norm={ttt.clip_norm} (there is none)")
   if len(rates) > 1:
