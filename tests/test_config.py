@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from ttt_jax.ablation import load_ablation
 from ttt_jax.config import (
   AttentionConfig,
   Config,
@@ -17,7 +18,7 @@ from ttt_jax.config import (
   WeightedSource,
 )
 from ttt_jax.initial import make_model, resolve
-from ttt_jax.load_config import load_config
+from ttt_jax.load_config import dump_config, load_config
 from ttt_jax.nn.transformer import count_parameters
 from ttt_jax.sharding import make_mesh
 
@@ -27,7 +28,9 @@ PRETRAINED = {
     vocab_size=49152, num_layers=30, d_model=576, d_ff=1536, num_heads=9, num_kv_heads=3
   )
 }
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+ALL = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+ABLATIONS = [path for path in ALL if path.name.startswith("ablation_")]
+CONFIGS = [path for path in ALL if path not in ABLATIONS]
 
 
 def test_there_are_configs():
@@ -50,6 +53,16 @@ def test_config_parses_and_builds(path):
     lambda m: m(jax.numpy.zeros((1, config.data.seq_len), jax.numpy.int32)), model
   )
   assert logits.shape == (1, config.data.seq_len, config.model.vocab_size)
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.name)
+def test_ablation_parses(path):
+  ablation = load_ablation(path)
+  assert path.read_text().startswith(f"# ttt-jax ablate configs/{path.name}\n")
+  assert ablation.name == path.stem
+  assert len(ablation.seeds) >= 3
+  computed = {dump_config(v.configs[0]).split("\nruntime", 1)[1] for v in ablation.variants}
+  assert len(computed) == len(ablation.variants)  # no variant is another one by a new name
 
 
 def test_quickstart_is_what_the_readme_says():

@@ -32,6 +32,11 @@ _GENERATE_EPILOG = """Text goes to the standard output, everything else to the s
   ttt-jax generate models/mine --learn book.txt --prompt "The captain's name was"
 """
 
+_ABLATE_EPILOG = """The same command again goes on with what is not finished. For example:
+  ttt-jax ablate configs/ablation_chunk_size.yaml --train.steps 100
+  ttt-jax ablate configs/ablation_target.yaml --devices 0,1 2,3
+"""
+
 _PREPARE_EPILOG = """For example:
   ttt-jax data prepare "books/**/*.parquet" data/books --tokenizer models/smollm2
   ttt-jax train configs/mine.yaml --data.path data/books --data.tokenizer models/smollm2
@@ -73,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=run, takes_overrides=False)
   _add_plan(commands)
+  _add_ablate(commands)
   _add_convert(commands)
   _add_generate(commands)
   data = commands.add_parser("data", help="prepare text for training")
@@ -121,6 +127,41 @@ def _run_plan(parsed: argparse.Namespace) -> int:
     mode=parsed.mode,
     as_json=parsed.json,
     sweep=parsed.sweep,
+  )
+
+
+def _add_ablate(commands: argparse._SubParsersAction) -> None:
+  text = "train a grid of variants over several seeds; one table, one picture"
+  command = commands.add_parser(
+    "ablate",
+    help=text,
+    description=text,
+    epilog=_ABLATE_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  command.add_argument("config", help="a YAML file, see configs/ablation_*")
+  command.add_argument(
+    "--devices",
+    nargs="+",
+    default=(),
+    metavar="0,1",
+    help="groups of devices, one run at a time on each (default: one run at a time on all)",
+  )
+  command.add_argument(
+    "--report-only", action="store_true", help="of what is finished; run nothing"
+  )
+  command.set_defaults(run=_run_ablate, takes_overrides=True)
+
+
+def _run_ablate(parsed: argparse.Namespace) -> int:
+  from ttt_jax.ablation import command
+
+  return command.run(
+    parsed.config,
+    parsed.overrides,
+    device_groups=parsed.devices,
+    report_only=parsed.report_only,
   )
 
 

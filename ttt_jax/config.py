@@ -257,6 +257,7 @@ class TTTConfig:
   projection: bool = True
   # "next_token": convolution 1 at t+1, projection the identity, learns from the first step.
   # "identity": convolution 0, projection the identity: the model starts exactly as without TTT.
+  # "current_token": convolution 1 at t, the target of reconstruction; of conv_width 1 it stays that.
   # None: "next_token" in a new model, "identity" in one that `load_pretrained` gives fast weights.
   init: str | None = None
   inner_lr: float = 0.05
@@ -278,10 +279,10 @@ class TTTConfig:
     _require_positive("ttt", self, "chunk_size", "conv_width", "inner_lr")
     _require(self.conv_width % 2 == 1, f"ttt.conv_width={self.conv_width} must be odd (centred)")
     _require_choice("ttt.target", self.target, ("input_embed", "hidden_states"))
-    _require_choice("ttt.init", self.init, (None, "next_token", "identity"))
+    _require_choice("ttt.init", self.init, (None, "next_token", "identity", "current_token"))
     _require_choice("ttt.inner_lr_scale", self.inner_lr_scale, ("1/F", "fixed"))
     _require(
-      not (self.init != "identity" and self.conv_width < 3),
+      not (self.init in (None, "next_token") and self.conv_width < 3),
       f"ttt.init={self.init!r} needs ttt.conv_width >= 3, got {self.conv_width}",
     )
     _require_choice("ttt.implementation", self.implementation, (None, *IMPLEMENTATIONS))

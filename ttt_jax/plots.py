@@ -111,6 +111,40 @@ def plot_perplexity(report: dict[str, Any], path: Path) -> None:
   plt.close(figure)
 
 
+def plot_ablation(report: dict[str, Any], path: Path) -> None:
+  """Held-out loss of every variant with its interval, and along a document."""
+  rows = [row for row in report["variants"] if row.get("loss") is not None]
+  figure, (left, right) = plt.subplots(
+    1, 2, figsize=(11.5, max(3.6, 1.4 + 0.34 * len(rows))), dpi=150, layout="constrained"
+  )
+  colors = plt.get_cmap("viridis")([0.9 * i / max(1, len(rows) - 1) for i in range(len(rows))])
+  for place, (row, color) in enumerate(zip(rows, colors)):
+    if row["low"] is not None:
+      left.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2, alpha=0.5)
+    left.plot(row["losses"], [place] * len(row["losses"]), "|", color=color, markersize=9)
+    left.plot(row["loss"], place, "o", color=color, markersize=6)
+    table = row["by_position"]
+    middle = [(part["from"] + part["to"]) / 2 for part in table]
+    losses = [part["loss"] for part in table]
+    right.plot(middle, losses, color=color, marker="o", markersize=3, label=row["variant"])
+  left.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+  left.invert_yaxis()
+  left.set_xlabel("held-out loss (nats per token)")
+  left.set_title(
+    f"{report['title']} ({len(report['seeds'])} seed{'s' if len(report['seeds']) > 1 else ''})",
+    loc="left",
+    fontsize=11,
+  )
+  right.set_xlabel("position in the document (tokens)")
+  right.set_ylabel("loss (nats per token)")
+  right.legend(frameon=False, fontsize=8)
+  for axes in (left, right):
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+  figure.savefig(path)
+  plt.close(figure)
+
+
 def plot_bench(report: dict[str, Any], path: Path) -> None:
   """Time against the dense MLP, with the FLOPs' ratio as a line, and memory; bytes sent, if any."""
   exchange = [record for record in report["exchange"] if "," not in record["case"]]

@@ -87,7 +87,7 @@ class TttMlp(Mlp):
     d, width = model.d_model, ttt.conv_width
     kernel = jnp.zeros((width, d), param_dtype)
     if ttt.init != "identity":
-      kernel = kernel.at[width // 2 + 1].set(1)
+      kernel = kernel.at[width // 2 + (ttt.init != "current_token")].set(1)
     self.conv = nnx.Param(kernel)
     self.projection = nnx.Param(jnp.eye(d, dtype=param_dtype)) if ttt.projection else None
     self.log_rate = nnx.Param(jnp.zeros((), param_dtype)) if ttt.learn_inner_lr else None

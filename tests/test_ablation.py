@@ -1,0 +1,193 @@
+"""Grids of runs: what they hold, that they go on, what is made of their results."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ttt_jax import cli
+from ttt_jax.ablation import load_ablation, runs
+from ttt_jax.ablation.report import interval, report
+from ttt_jax.ablation.runs import run_all
+from ttt_jax.plots import plot_ablation
+
+BASE = """
+model: {num_layers: 2, d_model: 16, d_ff: 24, num_heads: 2, num_kv_heads: 2}
+ttt: {layers: [1], chunk_size: 8}
+data: {seq_len: 32}
+train: {steps: 2, warmup_steps: 1, log_every: 1}
+eval: {documents: 2, buckets: 2, prompt_tokens: 8, sample_tokens: 2}
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  Path("base.yaml").write_text(BASE)
+  return tmp_path
+
+
+def _write(text: str) -> Path:
+  Path("question.yaml").write_text(text)
+  return Path("question.yaml")
+
+
+def test_variants_are_the_grid_and_the_named_ones(here):
+  ablation = load_ablation(
+    _write("""
+name: q
+base: base.yaml
+set: {train.steps: 7, data.seq_len: 64}
+grid: {ttt.chunk_size: [8, 16], ttt.layers: [[0], [0, 1]]}
+variants: {none: {ttt.layers: []}}
+seeds: [3, 5]
+"""),
+    ["--data.seq_len", "128"],
+  )
+  names = [variant.name for variant in ablation.variants]
+  assert names == [
+    "chunk_size=8, layers=[0]",
+    "chunk_size=8, layers=[0, 1]",
+    "chunk_size=16, layers=[0]",
+    "chunk_size=16, layers=[0, 1]",
+    "none",
+  ]
+  last = ablation.variants[3].configs
+  assert [config.seed for config in last] == [3, 5]
+  assert last[0].ttt.chunk_size == 16
+  assert last[0].ttt.layers == (0, 1)
+  assert (last[0].train.steps, last[0].data.seq_len) == (7, 128)
+  assert ablation.variants[4].configs[0].ttt.layers == ()
+  places = [config.resolved_run_dir for _, config in ablation.runs()]
+  assert len(set(places)) == 10
+  assert [config.seed for _, config in ablation.runs()] == [3] * 5 + [5] * 5
+
+
+GOOD = "name: q\nbase: base.yaml\nseeds: [0]\n"
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("name: q\nbase: base.yaml\n", "lacks seeds"),
+    (GOOD, "has no variants"),
+    (GOOD + "gird: {}\n", "has gird; an ablation has name"),
+    (GOOD + "grid: {ttt.chunk_sise: [8]}\n", r"variant 'chunk_sise=8'.*ttt\.chunk_size"),
+    (GOOD + "grid: {ttt.chunk_size: 8}\n", r"grid\.ttt\.chunk_size=8 must be a list"),
+    (GOOD + "grid: {ttt.chunk_size: [8, 7]}\n", "variant 'chunk_size=7': data.seq_len=32"),
+    (GOOD + "grid: {ttt.chunk_size: [8, 8]}\n", "several variants named chunk_size=8"),
+    (GOOD + "variants: {a: 3}\n", r"variants\.a=3"),
+    ("name: q\nbase: base.yaml\nseeds: [1, 1]\n", r"seeds=\[1, 1\]"),
+    ("name: q\nbase: other.yaml\nseeds: [1]\nvariants: {a: {}}\n", "no config file other.yaml"),
+  ],
+)
+def test_mistakes_are_found_before_anything_runs(here, text, message, capsys):
+  _write(text)
+  assert cli.main(["ablate", "question.yaml"]) == 2
+  assert not Path("runs").exists()
+  with pytest.raises(ValueError, match=message):
+    load_ablation("question.yaml")
+
+
+def test_runs_report_and_go_on(here, capsys, monkeypatch):
+  """One variant works and one cannot; the same command again runs only that one."""
+  Path("text").mkdir()
+  rng = np.random.default_rng(0)
+  for i in range(8):
+    Path(f"text/{i}.txt").write_bytes(bytes(rng.integers(97, 120, 200).tolist()))
+  _write(
+    GOOD
+    + "set: {data.path: text}\nvariants: {works: {ttt.decay: 0.5}, fails: {data.path: nowhere}}\n"
+  )
+  assert cli.main(["ablate", "question.yaml"]) == 1
+  said = capsys.readouterr().out
+  assert "1/2  works, seed 0: held-out loss" in said
+  assert "2/2  fails, seed 0: failed: ttt-jax train: data.path='nowhere'" in said
+  found = json.loads(Path("runs/q/ablation.json").read_text())
+  assert [row["seeds"] for row in found["variants"]] == [[0], []]
+  summary = json.loads(Path("runs/q/works/seed0/summary.json").read_text())
+  assert found["variants"][0]["loss"] == pytest.approx(summary["heldout_loss"])
+  assert found["variants"][0]["state_numbers"] == 16 * 24
+  assert found["failed"][0]["variant"] == "fails"
+  assert Path("runs/q/ablation.png").stat().st_size > 10_000
+
+  started = []
+
+  def start(command, **_):
+    started.append(command[-1])
+    return SimpleNamespace(returncode=1)
+
+  monkeypatch.setattr(runs.subprocess, "run", start)
+  assert cli.main(["ablate", "question.yaml"]) == 1
+  assert started == ["runs/q/fails/seed0.yaml"]
+  assert cli.main(["ablate", "question.yaml", "--report-only"]) == 0
+  assert cli.main(["ablate", "question.yaml", "--ttt.decay", "0.7"]) == 2
+  assert "holds a run of another config" in capsys.readouterr().err
+
+
+def _finish(config, losses):
+  """What a run leaves that the report reads."""
+  path = Path(config.resolved_run_dir)
+  path.mkdir(parents=True, exist_ok=True)
+  summary = {
+    "heldout_loss": None if None in losses else float(np.mean(losses)),
+    "heldout_loss_updates_off": 3.0,
+    "params": 100,
+    "tokens_per_second": 50.0,
+    "heldout_by_position": [
+      {"from": i, "to": i + 1, "loss": loss, "loss_updates_off": 3.0}
+      for i, loss in enumerate(losses)
+    ],
+  }
+  (path / "summary.json").write_text(json.dumps(summary))
+
+
+def test_report_of_several_seeds(here):
+  ablation = load_ablation(
+    _write("name: q\nbase: base.yaml\nseeds: [0, 1, 2]\ngrid: {ttt.decay: [0.5, 0.9, 1.0]}\n")
+  )
+  with pytest.raises(ValueError, match="no finished run"):
+    report(ablation, {})
+  first, second, _ = ablation.variants
+  for config, shift in zip(first.configs, (0.0, 0.3, 0.9)):
+    _finish(config, [2.0 + shift, 1.0 + shift])
+  _finish(second.configs[0], [None, 1.0])
+  found = report(ablation, {})
+  row, diverged, unfinished = found["variants"]
+  assert row["loss"] == pytest.approx(1.9)
+  assert [part["loss"] for part in row["by_position"]] == pytest.approx([2.4, 1.4])
+  # t of two degrees of freedom is 4.303; the deviation of 0, 0.3, 0.9 is 0.4583.
+  assert row["high"] - row["loss"] == pytest.approx(4.303 * 0.4583 / 3**0.5, rel=1e-3)
+  assert row["loss"] - row["low"] == pytest.approx(row["high"] - row["loss"])
+  assert diverged["loss"] is None
+  assert unfinished == {"variant": "decay=1.0", "seeds": []}
+  plot_ablation(found, here / "a.png")
+
+
+def test_interval_of_one_value():
+  assert interval([1.0]) == (None, None)
+
+
+def test_groups_of_devices_run_side_by_side(here, monkeypatch):
+  """Every run is given one group's devices, and no group two runs at a time."""
+  ablation = load_ablation(
+    _write("name: q\nbase: base.yaml\nseeds: [0, 1]\ngrid: {ttt.decay: [0.5, 0.9, 1.0]}\n")
+  )
+  busy, seen = set(), []
+
+  def run(variant, config, groups):
+    group = groups.get()
+    assert group not in busy
+    busy.add(group)
+    seen.append((config.resolved_run_dir, group))
+    _finish(config, [1.0, 1.0])
+    busy.remove(group)
+    groups.put(group)
+
+  monkeypatch.setattr(runs, "_run", run)
+  assert run_all(ablation, Console(quiet=True), device_groups=("0,1", "2,3")) == {}
+  assert len({where for where, _ in seen}) == 6
+  assert {group for _, group in seen} <= {"0,1", "2,3"}

@@ -1,0 +1,136 @@
+"""From the YAML file of an ablation to the configs of its runs; nothing here imports JAX."""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ttt_jax.config import Config
+from ttt_jax.load_config import load_config, read_yaml
+
+_KEYS = {
+  "name": str,
+  "base": str,  # a config file, relative to this one
+  "title": str,  # of the picture
+  "set": dict,  # field: value, for all runs
+  "grid": dict,  # field: list of values; every combination is a variant
+  "variants": dict,  # name: {field: value}; besides the grid
+  "seeds": list,
+}
+_NEEDED = ("name", "base", "seeds")
+
+
+@dataclass(frozen=True)
+class Variant:
+  """One setting of the grid, trained once per seed."""
+
+  name: str
+  configs: tuple[Config, ...]  # by seed, in `Ablation.seeds`
+
+
+@dataclass(frozen=True)
+class Ablation:
+  """A question: its variants differ in the fields of the grid and in nothing else."""
+
+  name: str
+  title: str
+  directory: Path
+  seeds: tuple[int, ...]
+  variants: tuple[Variant, ...]
+
+  def runs(self) -> Iterator[tuple[Variant, Config]]:
+    """All runs, seed by seed, so that an unfinished ablation has every variant equally often."""
+    for index in range(len(self.seeds)):
+      for variant in self.variants:
+        yield variant, variant.configs[index]
+
+
+def load_ablation(path: str | PathLike, overrides: Sequence[str] = ()) -> Ablation:
+  """The ablation of a YAML file, every config of it checked.
+
+      name: ablation_chunk_size
+      base: quickstart.yaml
+      set: {train.steps: 200}
+      grid: {ttt.chunk_size: [64, 256, 1024]}
+      variants: {no fast weights: {ttt.layers: []}}
+      seeds: [0, 1, 2]
+
+  Args:
+    path: the file.
+    overrides: words like `--train.steps 100`, for all runs, over the file's `set`.
+
+  Raises:
+    ValueError: no such file, keys it does not know or lacks, variants of one name, or a config that
+      `load_config` refuses, with the variant's name.
+  """
+  path = Path(path)
+  tree = read_yaml(path)
+  unknown = [key for key in tree if key not in _KEYS]
+  missing = [key for key in _NEEDED if key not in tree]
+  if unknown or missing:
+    raise ValueError(
+      f"{path} {'has' if unknown else 'lacks'} {', '.join(map(str, unknown or missing))}; an ablation "
+      f"has {', '.join(_KEYS)}"
+    )
+  for key, kind in _KEYS.items():
+    if key in tree and not isinstance(tree[key], kind):
+      raise ValueError(f"{path}: {key}={tree[key]!r} must be a {kind.__name__}")
+  seeds = tuple(tree["seeds"])
+  if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) for s in seeds):
+    raise ValueError(f"{path}: seeds={list(seeds)} must be different integers, at least one")
+  directory = Path("runs") / tree["name"]
+  variants = []
+  for name, fields in _settings(path, tree):
+    configs = []
+    for seed in seeds:
+      where = directory / _file_name(name) / f"seed{seed}"
+      words = [
+        *_words(tree.get("set", {})),
+        *overrides,
+        *_words(fields),
+        *_words({"seed": seed, "name": name, "run_dir": str(where)}),
+      ]
+      try:
+        configs.append(load_config(path.parent / tree["base"], words))
+      except ValueError as error:
+        raise ValueError(f"{path}, variant {name!r}: {error}") from error
+    variants.append(Variant(name, tuple(configs)))
+  if not variants:
+    raise ValueError(f"{path} has no variants: give grid, variants, or both")
+  names = [_file_name(variant.name) for variant in variants]
+  if twice := sorted({name for name in names if names.count(name) > 1}):
+    raise ValueError(f"{path} has several variants named {', '.join(twice)}")
+  return Ablation(tree["name"], tree.get("title", tree["name"]), directory, seeds, tuple(variants))
+
+
+def _settings(path: Path, tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Name and fields of every variant: the grid's combinations, then those with names of their own."""
+  grid = tree.get("grid", {})
+  for field, values in grid.items():
+    if not isinstance(values, list) or not values:
+      raise ValueError(f"{path}: grid.{field}={values!r} must be a list of values")
+  if grid:
+    for values in itertools.product(*grid.values()):
+      fields = dict(zip(grid, values))
+      name = ", ".join(f"{field.rpartition('.')[2]}={_text(x)}" for field, x in fields.items())
+      yield name, fields
+  for name, fields in tree.get("variants", {}).items():
+    if not isinstance(fields, dict):
+      raise ValueError(f"{path}: variants.{name}={fields!r} must be fields with values")
+    yield str(name), fields
+
+
+def _words(fields: dict[str, Any]) -> list[str]:
+  return [word for name, value in fields.items() for word in (f"--{name}", _text(value))]
+
+
+def _text(value: Any) -> str:
+  return value if isinstance(value, str) else json.dumps(value)
+
+
+def _file_name(name: str) -> str:
+  return re.sub(r"[^A-Za-z0-9_.=+-]+", "_", name)

@@ -1,0 +1,82 @@
+"""What an ablation found: a row per variant, with the spread over its seeds."""
+
+import math
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from ttt_jax.ablation.grid import Ablation, Variant
+from ttt_jax.ablation.runs import finished, read_summary
+from ttt_jax.config import Config
+
+
+def report(ablation: Ablation, failed: dict[tuple[str, int], str]) -> dict[str, Any]:
+  """The results of the runs that are finished, by variant.
+
+  `loss` and the losses by position are means over the seeds; `low` and `high` the 95 % interval of the
+  mean, by Student's t over the seeds, None of a single one. A variant none of whose runs is finished has
+  no numbers. `failed` says what the others came to.
+
+  Raises:
+    ValueError: no run is finished.
+  """
+  rows = [_row(variant, ablation.seeds) for variant in ablation.variants]
+  if not any(row["seeds"] for row in rows):
+    raise ValueError(
+      f"{ablation.directory} has no finished run: run ttt-jax ablate with this config first"
+    )
+  return {
+    "name": ablation.name,
+    "title": ablation.title,
+    "seeds": list(ablation.seeds),
+    "variants": rows,
+    "failed": [
+      {"variant": name, "seed": seed, "said": said} for (name, seed), said in failed.items()
+    ],
+  }
+
+
+def _row(variant: Variant, seeds: tuple[int, ...]) -> dict[str, Any]:
+  done = [config for config in variant.configs if finished(config)]
+  row = {"variant": variant.name, "seeds": [config.seed for config in done]}
+  if not done:
+    return row
+  summaries = [read_summary(config) for config in done]
+  tables = [summary["heldout_by_position"] for summary in summaries]
+  positions = [
+    {"from": part["from"], "to": part["to"]}
+    | {name: _mean([table[i][name] for table in tables]) for name in ("loss", "loss_updates_off")}
+    for i, part in enumerate(tables[0])
+  ]
+  losses = [summary["heldout_loss"] for summary in summaries]
+  return row | {
+    "loss": _mean(losses),
+    **dict(zip(("low", "high"), interval(losses))),
+    "loss_updates_off": _mean([summary["heldout_loss_updates_off"] for summary in summaries]),
+    "by_position": positions,
+    "losses": losses,
+    "params": summaries[0]["params"],
+    "state_numbers": _state_numbers(done[0]),
+    "tokens_per_second": _mean([summary["tokens_per_second"] for summary in summaries]),
+  }
+
+
+def _state_numbers(config: Config) -> int:
+  """Numbers of the fast weights of all TTT layers."""
+  return len(config.ttt.layers) * config.model.d_model * config.model.d_ff
+
+
+def _mean(values: list[float | None]) -> float | None:
+  """None where one is: a loss that is not finite, updates where there are none."""
+  return None if None in values else float(np.mean(values))
+
+
+def interval(values: list[float | None]) -> tuple[float, float] | tuple[None, None]:
+  """The 95 % interval of the mean of a few normal values, `mean +- t s / sqrt(n)`; None of one."""
+  n = len(values)
+  if n < 2 or None in values:
+    return None, None
+  half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1)) / math.sqrt(n)
+  mean = float(np.mean(values))
+  return mean - half, mean + half

@@ -1,0 +1,103 @@
+"""The runs of an ablation, each a process of its own, some side by side on devices of their own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from rich.console import Console
+
+from ttt_jax.ablation.grid import Ablation, Variant
+from ttt_jax.config import Config
+from ttt_jax.load_config import dump_config
+from ttt_jax.rundir import open_run
+
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_DEVICES")
+_LAST_LINES = 5  # of a run that failed, to show
+
+
+def run_all(
+  ablation: Ablation, console: Console, *, device_groups: Sequence[str] = ()
+) -> dict[tuple[str, int], str]:
+  """Trains and evaluates every run that is not finished; returns the last words of those that failed.
+
+  A run that was interrupted goes on from its last checkpoint, a finished one is left alone. One run's
+  failure, a variant that diverges for instance, is reported and the others go on.
+
+  Args:
+    device_groups: devices by number, such as `("0,1", "2,3")`: one run at a time on each. None: one
+      run at a time on all devices.
+
+  Raises:
+    ValueError: a run's directory holds something else. No run has been started.
+  """
+  todo = []
+  for variant, config in ablation.runs():
+    open_run(config.resolved_run_dir, config, may_change=())
+    if not finished(config):
+      todo.append((variant, config))
+  done, total = len(list(ablation.runs())) - len(todo), len(list(ablation.runs()))
+  console.print(f"{ablation.name}: {total} runs, {done} of them finished", highlight=False)
+  groups: SimpleQueue[str | None] = SimpleQueue()
+  for group in device_groups or (None,):
+    groups.put(group)
+  started = time.monotonic()
+  failed = {}
+  with ThreadPoolExecutor(max(1, len(device_groups))) as pool:
+    results = pool.map(lambda run: _run(*run, groups), todo)
+    for made, ((variant, config), error) in enumerate(zip(todo, results), start=1):
+      what = f"{variant.name}, seed {config.seed}"
+      if error is None:
+        loss = read_summary(config)["heldout_loss"]
+        status = f"held-out loss {loss:.3f}" if loss is not None else "held-out loss not finite"
+      else:
+        failed[variant.name, config.seed] = error
+        status = f"failed: {error.splitlines()[-1]} (see {_log(config)})"
+      left = (time.monotonic() - started) / made * (len(todo) - made)
+      console.print(
+        f"{done + made}/{total}  {what}: {status}" + (f"  {left:,.0f} s left" if left else ""),
+        highlight=False,
+      )
+  return failed
+
+
+def finished(config: Config) -> bool:
+  """Whether a run was trained to its end and evaluated."""
+  return (Path(config.resolved_run_dir) / "summary.json").is_file()
+
+
+def read_summary(config: Config) -> dict[str, Any]:
+  """The `summary.json` of a finished run."""
+  return json.loads((Path(config.resolved_run_dir) / "summary.json").read_text(encoding="utf-8"))
+
+
+def _log(config: Config) -> Path:
+  return Path(config.resolved_run_dir).with_suffix(".log")
+
+
+def _run(variant: Variant, config: Config, groups: SimpleQueue) -> str | None:
+  """`ttt-jax train` in a process; None, or the last lines of what it said if it failed."""
+  group = groups.get()
+  try:
+    environment = dict(os.environ)
+    if group is not None:
+      environment |= dict.fromkeys(_VISIBLE, group)
+    file = Path(config.resolved_run_dir).with_suffix(".yaml")
+    file.write_text(dump_config(config), encoding="utf-8")
+    command = [sys.executable, "-m", "ttt_jax.cli", "train", str(file)]
+    with _log(config).open("w", encoding="utf-8") as log:
+      code = subprocess.run(
+        command, env=environment, stdout=log, stderr=log, check=False
+      ).returncode
+  finally:
+    groups.put(group)
+  if code == 0 and finished(config):
+    return None
+  said = _log(config).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+  return "\n".join(said[-_LAST_LINES:]) or f"exit status {code}"
