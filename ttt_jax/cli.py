@@ -81,8 +81,10 @@ def _parser() -> argparse.ArgumentParser:
   _add_ablate(commands)
   _add_convert(commands)
   _add_generate(commands)
-  data = commands.add_parser("data", help="prepare text for training")
-  _add_prepare(data.add_subparsers(dest="data", required=True, metavar="WHAT"))
+  data = commands.add_parser("data", help="prepare text for training, or make some")
+  kinds = data.add_subparsers(dest="data", required=True, metavar="WHAT")
+  _add_prepare(kinds)
+  _add_recall(kinds)
   bench = commands.add_parser("bench", help="measure what fast weights cost on this machine")
   benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
   text = "dense gated MLP against TTT MLP: time, memory, bytes exchanged; tables, JSON and a plot"
@@ -247,6 +249,24 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
     "--max-bad-records", type=int, default=0, metavar="N", help="corrupt ones to skip (default 0)"
   )
   prepare.set_defaults(run=_run_prepare, takes_overrides=False)
+
+
+def _add_recall(commands: argparse._SubParsersAction) -> None:
+  text = "write documents of the recall task: pairs that come again, far beyond any window"
+  recall = commands.add_parser("recall", help=text, description=text)
+  recall.add_argument("destination", help="a directory, for data.path")
+  for flag, default in (("documents", 600), ("tokens", 4096), ("seed", 0)):
+    recall.add_argument(f"--{flag}", type=int, default=default, help=f"(default {default})")
+  recall.set_defaults(run=_run_recall_data, takes_overrides=False)
+
+
+def _run_recall_data(parsed: argparse.Namespace) -> None:
+  from ttt_jax.evaluation.recall import write_documents
+
+  path = write_documents(
+    parsed.destination, documents=parsed.documents, tokens=parsed.tokens, seed=parsed.seed
+  )
+  print(f"written: {path}")
 
 
 def _run_prepare(parsed: argparse.Namespace) -> None:
