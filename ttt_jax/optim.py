@@ -8,8 +8,18 @@ import optax
 from ttt_jax.config import TrainConfig
 
 # Parameters that weight decay would only pull away from where they do nothing: scales towards 0,
-# the target's convolution, the inner rate and biases.
-_NO_DECAY = ("scale", "conv", "log_rate", "query_bias", "key_bias", "value_bias", "out_bias")
+# convolutions, the inner rate and biases.
+_NO_DECAY = (
+  "scale",
+  "conv",
+  "short_conv",
+  "log_rate",
+  "query_bias",
+  "key_bias",
+  "value_bias",
+  "out_bias",
+  "decay_bias",
+)
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:

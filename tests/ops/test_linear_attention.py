@@ -12,7 +12,7 @@ from ttt_jax.ops.linear_attention import delta_rule, gated_linear_attention, sho
 
 B, H, K, M = 2, 3, 4, 5
 
-# Tokens, chunk size, ids. Documents begin at a chunk's first and last token, inside of it, two in one chunk;
+# Tokens, chunk size, ids. Documents begin at a chunk's first and last token, inside of it, two in one;
 # padding lies in front, between and behind.
 CASES = {
   "whole chunks": (24, 8, None),

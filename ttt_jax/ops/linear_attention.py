@@ -1,8 +1,8 @@
 """Attention whose memory is a matrix per head: gated linear attention and the delta rule, in chunks.
 
 Baselines for the fast weights, written to be read: one state is carried through the chunks by a `lax.scan`,
-and what happens inside a chunk is a masked product. Only the chunk's inputs and the state before it are kept
-for the backward pass. Here K is the width of a key and M that of a value; the sequence lies on one device.
+and what happens inside a chunk are masked products. Kept for the backward pass are the inputs and the state
+before every chunk. K is the width of a key and M that of a value; the sequence lies on one device.
 """
 
 import math

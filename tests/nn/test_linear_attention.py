@@ -1,0 +1,314 @@
+"""Layers with gated linear attention or DeltaNet in the place of attention: the whole model with them."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import MODEL, TTT, mesh_of, random_model, random_rows, randomized, relative_error
+
+from ttt_jax.config import (
+  AttentionConfig,
+  Config,
+  DataConfig,
+  MeshConfig,
+  TrainConfig,
+  TTTConfig,
+)
+from ttt_jax.flops import token_flops
+from ttt_jax.generation import generate as generation
+from ttt_jax.generation.generate import generate
+from ttt_jax.generation.state import load_state
+from ttt_jax.initial import make_model
+from ttt_jax.load_config import load_config
+from ttt_jax.nn.linear_attention import linear_sizes
+from ttt_jax.nn.transformer import LayerKind, Transformer, count_parameters, layer_kinds
+from ttt_jax.partition import shardings
+from ttt_jax.pretrained.save import save_pretrained
+from ttt_jax.step import init_state, jit_train_step, new_state, put_batch
+from ttt_jax.tree import named_leaves
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MIXERS = ("gla", "delta_net")
+EACH = pytest.mark.parametrize("mixer", MIXERS)
+# Four query heads of 6 and two of keys and values: values of 9, keys of 4 (GLA) or 9.
+SOME = {mixer: AttentionConfig(window=5, mixer=mixer, mixer_layers=(0, 1)) for mixer in MIXERS}
+
+
+def test_layers_are_chosen_by_name_or_all_but_those_with_full_attention():
+  window, gla = LayerKind(False, 5), LayerKind(False, None, "gla")
+  full = LayerKind(False, None)
+
+  def kinds(**fields):
+    return layer_kinds(MODEL, AttentionConfig(window=5, **fields), TTTConfig())
+
+  assert kinds(mixer="gla", mixer_layers=(0, 3)) == (gla, window, window, gla)
+  assert kinds(mixer="gla", mixer_layers=(0,), full_layers=(2,)) == (gla, window, full, window)
+  assert kinds(mixer="gla") == (gla,) * 4
+  assert kinds(mixer="gla", full_layers=(1,)) == (gla, full, gla, gla)
+  both = layer_kinds(MODEL, SOME["gla"], TTT)
+  assert both[0] == LayerKind(True, None, "gla")
+  assert both[2] == LayerKind(True, 5)
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (9, 3), (14, 2)], ids=str)
+@pytest.mark.parametrize("name", ["quickstart", "pretrain_500m_32k"])
+@EACH
+def test_parameters_are_those_of_the_plain_model_within_two_percent(mixer, name, heads):
+  config = load_config(CONFIGS / f"{name}.yaml", ["--mesh.context", "1"])
+  if heads != (8, 8):
+    model = dataclasses.replace(
+      config.model, num_heads=heads[0], num_kv_heads=heads[1], head_dim=64
+    )
+    config = dataclasses.replace(config, model=model)
+
+  def count(**fields):
+    attention = dataclasses.replace(config.attention, **fields)
+    changed = dataclasses.replace(config, attention=attention)
+    return count_parameters(jax.eval_shape(lambda: make_model(changed)))
+
+  plain = count()
+  assert abs(count(mixer=mixer) / plain - 1) < 0.02
+  assert abs(count(mixer=mixer, mixer_layers=(1, 3)) / plain - 1) < 0.02
+
+
+LENGTH = 32
+# Every token of row 0 has a vocabulary entry of its own, so that a gradient in the table of embeddings is one
+# in the token; the untied head keeps the table out of the logits otherwise.
+SPELLED = dataclasses.replace(MODEL, vocab_size=LENGTH, tie_embeddings=False, num_layers=3)
+
+
+@pytest.mark.parametrize(
+  "ttt", [TTTConfig(), TTTConfig(layers=(0, 2), chunk_size=4)], ids=["", "ttt"]
+)
+@EACH
+def test_no_logit_depends_on_a_later_token_or_another_document(mixer, ttt):
+  model = random_model(SPELLED, AttentionConfig(mixer=mixer), ttt)
+  document = np.repeat([1, 2, 3, 0], [9, 12, 8, 3])
+  probe = jax.random.normal(jax.random.key(2), (LENGTH,))
+  tokens = jnp.arange(LENGTH, dtype=jnp.int32)[None]
+
+  @jax.jit
+  def reach(model, t):
+    def logit(model):
+      return jnp.vdot(model(tokens, jnp.asarray(document[None], jnp.int32))[0, t], probe)
+
+    return jnp.sum(jnp.abs(jax.grad(logit)(model).embed.table[...]), axis=1)
+
+  seen = np.stack([reach(model, jnp.int32(t)) for t in range(LENGTH)])
+  position = np.arange(LENGTH)
+  later = position[None, :] > position[:, None]
+  elsewhere = document[None, :] != document[:, None]
+  elsewhere[-3:, -3:] &= False  # padding is nobody's document
+  assert not seen[later | elsewhere].any()
+  # The test can fail: everything that may depend does.
+  assert (seen[~later & ~elsewhere & (document != 0)[:, None]] > 0).all()
+
+
+def training_config(mixer, **train):
+  return Config(
+    model=dataclasses.replace(MODEL, vocab_size=18, head_dim=8),
+    attention=SOME[mixer],
+    ttt=TTT,
+    data=DataConfig(seq_len=24),
+    train=TrainConfig(**{"steps": 30, "batch_size": 4, "warmup_steps": 2} | train),
+  )
+
+
+def run(config, shape, steps, *, seeds, start=None):
+  """Losses and gradient norms of some steps on a mesh (data, fsdp, tensor), from random parameters."""
+  data, fsdp, tensor = shape
+  mesh = mesh_of(data, 1, fsdp=fsdp, tensor=tensor)
+  model = randomized(init_state(config, mesh).model, 7) if start is None else start
+  state = new_state(config, jax.device_put(model, shardings(model, mesh)))
+  state = jax.device_put(state, shardings(state, mesh))
+  step, seen = jit_train_step(config, mesh), []
+  with jax.set_mesh(mesh):
+    for i in range(steps):
+      tokens, ids, labels = random_rows(4, 24, vocab=18, seed=i % seeds)
+      batch = {"tokens": tokens, "segment_ids": ids, "labels": labels}
+      state, metrics = step(state, put_batch(batch, mesh))
+      seen.append([float(metrics[name]) for name in ("loss", "grad_norm")])
+  return np.array(seen), state.model
+
+
+@pytest.fixture
+def standard_promotion():
+  """Optax raises a float to an integer power, which strict promotion forbids."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+@EACH
+def test_steps_are_the_same_on_every_mesh(mixer, standard_promotion):
+  config = training_config(mixer)
+  expected, model = run(config, (1, 1, 1), 3, seeds=3)
+  for shape in ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)):
+    seen, there = run(config, shape, 3, seeds=3)
+    np.testing.assert_allclose(seen, expected, rtol=2e-5, err_msg=str(shape))
+    for (name, a), b in zip(named_leaves(there).items(), jax.tree.leaves(model)):
+      assert relative_error(a, b) < 1e-4, (shape, name)
+
+
+@EACH
+def test_training_learns_two_batches(mixer, standard_promotion):
+  """From the parameters a run starts with, all of which get a gradient."""
+  config = training_config(mixer, learning_rate=1e-2)
+  start = make_model(config)
+  seen, trained = run(config, (1, 1, 1), 30, seeds=2, start=start)
+  assert seen[-1, 0] < 0.5 * seen[0, 0]
+  for (name, a), b in zip(named_leaves(trained).items(), jax.tree.leaves(start)):
+    assert relative_error(a, b) > 1e-3, name
+
+
+@pytest.mark.parametrize("remat", ["none", "minimal"])
+@EACH
+def test_remat_changes_nothing(mixer, remat):
+  tokens, segment_ids, _ = random_rows(2, 20)
+
+  def gradient(remat):
+    model = random_model(dataclasses.replace(MODEL, remat=remat), SOME[mixer])
+    return jax.jit(jax.grad(lambda m: jnp.mean(m(tokens, segment_ids) ** 2)))(model)
+
+  for a, b in zip(*map(jax.tree.leaves, (gradient(remat), gradient("layer")))):
+    assert relative_error(a, b) < 1e-5
+
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8], [2], [1, 8, 2, 8, 1]]
+NEW = 7
+
+
+def learner(mixer, **changes):
+  """A model whose fast weights change what it says, with linear attention in two layers."""
+  ttt = dataclasses.replace(TTT, inner_lr=3.0)
+  return random_model(dataclasses.replace(MODEL, **changes), SOME[mixer], ttt, seed=1)
+
+
+_logits = jax.jit(lambda model, tokens: model(tokens))
+
+
+def read_whole(model, row):
+  filled = np.zeros((1, 40), np.int32)
+  filled[0, : len(row)] = row
+  return np.asarray(_logits(model, filled))[0, len(row) - 1]
+
+
+@pytest.mark.parametrize("size", [{}, {"data": 2, "tensor": 2}, {"fsdp": 2}], ids=str)
+@EACH
+def test_writing_token_by_token_is_reading_at_once(mixer, size, monkeypatch, tmp_path):
+  """Also from a saved state, and with prompts read in several segments."""
+  monkeypatch.setattr(generation, "_SEGMENT", 8)
+  model = whole = learner(mixer, vocab_size=18)
+  if size:
+    model = jax.device_put(model, shardings(model, mesh_of(**{"data": 1, "context": 1} | size)))
+  first = generate(model, PROMPTS, max_new_tokens=3)
+  first.state.save(tmp_path / "state")
+  state = load_state(tmp_path / "state", model)
+  for a, b in zip(jax.tree.leaves(state.cache), jax.tree.leaves(first.state.cache)):
+    assert a.dtype == b.dtype
+  result = generate(model, [[]] * 3, max_new_tokens=NEW - 3, state=state)
+  for row, prompt in enumerate(PROMPTS):
+    text = [*prompt, *first.new_tokens[row], *result.new_tokens[row]]
+    assert relative_error(result.state.logits[row], read_whole(whole, text)) < 1e-4
+    for end in range(len(prompt), len(text)):
+      assert text[end] == np.argmax(read_whole(whole, text[:end]))
+
+
+@EACH
+def test_a_state_has_one_size_and_goes_with_the_text(mixer):
+  model = learner(mixer)
+  short, long = (generate(model, [[1] * n], max_new_tokens=1).state for n in (2, 300))
+  heads, key, value, _ = linear_sizes(MODEL, mixer)
+  for state in (short, long):
+    cache = state.cache.layers[0].attention
+    assert cache.state.shape == (1, heads, key, value)
+    assert (cache.recent is None) == (mixer == "gla")
+  learned = long.fast_weights_only()
+  again = generate(model, PROMPTS[:1], max_new_tokens=0, state=learned).state
+  assert all(not x.any() for x in jax.tree.leaves(learned.cache.layers[1].attention))
+  assert all(x.any() for x in jax.tree.leaves(again.cache.layers[1].attention))
+
+
+@EACH
+def test_bfloat16_keeps_its_state_in_float32(mixer):
+  model = learner(mixer, dtype="bfloat16")
+  result = generate(model, PROMPTS, max_new_tokens=4)
+  cache = result.state.cache.layers[0].attention
+  assert cache.state.dtype == jnp.float32
+  assert cache.recent is None or cache.recent.dtype == jnp.bfloat16
+  for row, (prompt, new) in enumerate(zip(PROMPTS, result.new_tokens)):
+    assert relative_error(result.state.logits[row], read_whole(model, [*prompt, *new])) < 0.1
+
+
+@EACH
+def test_two_flops_for_every_parameter_a_token_meets(mixer):
+  ttt = TTTConfig()
+  shapes = jax.eval_shape(lambda: Transformer(MODEL, SOME[mixer], ttt, rngs=nnx.Rngs(0)))
+  sizes = {
+    name: leaf.size
+    for name, leaf in named_leaves(shapes).items()
+    if name.startswith("groups") and not {"scale", "decay_bias"} & set(name.split("/"))
+  }
+  flops = token_flops(MODEL, SOME[mixer], ttt, 20)
+  assert flops.projections == 2 * sum(sizes.values())
+  # Two layers see 5 tokens; in two every product with the state counts.
+  heads, key, value, _ = linear_sizes(MODEL, mixer)
+  products = {"gla": 2, "delta_net": 3}[mixer]
+  window = dataclasses.replace(SOME[mixer], mixer="attention", mixer_layers=None)
+  windows = token_flops(MODEL, window, ttt, 20).attention / 2
+  assert math.isclose(flops.attention, windows + 2 * products * 2 * heads * key * value)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"mixer": "mamba"}, r"attention\.mixer='mamba' is not one of 'attention', 'gla', 'delta_net'"),
+    ({"mixer_layers": (1,)}, r"attention\.mixer_layers=\[1\] are attention layers .* leave"),
+    (
+      {"mixer": "gla", "mixer_layers": (1, 2), "full_layers": (2,)},
+      r"mixer_layers=\[1, 2\] and attention\.full_layers=\[2\] both name \[2\]",
+    ),
+  ],
+)
+def test_fields_that_contradict_each_other(fields, message):
+  with pytest.raises(ValueError, match=message):
+    AttentionConfig(**fields)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"mixer_layers": (4,)}, r"attention\.mixer_layers=\[4\] names layer 4.*use 0 to 3"),
+    ({"mixer_layers": (1, 1)}, r"attention\.mixer_layers=\[1, 1\] names a layer twice"),
+    ({"mixer_layers": ()}, r"attention\.mixer='gla' is in no layer"),
+    ({"full_layers": (0, 1, 2, 3)}, r"attention\.mixer='gla' is in no layer"),
+  ],
+)
+def test_layers_that_are_not_there(fields, message):
+  with pytest.raises(ValueError, match=message):
+    Config(attention=AttentionConfig(mixer="gla", **fields))
+
+
+@EACH
+def test_a_sequence_on_several_devices_is_refused(mixer):
+  attention = AttentionConfig(mixer=mixer)
+  message = rf"attention\.mixer='{mixer}' with mesh\.context=2: .* set mesh\.context=1"
+  with pytest.raises(ValueError, match=message):
+    Config(attention=attention, mesh=MeshConfig(context=2))
+  model = random_model(attention=attention, ttt=TTTConfig())
+  refused = pytest.raises(NotImplementedError, match=rf"'{mixer}' on 2 shards of the sequence")
+  with jax.set_mesh(mesh_of(1, 2)), refused:
+    jax.eval_shape(lambda: model(jnp.zeros((1, 8), jnp.int32)))
+
+
+@EACH
+def test_there_is_no_checkpoint_of_transformers_for_it(mixer, tmp_path):
+  with pytest.raises(
+    NotImplementedError, match=rf"attention\.mixer='{mixer}' is in no architecture"
+  ):
+    save_pretrained(random_model(attention=SOME[mixer]), tmp_path / "model")
+  assert not (tmp_path / "model").exists()
