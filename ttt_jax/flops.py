@@ -54,8 +54,8 @@ def token_flops(
       delta_net     2 D (2 G K + 2 G M) + 2 D G + 2 c (2 G K + G M) + 6 D F      6 G K M (k S, k^T u, q S)
 
   where r is the rank of the decay's projection and c the width of the short convolution: the recurrence,
-  token by token; that chunks take more products of matrices is their cost, not the model's. Reading `Z (W + S)` is one product, as the
-  MLP's own; that some implementations read W and S in two is their cost, not the model's.
+  token by token. Reading `Z (W + S)` is one product, as the MLP's own; that some implementations read W and
+  S in two, or take more products in chunks of a recurrence, is their cost, not the model's.
   """
   d, f = model.d_model, model.d_ff
   kinds = layer_kinds(model, attention, ttt)
@@ -85,7 +85,7 @@ def _mixing(model: ModelConfig, kind: LayerKind, tokens: int) -> float:
   if kind.mixer == "attention":
     return 4 * model.num_heads * model.head_size * visible_keys(tokens, kind.window)
   heads, key, value, _ = linear_sizes(model, kind.mixer)
-  return {"gla": 4, "delta_net": 6}[kind.mixer] * heads * key * value
+  return float({"gla": 4, "delta_net": 6}[kind.mixer] * heads * key * value)
 
 
 def training_flops(config: Config) -> float:

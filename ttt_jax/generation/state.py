@@ -40,7 +40,8 @@ class GenerationState:
   """Where every row of a generation stands.
 
   Attributes:
-    cache: fast weights, unfinished chunks, keys and values or the states in their place; `cache.lengths` tokens of a row were read.
+    cache: fast weights, unfinished chunks, keys and values or the states in their place;
+      `cache.lengths` tokens of a row were read.
     logits: of each row's next token; of no meaning where nothing was read.
     model: a fingerprint of the model, whose parameters give the cache its meaning.
   """

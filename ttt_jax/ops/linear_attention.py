@@ -36,7 +36,7 @@ def gated_linear_attention(
 ) -> tuple[Float[Array, "B T H M"], Float[Array, "B H K M"]]:
   """`S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t` and `o_t = q_t S_t`; the outputs and the last S.
 
-  With `b_t` the sum of log_decay from the chunk's first token to t, and S the state before the chunk,
+  With `b_t` the sum of log_decay over the chunk's tokens up to t (of t's document), and S the state before,
 
       o_i = (q_i exp(b_i)) S + sum_{j <= i} A_ij v_j        A_ij = sum_k q_ik k_jk exp(b_ik - b_jk)
       S'  = diag(exp(b_C)) S + sum_j (k_j exp(b_C - b_j))^T v_j
@@ -222,46 +222,49 @@ def _over_chunks(
 
 def _gated_chunk(state, chunk, borders: _Borders):
   q, k, v, log_decay = chunk  # [B H C K]
-  b = jnp.cumsum(log_decay, axis=2)
+  # Each document sums its own: so no rounding of another one's decays is in a difference of two sums.
+  same = borders.sees.astype(log_decay.dtype)[:, 0]
+  b = jnp.einsum("bij,bhjk->bhik", same, log_decay, precision=lax.Precision.HIGHEST)
   total = b[:, :, -1:]
-  scores = _where(borders.sees, _decayed_scores(q, k, b))
-  o = matmul("bhij,bhjm->bhim", scores, v)
-  o += matmul("bhik,bhkm->bhim", _where(borders.reads, q * jnp.exp(b)), state)
-  left = _where(borders.keeps, jnp.swapaxes(jnp.exp(total), 2, 3))
-  written = _where(borders.writes, k * jnp.exp(total - b))
+  o = matmul("bhij,bhjm->bhim", _decayed_scores(q, k, b, borders.sees), v)
+  o += matmul("bhik,bhkm->bhim", q * _decay(borders.reads, b), state)
+  left = jnp.swapaxes(_decay(borders.keeps, total), 2, 3)
+  written = k * _decay(borders.writes, total - b)
   return left * state + matmul("bhjk,bhjm->bhkm", written, v), o
 
 
+def _decay(mask, exponent):
+  """exp, and 0 where the mask is off: only there may the exponent be positive."""
+  return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
+
+
 def _decayed_scores(
-  q: Float[Array, "B H C K"], k: Float[Array, "B H C K"], b: Float[Array, "B H C K"]
+  q: Float[Array, "B H C K"],
+  k: Float[Array, "B H C K"],
+  b: Float[Array, "B H C K"],
+  sees: Bool[Array, "B 1 C C"],
 ) -> Float[Array, "B H C C"]:
-  """`A_ij = sum_k q_ik k_jk exp(b_ik - b_jk)` for j <= i, else 0; b falls along C.
+  """`A_ij = sum_k q_ik k_jk exp(b_ik - b_jk)` where i sees j, else 0; b falls along a document.
 
   In a sub-chunk the differences are formed for every pair. For j in an earlier sub-chunk than i's, whose
-  first token is f, `exp(b_i - b_j) = exp(b_i - b_f) exp(b_f - b_j)`, neither exponent positive: a product.
+  first token f lies between them, `exp(b_i - b_j) = exp(b_i - b_f) exp(b_f - b_j)`: a product.
   """
-  _, _, size, width = q.shape
+  rows, _, size, width = q.shape
   sub = math.gcd(size, _SUB_CHUNK)
   parts = size // sub
 
   def split(x):
     return x.reshape(*x.shape[:2], parts, sub, width)
 
-  def decay(mask, exponent):
-    """exp, and 0 where the mask is off: the exponent may be positive there."""
-    return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
-
-  of_part = split(b)
-  first = of_part[:, :, :, :1]
-  earlier = jnp.arange(size)[None, :] < sub * jnp.arange(parts)[:, None]
-  from_first = decay(earlier[None, None, :, :, None], first - b[:, :, None])
-  across = matmul(
-    "bhpik,bhpjk->bhpij", split(q) * jnp.exp(of_part - first), k[:, :, None] * from_first
-  )
-  pairs = decay(
-    jnp.tril(jnp.ones((sub, sub), bool))[None, None, None, :, :, None],
-    of_part[:, :, :, :, None] - of_part[:, :, :, None],
-  )
+  first = split(b)[:, :, :, :1]
+  by_part = sees.reshape(rows, 1, parts, sub, parts, sub)
+  own_part = jnp.moveaxis(jnp.diagonal(by_part, axis1=2, axis2=4), -1, 2)  # [B 1 parts i j]
+  before = jnp.arange(size)[None, :] < sub * jnp.arange(parts)[:, None]
+  earlier = sees[:, :, ::sub] & before[None, None]
+  to_first = split(q) * _decay(own_part[..., :1], split(b) - first)
+  from_first = k[:, :, None] * _decay(earlier[..., None], first - b[:, :, None])
+  across = matmul("bhpik,bhpjk->bhpij", to_first, from_first)
+  pairs = _decay(own_part[..., None], split(b)[:, :, :, :, None] - split(b)[:, :, :, None])
   own = jnp.sum(split(q)[:, :, :, :, None] * split(k)[:, :, :, None] * pairs, axis=-1)
   placed = jnp.einsum("bhpij,pr->bhpirj", own, jnp.eye(parts, dtype=own.dtype))
   return across.reshape(*q.shape[:3], size) + placed.reshape(*q.shape[:3], size)
