@@ -15,19 +15,16 @@ B, H, K, M = 2, 3, 4, 5
 # Tokens, chunk size, ids. Documents begin at a chunk's first and last token, inside of it, two in one;
 # padding lies in front, between and behind.
 CASES = {
-  "whole chunks": (24, 8, None),
   "ragged": (23, 6, None),
   "one chunk": (7, 64, None),
-  "chunks of one token": (5, 1, None),
-  "sub-chunks": (70, 32, None),
+  "chunks of one token": (5, 1, [[0] * 5, [1, 1, 2, 2, 2]]),
   "packed": (
     23,
     6,
-    [[1] * 6 + [2] * 5 + [3] + [1] * 7 + [0] * 4, [0, 0, 5, 5, 6, 5, 0, 0] + [2] * 9 + [9] * 6],
+    [[1] * 6 + [2] * 5 + [3] + [1] * 7 + [0] * 4, [0, 0, 5, 5, 6, 5, 0, 5] + [2] * 9 + [9] * 6],
   ),
   "packed, sub-chunks": (37, 32, [[1] * 15 + [2] * 10 + [1] * 12, [4] * 33 + [0, 0, 1, 1]]),
-  "a document after padding": (9, 4, [[1, 1, 0, 1, 1, 1, 0, 0, 0], [0] * 8 + [3]]),
-  "nothing but padding": (5, 2, [[0] * 5, [1] * 5]),
+  "sub-chunks": (70, 32, None),
 }
 
 
