@@ -1,8 +1,8 @@
 """Baselines in the place of attention: gated linear attention and DeltaNet, around `ops.linear_attention`.
 
 Each has the parameters of the attention that it replaces, so that a model of either kind is within 2 % of
-the plain one (from d_model 64 on, with d_ff three times that). Neither has rotary positions: order is in the
-state.
+the plain one (from d_model 64 on, with d_ff three times that). Neither has rotary positions: the state is
+made in order.
 """
 
 from typing import NamedTuple
