@@ -117,7 +117,8 @@ def test_no_logit_depends_on_a_later_token_or_another_document(mixer, ttt):
 
 @EACH
 def test_loss_and_gradients_do_not_depend_on_the_mesh(mixer):
-  model = random_model(SMALL, SOME[mixer], FAST)
+  one_layer = dataclasses.replace(SMALL, num_layers=1)
+  model = random_model(one_layer, AttentionConfig(mixer=mixer), TTTConfig())
   rows = random_rows(4, 24, vocab=18)
 
   @jax.jit
@@ -170,7 +171,9 @@ def test_remat_changes_nothing(mixer):
   tokens, segment_ids, _ = random_rows(2, 20)
 
   def gradient(remat):
-    model = random_model(dataclasses.replace(SMALL, remat=remat), SOME[mixer], FAST)
+    model = random_model(
+      dataclasses.replace(SMALL, remat=remat), AttentionConfig(mixer=mixer), TTTConfig()
+    )
     return jax.jit(jax.grad(lambda m: jnp.mean(m(tokens, segment_ids) ** 2)))(model)
 
   for a, b in zip(*map(jax.tree.leaves, (gradient("minimal"), gradient("layer")))):
