@@ -173,7 +173,7 @@ class GatedLinearAttention(_LinearAttention):
 
       q = x W_q / sqrt(K)     k = x W_k     v = x W_v     alpha = sigmoid(x W_1 W_2 + b)^(1/16)
 
-  The published block (Yang et al., arXiv 2312.06635, section 4.4; `fla`'s layer): keys half as wide as
+  The published block (Yang et al., arXiv 2312.06635; `fla`'s layer): keys half as wide as
   values, a norm per head, an output gate, no short convolution. Differences: the heads are those of the
   model's keys and values instead of four, RMSNorm stands for LayerNorm (as in `fla`), and the decay's
   projection has rank D/8 where that is below 16.
@@ -209,10 +209,10 @@ class DeltaNet(_LinearAttention):
 
       (q, k, v) = silu(conv(x (W_q, W_k, W_v)))     q, k of norm 1     beta = sigmoid(x W_beta)
 
-  The published block (Yang et al., arXiv 2406.06484, section 3.4; `fla`'s layer with its defaults): a
-  causal convolution of width 4 per channel, silu, keys and queries L2-normalised per head, a norm per head.
-  Differences: the heads are those of the model's keys and values, RMSNorm. Left out, as there: an output
-  gate, beta up to 2, and feature maps other than silu.
+  The published block (Yang et al., arXiv 2406.06484; `fla`'s layer with its defaults): a causal
+  convolution of width 4 per channel, silu, keys and queries L2-normalised per head, RMSNorm per head.
+  The difference: the heads are those of the model's keys and values. Left out, as there: an output gate,
+  beta up to 2, and feature maps other than silu.
   """
 
   mixer = "delta_net"

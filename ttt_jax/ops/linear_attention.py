@@ -62,7 +62,7 @@ def gated_linear_attention(
     ValueError: shapes that disagree, chunk_size < 1, ids that are not integers.
 
   Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training
-    (arXiv 2312.06635), equations 3 to 5 and section 4.3.
+    (arXiv 2312.06635), section 4.
   """
   _check(q, k, v, {"log_decay": (log_decay, k.shape)}, segment_ids, state, chunk_size)
   with jax.named_scope("gated_linear_attention"):
@@ -100,8 +100,8 @@ def delta_rule(
     ValueError: shapes that disagree, chunk_size < 1, ids that are not integers.
 
   Source: Yang et al., Parallelizing Linear Transformers with the Delta Rule over Sequence Length
-    (arXiv 2406.06484), sections 2.2 and 3; the system is that of its UT transform, solved with the state
-    on its right-hand side.
+    (arXiv 2406.06484); the system is that of its UT transform, solved with the state on the right-hand
+    side.
   """
   _check(q, k, v, {"beta": (beta, k.shape[:-1])}, segment_ids, state, chunk_size)
   with jax.named_scope("delta_rule"):
