@@ -13,6 +13,7 @@ IMPLEMENTATIONS = ("associative", "dual", "sequential")
 TRAINABLE = ("all", "ttt", "ttt+down")
 REMAT = ("none", "layer", "minimal")
 WRITERS = ("tensorboard", "wandb")
+MIXERS = ("attention", "gla", "delta_net")
 COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
 
@@ -236,13 +237,38 @@ class AttentionConfig:
   # Full attention on several shards: swap half of the queries with the mirror shard, so that all
   # devices have equal work. None does; false saves two exchanges of queries and outputs.
   balance: bool | None = None
+  # What mixes the tokens in `mixer_layers`: "attention"; or a baseline with a state of fixed size in its
+  # place, of as many parameters: "gla", gated linear attention; "delta_net", the delta rule
+  # (`ttt_jax.nn.linear_attention`). These see their whole document, and have no window.
+  mixer: str = "attention"
+  mixer_layers: tuple[int, ...] | None = None  # None: all but `full_layers`
 
   def __post_init__(self):
     if self.window is not None:
       _require_positive("attention", self, "window")
+    _require_choice("attention.mixer", self.mixer, MIXERS)
+    if self.mixer_layers is not None:
+      _require(
+        self.mixer != "attention",
+        f"attention.mixer_layers={list(self.mixer_layers)} are attention layers as all others: set "
+        "attention.mixer to 'gla' or 'delta_net', or leave attention.mixer_layers out",
+      )
+      both = sorted(set(self.mixer_layers) & set(self.full_layers))
+      _require(
+        not both,
+        f"attention.mixer_layers={list(self.mixer_layers)} and attention.full_layers="
+        f"{list(self.full_layers)} both name {both}: a layer has {self.mixer!r} or full attention, not "
+        "both",
+      )
     _require_choice(
       "attention.implementation", self.implementation, (None, "xla", "splash", "cudnn")
     )
+
+  def mixer_of(self, layer: int) -> str:
+    """What mixes the tokens in a layer, one of `MIXERS`."""
+    if self.mixer_layers is None:
+      return "attention" if layer in self.full_layers else self.mixer
+    return self.mixer if layer in self.mixer_layers else "attention"
 
 
 @dataclass(frozen=True)
@@ -485,10 +511,11 @@ class PlanConfig:
 
 
 def check_layers(model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig) -> None:
-  """Raises ValueError if a layer index does not exist or is named twice."""
+  """Raises ValueError if a layer index does not exist or is named twice, or a mixer is in no layer."""
   for name, layers in (
     ("ttt.layers", ttt.layers),
     ("attention.full_layers", attention.full_layers),
+    ("attention.mixer_layers", attention.mixer_layers or ()),
   ):
     for layer in layers:
       _require(
@@ -497,6 +524,12 @@ def check_layers(model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig)
         f"use 0 to {model.num_layers - 1}",
       )
     _require(len(set(layers)) == len(layers), f"{name}={list(layers)} names a layer twice")
+  _require(
+    attention.mixer in map(attention.mixer_of, range(model.num_layers))
+    or attention.mixer == "attention",
+    f"attention.mixer={attention.mixer!r} is in no layer: name some in attention.mixer_layers, or leave "
+    "attention.mixer out",
+  )
 
 
 def check_trainable(ttt: TTTConfig, train: TrainConfig) -> None:
@@ -521,6 +554,15 @@ def check_mesh(model: ModelConfig, mesh: MeshConfig) -> None:
         f"mesh.{axis}={parts} does not divide model.{name}={size}: choose a divisor, and use another "
         "axis of the mesh for the rest",
       )
+
+
+def check_mixer(attention: AttentionConfig, mesh: MeshConfig) -> None:
+  """Raises ValueError if a mixer would need a state of another shard of the sequence."""
+  _require(
+    attention.mixer == "attention" or mesh.context in (1, -1),  # -1: checked when it is known
+    f"attention.mixer={attention.mixer!r} with mesh.context={mesh.context}: its state is not exchanged "
+    "between shards of the sequence; set mesh.context=1 and use mesh.data, mesh.fsdp or mesh.tensor",
+  )
 
 
 def check_rows(name: str, seq_len: int, context: int, ttt: TTTConfig) -> None:
@@ -567,6 +609,7 @@ class Config:
       check_layers(self.model, self.attention, self.ttt)
       check_trainable(self.ttt, self.train)
       check_mesh(self.model, self.mesh)
+    check_mixer(self.attention, self.mesh)
     check_rows("data.seq_len", self.data.seq_len, self.mesh.context, self.ttt)
     check_rows("eval.seq_len", self.eval_seq_len, self.mesh.context, self.ttt)
     rows = max(1, self.mesh.data) * max(1, self.mesh.fsdp) * self.train.accumulate

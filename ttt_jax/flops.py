@@ -7,14 +7,15 @@ for: nothing that remat computes again, no masked half of a causal attention.
 from typing import NamedTuple
 
 from ttt_jax.config import AttentionConfig, Config, ModelConfig, TTTConfig
-from ttt_jax.nn.transformer import layer_kinds
+from ttt_jax.nn.linear_attention import CONV_WIDTH, linear_sizes
+from ttt_jax.nn.transformer import LayerKind, layer_kinds
 
 
 class Flops(NamedTuple):
   """FLOPs of one token in a row, on average."""
 
-  projections: float  # of attention and MLPs
-  attention: float  # scores and weighted values
+  projections: float  # of attention, or what is in its place, and MLPs
+  attention: float  # scores and weighted values; of linear attention, its state
   fast_weights: float  # what TTT layers do beyond their gated MLP
   head: float
 
@@ -46,20 +47,45 @@ def token_flops(
       attention     4 H K s            s: keys a token sees (`visible_keys`)
       fast weight   2 F D (update Z^T V) + 2 D^2 (projection of the target) + 2 w D (its convolution)
 
-  the last one in TTT layers only, and `2 D V` for the head. Reading `Z (W + S)` is one product, as the
-  MLP's own; that some implementations read W and S in two is their cost, not the model's.
+  the last one in TTT layers only, and `2 D V` for the head. Layers with linear attention have, with heads
+  G, keys of width K and values of width M as in `linear_sizes`, in the places of the first two
+
+      gla           2 D (2 G K + 3 G M) + 2 r (D + G K) + 6 D F      4 G K M (k^T v, q S)
+      delta_net     2 D (2 G K + 2 G M) + 2 D G + 2 c (2 G K + G M) + 6 D F      6 G K M (k S, k^T u, q S)
+
+  where r is the rank of the decay's projection and c the width of the short convolution: the recurrence,
+  token by token. Reading `Z (W + S)` is one product, as the MLP's own; that some implementations read W and
+  S in two, or take more products in chunks of a recurrence, is their cost, not the model's.
   """
   d, f = model.d_model, model.d_ff
-  heads, kv_heads = (n * model.head_size for n in (model.num_heads, model.num_kv_heads))
   kinds = layer_kinds(model, attention, ttt)
   projection = 2 * d * d if ttt.projection else 0
   per_ttt = 2 * f * d + projection + 2 * ttt.conv_width * d
   return Flops(
-    projections=len(kinds) * (2 * d * (2 * heads + 2 * kv_heads) + 6 * d * f),
-    attention=sum(4 * heads * visible_keys(tokens, kind.window) for kind in kinds),
+    projections=sum(_mixer_projections(model, kind.mixer) + 6 * d * f for kind in kinds),
+    attention=sum(_mixing(model, kind, tokens) for kind in kinds),
     fast_weights=float(per_ttt * sum(kind.ttt for kind in kinds)),
     head=2 * d * model.vocab_size,
   )
+
+
+def _mixer_projections(model: ModelConfig, mixer: str) -> int:
+  d = model.d_model
+  if mixer == "attention":
+    return 2 * d * 2 * (model.num_heads + model.num_kv_heads) * model.head_size
+  heads, key, value, rank = linear_sizes(model, mixer)
+  keys, values = heads * key, heads * value
+  if mixer == "gla":
+    return 2 * d * (2 * keys + 3 * values) + 2 * rank * (d + keys)
+  return 2 * d * (2 * keys + 2 * values + heads) + 2 * CONV_WIDTH * (2 * keys + values)
+
+
+def _mixing(model: ModelConfig, kind: LayerKind, tokens: int) -> float:
+  """What meets other tokens: scores and weighted values, or the products with a state."""
+  if kind.mixer == "attention":
+    return 4 * model.num_heads * model.head_size * visible_keys(tokens, kind.window)
+  heads, key, value, _ = linear_sizes(model, kind.mixer)
+  return float({"gla": 4, "delta_net": 6}[kind.mixer] * heads * key * value)
 
 
 def training_flops(config: Config) -> float:

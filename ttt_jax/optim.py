@@ -8,9 +8,9 @@ import optax
 from ttt_jax.config import TrainConfig
 
 # Parameters that weight decay would only pull away from where they do nothing: scales towards 0,
-# the target's convolution, the inner rate, the half-life and biases.
-_BIASES = ("query_bias", "key_bias", "value_bias", "out_bias")
-_NO_DECAY = ("scale", "conv", "log_rate", "log_half_life", *_BIASES)
+# convolutions, the inner rate, the half-life and biases.
+_BIASES = ("query_bias", "key_bias", "value_bias", "out_bias", "decay_bias")
+_NO_DECAY = ("scale", "conv", "short_conv", "log_rate", "log_half_life", *_BIASES)
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:

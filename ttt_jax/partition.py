@@ -42,6 +42,13 @@ _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
   "log_rate": (),
   "log_half_life": (),
   "scale": (None,),
+  # Of linear attention; its heads are as many as those of keys and values.
+  "decay_down": ("embed", None),
+  "decay_up": (None, "kv_heads", None),
+  "decay_bias": ("kv_heads", None),
+  "output_gate": ("embed", "kv_heads", None),
+  "beta": ("embed", "kv_heads"),
+  "short_conv": (None, "kv_heads", None),
 }
 
 

@@ -197,6 +197,11 @@ def model_summary(config: Config, model: Transformer) -> str:
     kinds += (
       f", fast weights in {sorted(config.ttt.layers)}, chunks of {config.ttt.chunk_size} tokens"
     )
+  if config.attention.mixer != "attention":
+    mixed = [
+      i for i in range(config.model.num_layers) if config.attention.mixer_of(i) != "attention"
+    ]
+    kinds += f", {config.attention.mixer} in {mixed}"
   if config.attention.window is not None:
     kinds += f", attention window {config.attention.window}"
   trainable = config.train.trainable

@@ -18,11 +18,9 @@ from ttt_jax.nn.transformer import (
   Block,
   LayerCache,
   Transformer,
-  layer_kinds,
   next_token_logits,
   split_tokens,
 )
-from ttt_jax.ops.cached_attention import KeyValueCache
 from ttt_jax.partition import gathered
 from ttt_jax.sharding import constrain
 from ttt_jax.tree import named_leaves
@@ -140,12 +138,10 @@ class Reader:
     """
     dtype = jnp.dtype(self.model.dtype)
     layers = []
-    for kind, block in zip(layer_kinds(self.model, self.attention, self.ttt), self.blocks):
-      slots = capacity if kind.window is None else min(kind.window, capacity)
-      shape = (rows, slots, self.model.num_kv_heads, self.model.head_size)
-      cache = KeyValueCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-      fast = block.mlp.empty_cache(rows, dtype) if kind.ttt and update else None
-      layers.append(LayerCache(cache, fast))
+    for layer, block in enumerate(self.blocks):
+      cache = block.attention.empty_cache(rows, capacity, dtype)
+      learns = update and layer in self.ttt.layers
+      layers.append(LayerCache(cache, block.mlp.empty_cache(rows, dtype) if learns else None))
     return Cache(jnp.zeros((rows,), jnp.int32), tuple(layers))
 
   def mesh(self) -> Mesh | None:
@@ -164,10 +160,11 @@ class Reader:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# Fields of the three configs that say how numbers are computed, not which.
+# Fields of the three configs that say how numbers are computed, not which; a layer's mixer shows in the
+# names of its parameters.
 _HOW_COMPUTED = (
   ("remat",),
-  ("implementation", "balance"),
+  ("implementation", "balance", "mixer", "mixer_layers"),
   ("implementation", "merge", "collective", "wire_dtype"),
 )
 

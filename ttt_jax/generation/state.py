@@ -15,8 +15,10 @@ from safetensors.flax import save_file
 
 from ttt_jax.generation.reader import Cache, Reader
 from ttt_jax.nn.attention import KEYS_AND_VALUES
+from ttt_jax.nn.linear_attention import LINEAR_CACHE, LinearCache
 from ttt_jax.nn.mlp import FAST_CACHE
 from ttt_jax.nn.transformer import Transformer
+from ttt_jax.ops.cached_attention import KeyValueCache
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.sharding import sharding
 from ttt_jax.tree import named_leaves
@@ -29,6 +31,7 @@ _DIMENSIONS = {
   "lengths": ("batch",),
   "logits": ("batch",),
   **KEYS_AND_VALUES._asdict(),
+  **LINEAR_CACHE._asdict(),
   **FAST_CACHE._asdict(),
 }
 
@@ -38,7 +41,8 @@ class GenerationState:
   """Where every row of a generation stands.
 
   Attributes:
-    cache: fast weights, unfinished chunks, keys and values; `cache.lengths` tokens of a row were read.
+    cache: fast weights, unfinished chunks, keys and values or the states in their place;
+      `cache.lengths` tokens of a row were read.
     logits: of each row's next token; of no meaning where nothing was read.
     model: a fingerprint of the model, whose parameters give the cache its meaning.
   """
@@ -48,13 +52,13 @@ class GenerationState:
   model: str
 
   def fast_weights_only(self) -> "GenerationState":
-    """What was learned, without the text: no keys and values, positions from 0.
+    """What was learned, without the text: no keys and values, linear attention empty, positions from 0.
 
     The tokens behind the last full chunk were never learned, and are gone.
     """
     layers = tuple(
       layer._replace(
-        attention=jax.tree.map(lambda x: x[:, :0], layer.attention),
+        attention=jax.tree.map(jnp.zeros_like, _first_slots(layer.attention, 0)),
         fast=None
         if layer.fast is None
         else layer.fast._replace(
@@ -77,7 +81,7 @@ class GenerationState:
     path = Path(path)
     longest = int(jnp.max(self.cache.lengths, initial=0))
     layers = tuple(
-      layer._replace(attention=jax.tree.map(lambda x: x[:, :longest], layer.attention))
+      layer._replace(attention=_first_slots(layer.attention, longest))
       for layer in self.cache.layers
     )
     arrays = named_leaves(Cache(self.cache.lengths, layers), ".") | {"logits": self.logits}
@@ -88,6 +92,13 @@ class GenerationState:
         {name: jax.device_put(x, jax.devices()[0]) for name, x in arrays.items()}, written, metadata
       )
       os.replace(written, path)
+
+
+def _first_slots(cache: KeyValueCache | LinearCache, slots: int) -> KeyValueCache | LinearCache:
+  """The keys and values of that many tokens; a state has no tokens."""
+  if isinstance(cache, LinearCache):
+    return cache
+  return jax.tree.map(lambda x: x[:, :slots], cache)
 
 
 def load_state(path: str | Path, model: Transformer | Reader) -> GenerationState:
@@ -182,6 +193,8 @@ def grow(cache: Cache, reader: Reader, capacity: int) -> Cache:
 
   layers = tuple(
     layer._replace(attention=jax.tree.map(fill, layer.attention, wanted.attention))
+    if isinstance(layer.attention, KeyValueCache)
+    else layer
     for layer, wanted in zip(cache.layers, like.layers)
   )
   return cache._replace(layers=layers)

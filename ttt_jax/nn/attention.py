@@ -76,6 +76,12 @@ class Attention(nnx.Module):
     )
     return self._out(checkpoint_name(mixed, PROJECTED))
 
+  def empty_cache(self, rows: int, capacity: int, dtype: DTypeLike) -> KeyValueCache:
+    """Of rows that have read nothing, with room for `capacity` tokens each."""
+    slots = capacity if self.window is None else min(self.window, capacity)
+    shape = (rows, slots, *self.key.shape[-2:])
+    return KeyValueCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
   def _out(self, mixed):
     return add_bias(project("bthk,hkd->btd", mixed, self.out, mixed.dtype), self.out_bias)
 

@@ -26,6 +26,7 @@ from ttt_jax.nn.layers import (
   rms_normalize,
   rotary_angles,
 )
+from ttt_jax.nn.linear_attention import LINEAR_ATTENTION, LinearCache
 from ttt_jax.nn.mlp import Mlp, MlpStats, TttMlp
 from ttt_jax.nn.pending import FastCache
 from ttt_jax.ops.cached_attention import KeyValueCache
@@ -40,7 +41,8 @@ class LayerKind(NamedTuple):
   """What tells layers apart: parameters of one kind have equal shapes and can be stacked."""
 
   ttt: bool
-  window: int | None
+  window: int | None  # of attention
+  mixer: str = "attention"
 
 
 class Run(NamedTuple):
@@ -64,9 +66,10 @@ def layer_kinds(
   return tuple(
     LayerKind(
       ttt=layer in ttt.layers,
-      window=None if layer in attention.full_layers else attention.window,
+      window=None if layer in attention.full_layers or mixer != "attention" else attention.window,
+      mixer=mixer,
     )
-    for layer in range(model.num_layers)
+    for layer, mixer in enumerate(map(attention.mixer_of, range(model.num_layers)))
   )
 
 
@@ -105,12 +108,12 @@ _SAVED = {
 class LayerCache(NamedTuple):
   """What a layer keeps of the text read; `fast` is None where no fast weight learns."""
 
-  attention: KeyValueCache
+  attention: KeyValueCache | LinearCache
   fast: FastCache | None
 
 
 class Block(nnx.Module):
-  """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+  """`x + attention(norm(x))`, then `x + mlp(norm(x))`; `attention` is the layer's mixer of tokens."""
 
   def __init__(
     self,
@@ -124,13 +127,12 @@ class Block(nnx.Module):
     param_dtype = jnp.dtype(model.param_dtype)
     norm = partial(RMSNorm, model.d_model, eps=model.norm_eps, param_dtype=param_dtype)
     self.attention_norm = norm()
-    self.attention = Attention(
-      model,
-      attention,
-      window=kind.window,
-      param_dtype=param_dtype,
-      rngs=rngs,
-    )
+    if kind.mixer == "attention":
+      self.attention = Attention(
+        model, attention, window=kind.window, param_dtype=param_dtype, rngs=rngs
+      )
+    else:
+      self.attention = LINEAR_ATTENTION[kind.mixer](model, param_dtype=param_dtype, rngs=rngs)
     self.mlp_norm = norm()
     if kind.ttt:
       self.mlp = TttMlp(model, ttt, param_dtype=param_dtype, rngs=rngs)

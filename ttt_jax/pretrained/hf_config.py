@@ -308,6 +308,11 @@ def _is_windowed(attention: AttentionConfig, layer: int) -> bool:
 
 
 def _architecture_for(model: ModelConfig, attention: AttentionConfig) -> str:
+  if attention.mixer != "attention":
+    raise NotImplementedError(
+      f"attention.mixer={attention.mixer!r} is in no architecture of transformers that is written here: "
+      "only models with attention in every layer are saved or converted; a run's own checkpoints hold any"
+    )
   windowed = [_is_windowed(attention, layer) for layer in range(model.num_layers)]
   if model.qk_norm and model.attention_bias != "qkv":
     return "qwen3"
