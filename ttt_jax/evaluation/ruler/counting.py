@@ -29,7 +29,7 @@ FREQUENT_QUESTION = (
 
 _COMMON = 10  # words asked for
 _LONG = 4096  # tokens, from which on words appear more often
-_TOKENS_PER_ENTRY = 4  # of the list, at least: a number, a dot, and a compound of two words
+_TOKENS_PER_ENTRY = 4  # of the list, for most tokenizers at least: a number, a dot, and a word
 _FREQUENT = 3
 _LETTERS = 6
 _TOKENS_PER_CODE = 50  # of the length
@@ -47,15 +47,15 @@ def common_words(materials: Materials, draw: Draw, room: int) -> Draft:
   often, seldom = (30, 3) if draw.length >= _LONG else (6, 1)
   words = all_words().copy()
   draw("words").shuffle(words)
-  word_tokens = materials.word_tokens(words)
-  entries = room // _TOKENS_PER_ENTRY // seldom
-  if entries > len(words) and seldom * int(word_tokens.sum()) < room:
-    more = _compounds(draw, entries - len(words))
-    words += more
-    word_tokens = np.concatenate([word_tokens, materials.counter.parts([f" {w}" for w in more])])
+  enough = max(room // _TOKENS_PER_ENTRY // seldom, _COMMON) + 2
+  more = _compounds(draw, max(0, enough - len(words)))
+  words = [*words[:enough], *more]
+  blank = [f" {word}" for word in words]
+  of_words = materials.pieces(blank[: len(words) - len(more)])
+  of_words = np.concatenate([of_words, materials.counter.parts(blank[len(words) - len(more) :])])
   repeats = np.where(np.arange(len(words)) < _COMMON, often, seldom)
   listed = np.concatenate([[0], np.cumsum(repeats)])
-  tokens = np.concatenate([[0], np.cumsum(repeats * word_tokens)])
+  tokens = np.concatenate([[0], np.cumsum(repeats * of_words)])
   tokens += materials.number_tokens(int(listed[-1]))[listed]
 
   def make(n: int):

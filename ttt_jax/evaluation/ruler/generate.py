@@ -17,15 +17,15 @@ _MORE_UNITS = (1, 2, 8)  # times as many as the tokens of each by itself ask for
 class Ruler:
   """Makes samples whose prompt and answer have a given length in tokens, or a little less.
 
-  The prompt's tokens and those reserved for the answer are never more than the length, and what is missing is
-  less than one more unit of the document would take: a word of the text, a sentence of the noise, a needle,
-  a word with its repetitions, or a paragraph. (The harness goes in steps of 5 to 500 units.)
+  The prompt's tokens and those reserved for the answer are never more than the length, and what is missing
+  is less than one more unit of the document would take: a word of the text, a sentence of the noise, a
+  needle, a word with its repetitions, or a paragraph. (The harness goes in steps of 5 to 500 units.)
 
   Args:
     tokenizer: the model's; its special tokens count.
     seed: sample i of a task and length depends on it, and on nothing else.
-    haystack: a text that needles are hidden in, where RULER takes essays; None for its noise sentences. It is
-      repeated where it is too short.
+    haystack: a text that needles are hidden in, where RULER takes essays; None for its noise sentences.
+      It is repeated where it is too short.
     squad, hotpot: files of questions, in SQuAD's or HotpotQA's format, for `ruler_qa_squad` and
       `ruler_qa_hotpot`.
 

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from ttt_jax.evaluation.ruler.fit import TokenCounter
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_SENTENCE_END = re.compile(r"""[.!?]["')\]”’]*$""")
+_SENTENCE_END = re.compile(r"""[.!?]["')\]\u201d\u2019]*$""")
 
 
 class Text:

@@ -31,7 +31,7 @@ class Materials:
     self.counter = TokenCounter(tokenizer)
     self._haystack, self._files = haystack, {"squad": squad, "hotpot": hotpot}
     self._questions: dict[str, Questions] = {}
-    self._words: dict[str, int] = {}
+    self._pieces: dict[str, int] = {}
     self._numbers = np.zeros(1, np.int64)
 
   @cached_property
@@ -48,15 +48,15 @@ class Materials:
       self._questions[name] = Questions(self._files[name], self.counter)
     return self._questions[name]
 
-  def word_tokens(self, words: list[str]) -> Int[np.ndarray, "N"]:
-    """Of words behind a blank."""
-    new = [word for word in words if word not in self._words]
-    self._words.update(zip(new, self.counter.parts([f" {word}" for word in new]).tolist()))
-    return np.array([self._words[word] for word in words], np.int64)
+  def pieces(self, texts: list[str]) -> Int[np.ndarray, "N"]:
+    """The tokens of short texts that come again and again: they are remembered."""
+    new = [text for text in texts if text not in self._pieces]
+    self._pieces.update(zip(new, self.counter.parts(new).tolist()))
+    return np.array([self._pieces[text] for text in texts], np.int64)
 
   def number_tokens(self, last: int) -> Int[np.ndarray, "N"]:
     """Entry n: of " 1.", " 2." and so on to n, together."""
     if len(self._numbers) <= last:
-      tokens = self.counter.parts([f" {i}." for i in range(1, 2 * last)])
-      self._numbers = np.concatenate([[0], np.cumsum(tokens)])
+      tokens = self.counter.parts([f" {i}." for i in range(len(self._numbers), last + 1)])
+      self._numbers = np.concatenate([self._numbers, self._numbers[-1] + np.cumsum(tokens)])
     return self._numbers

@@ -6,6 +6,7 @@ from random import Random
 from uuid import UUID
 
 import numpy as np
+from jaxtyping import Int
 
 from ttt_jax.evaluation.ruler.haystack import NOISE
 from ttt_jax.evaluation.ruler.materials import Materials
@@ -94,18 +95,30 @@ class Needles:
   def _among_needles(self, materials, draw, room, keys, needles):
     rng, lines, tokens = draw("haystack"), [], [np.zeros(1, np.int64)]
     while sum(int(t.sum()) for t in tokens) <= room or len(lines) <= len(needles):
-      block = []
-      while len(block) < _BLOCK:
-        key = _RANDOM[self.keys](rng)
-        if key not in keys:  # it would have two answers
-          block.append(self._needle(key, _RANDOM[self.values](rng)))
+      drawn = [_RANDOM[self.keys](rng) for _ in range(_BLOCK)]
+      drawn = [key for key in drawn if key not in keys]  # it would have two answers
+      block = [self._needle(key, _RANDOM[self.values](rng)) for key in drawn]
+      if self.keys != "words":
+        tokens.append(materials.counter.parts([line + "\n" for line in block]))
+      else:
+        of_keys = _key_tokens(materials, drawn)
+        if not lines:  # what is not the key has as many tokens in all lines, or nearly
+          of_lines = materials.counter.parts([line + "\n" for line in block])
+          rest = round(float(np.mean(of_lines - of_keys)))
+        tokens.append(of_keys + rest)
       lines.extend(block)
-      tokens.append(materials.counter.parts([line + "\n" for line in block]))
 
     def document(n):
       return _with_lines(lines[:n], needles, draw)
 
     return document, len(needles), np.cumsum(np.concatenate(tokens))
+
+
+def _key_tokens(materials: Materials, keys: list[str]) -> Int[np.ndarray, "N"]:
+  """Of `adjective-noun`, from the tokens of both, which are counted once for all keys there are."""
+  halves = [key.partition("-") for key in keys]
+  first = materials.pieces([f" {adjective}" for adjective, *_ in halves])
+  return first + materials.pieces([f"-{noun}" for *_, noun in halves])
 
 
 def _with_lines(lines: list[str], needles: list[str], draw: Draw) -> str:

@@ -48,7 +48,7 @@ class Questions:
     questions, documents = parse(partial(_field, self.path), data)
     if not questions:
       raise ValueError(f"{self.path} has no question that has an answer")
-    self.documents = sorted({document for document in documents})
+    self.documents = sorted(set(documents))
     number = {document: i for i, document in enumerate(self.documents)}
     self.questions = [
       Question(

@@ -1,5 +1,6 @@
 """Variable tracking: a chain of assignments among noise, with a solved example in front of it."""
 
+from itertools import pairwise
 from random import Random
 from string import ascii_uppercase
 
@@ -10,7 +11,10 @@ from ttt_jax.evaluation.ruler.materials import Materials
 from ttt_jax.evaluation.ruler.sample import Draft, Draw
 
 NEW_TOKENS = 30
-CONTEXT = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
+CONTEXT = (
+  "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+  "{context}\n"
+)
 QUESTION = "Question: Find all variables that are assigned the value {value} in the text above. "
 ANSWER = (
   "Answer: According to the chain(s) of variable assignment in the text above, {count} variables are "
@@ -59,7 +63,7 @@ def _chain(rng: Random, *, letters: int) -> tuple[list[str], str, list[str]]:
   names = _names(rng, _VARIABLES, letters=letters)
   value = str(rng.randint(10000, 99998))
   lines = [f"VAR {names[0]} = {value}"]
-  lines += [f"VAR {name} = VAR {before} " for before, name in zip(names, names[1:])]
+  lines += [f"VAR {name} = VAR {before} " for before, name in pairwise(names)]
   return names, value, lines
 
 
