@@ -32,7 +32,7 @@ def files(tmp_path_factory):
   path = tmp_path_factory.mktemp("questions")
   return {
     "squad": write(path / "squad.json", squad(40, 6)),
-    "hotpot": write(path / "hotpot.json", hotpot(200)),
+    "hotpot": write(path / "hotpot.json", hotpot(400)),
   }
 
 

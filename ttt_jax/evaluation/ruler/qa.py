@@ -59,13 +59,15 @@ class Questions:
       )
       for text, answers, gold, related in questions
     ]
-    self._tokens = counter.parts(
-      [DOCUMENT.format(number=i, document=d) + "\n\n" for i, d in enumerate(self.documents)]
+    self._tokens = counter.parts([f"{document}\n\n" for document in self.documents])
+    numbers = range(1, len(self.documents) + 1)
+    self._headers = np.cumsum(
+      counter.parts([DOCUMENT.format(number=i, document="") for i in numbers])
     )
 
   def tokens(self, documents: list[int]) -> Int[np.ndarray, "N"]:
     """Entry n: the tokens of the first n of these documents."""
-    return np.concatenate([[0], np.cumsum(self._tokens[documents])])
+    return np.concatenate([[0], np.cumsum(self._tokens[documents]) + self._headers])
 
 
 def draft(questions: Questions, draw: Draw) -> Draft:
