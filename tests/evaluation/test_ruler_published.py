@@ -77,9 +77,9 @@ def test_other_tasks_as_written_in_the_paper(ruler):
   vt = ruler.sample("ruler_vt", 3000, 0)
   value = re.search(r"= (\d+)", vt.context.split("\n\n\n\n")[1])[1]
   assert vt.question == (
-    f"Question: Find all variables that are assigned the value {value} in the text above. Answer: According "
-    "to the chain(s) of variable assignment in the text above, 5 variables are assgined the value "
-    f"{value}, they are:"
+    f"Question: Find all variables that are assigned the value {value} in the text above. "
+    "Answer: According to the chain(s) of variable assignment in the text above, 5 variables are "
+    f"assgined the value {value}, they are:"
   )
   assert (
     vt.context.count("Memorize and track the chain(s) of variable assignment hidden in the ") == 2

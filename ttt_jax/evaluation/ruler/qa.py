@@ -59,11 +59,9 @@ class Questions:
       )
       for text, answers, gold, related in questions
     ]
-    self._tokens = counter.parts([f"{document}\n\n" for document in self.documents])
-    numbers = range(1, len(self.documents) + 1)
-    self._headers = np.cumsum(
-      counter.parts([DOCUMENT.format(number=i, document="") for i in numbers])
-    )
+    self._tokens = counter.parts(self.documents)
+    headers = ["\n\n" + DOCUMENT.format(number=i + 1, document="") for i in number.values()]
+    self._headers = np.cumsum(counter.parts(headers))
 
   def tokens(self, documents: list[int]) -> Int[np.ndarray, "N"]:
     """Entry n: the tokens of the first n of these documents."""
