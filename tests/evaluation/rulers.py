@@ -3,7 +3,7 @@
 import json
 
 import tokenizers
-from tokenizers import models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from ttt_jax.pretrained.tokenizer import Tokenizer, byte_tokenizer
 
@@ -18,6 +18,7 @@ def word_pieces() -> Tokenizer:
   """Byte-level BPE, as of GPT-2: words keep their blank."""
   backend = tokenizers.Tokenizer(models.BPE())
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
   return _trained(backend, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
 
 

@@ -11,16 +11,25 @@ from helpers import MODEL, TTT, random_model
 
 import ttt_jax
 from ttt_jax.cli import main
-from ttt_jax.evaluation.ruler import TASKS, Ruler, evaluate
+from ttt_jax.config import AttentionConfig
+from ttt_jax.evaluation.ruler import Ruler, evaluate
 from ttt_jax.evaluation.ruler.evaluate import RulerConfig, evaluate_ruler
 from ttt_jax.generation.generate import generate
 from ttt_jax.generation.reader import Reader
 from ttt_jax.pretrained.tokenizer import byte_tokenizer
 
 FAST = dataclasses.replace(
-  TTT, decay=None, inner_lr=2.0, inner_lr_scale="1/F", normalize_target=True
+  TTT,
+  layers=(0,),
+  chunk_size=32,
+  decay=None,
+  inner_lr=30.0,
+  inner_lr_scale="1/F",
+  normalize_target=True,
 )
 LENGTH = 800
+SMALL_MODEL = dataclasses.replace(MODEL, vocab_size=256, num_layers=1)
+WINDOW = AttentionConfig(window=24)
 SMALL = {
   "tasks": ("niah_single_1", "ruler_fwe"),
   "lengths": (LENGTH,),
@@ -31,16 +40,14 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def model():
-  return Reader.of(random_model(dataclasses.replace(MODEL, vocab_size=256), ttt=FAST, seed=1))
+  return Reader.of(random_model(SMALL_MODEL, WINDOW, FAST, seed=1))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
   path = tmp_path_factory.mktemp("model") / "model"
   with pytest.warns(UserWarning, match="published"):
-    ttt_jax.save_pretrained(
-      random_model(dataclasses.replace(MODEL, vocab_size=256), ttt=FAST, seed=1), path
-    )
+    ttt_jax.save_pretrained(random_model(SMALL_MODEL, WINDOW, FAST, seed=1), path)
   byte_tokenizer().save(path)
   return path
 
@@ -67,34 +74,22 @@ def scores(report):
 
 
 def test_answers_are_the_models_own(checkpoint, model, tmp_path, capsys):
-  words = [
-    "--tasks",
-    "niah_single_1",
-    "ruler_fwe",
-    "--lengths",
-    LENGTH,
-    "--samples",
-    3,
-    "--batch-size",
-    2,
-  ]
+  words = ["--tasks", "ruler_fwe", "--lengths", LENGTH, "--samples", 2, "--batch-size", 2]
   words = ["eval", "ruler", checkpoint, *words, "--out", tmp_path / "out"]
   assert main([str(word) for word in words]) == 0
   out = capsys.readouterr().out
-  assert f"niah_single_1 at {LENGTH} tokens: " in out
+  assert f"ruler_fwe at {LENGTH} tokens: " in out
   assert "average" in out
   report = json.loads((tmp_path / "out" / "ruler.json").read_text())
   assert report["settings"]["model"] == model.fingerprint()
-  assert [cell["task"] for cell in report["cells"]] == ["niah_single_1", "ruler_fwe"]
+  assert [cell["task"] for cell in report["cells"]] == ["ruler_fwe"]
   assert (tmp_path / "out" / "ruler.png").stat().st_size > 1000
-  for name in ("niah_single_1", "ruler_fwe"):
-    answers = json.loads((tmp_path / "out" / "answers" / f"{name}_{LENGTH}.json").read_text())
-    assert len(answers) == 3
-    sample = Ruler(byte_tokenizer()).sample(name, LENGTH, 2)
-    new = TASKS[name].new_tokens
-    (made,) = generate(model, [list(sample.prompt.encode())], max_new_tokens=new).new_tokens
-    assert answers[2]["answer"] == byte_tokenizer().decode(made.tolist())
-    assert answers[2]["expected"] == [*sample.answers]
+  answers = json.loads((tmp_path / "out" / "answers" / f"ruler_fwe_{LENGTH}.json").read_text())
+  samples = list(Ruler(byte_tokenizer()).samples("ruler_fwe", LENGTH, 2))
+  prompts = [list(sample.prompt.encode()) for sample in samples]
+  made = generate(model, prompts, max_new_tokens=50).new_tokens
+  assert [x["answer"] for x in answers] == [byte_tokenizer().decode(new.tolist()) for new in made]
+  assert [x["expected"] for x in answers] == [[*sample.answers] for sample in samples]
 
 
 def test_scores_and_averages(model, oracle, tmp_path):
@@ -151,7 +146,7 @@ def test_results_of_other_settings_are_left_alone(model, oracle, tmp_path):
       evaluate_ruler(
         model, byte_tokenizer(), dataclasses.replace(config, **{name: value}), tmp_path / "out"
       )
-  other = Reader.of(random_model(dataclasses.replace(MODEL, vocab_size=256), ttt=FAST, seed=2))
+  other = Reader.of(random_model(SMALL_MODEL, WINDOW, FAST, seed=2))
   with pytest.raises(ValueError, match="has results of model="):
     evaluate_ruler(other, byte_tokenizer(), config, tmp_path / "out")
   assert (tmp_path / "out" / "ruler.json").read_bytes() == before
@@ -170,20 +165,18 @@ def test_results_of_other_settings_are_left_alone(model, oracle, tmp_path):
 
 
 def test_only_the_fast_weights_carry_the_document(model, tmp_path):
-  config = RulerConfig(**SMALL | {"tasks": ("ruler_fwe",)}, strict=True)
+  config = RulerConfig(("ruler_fwe",), (LENGTH,), samples=2, batch_size=2, strict=True)
   evaluate_ruler(model, byte_tokenizer(), config, tmp_path)
   answers = json.loads((tmp_path / "answers" / f"ruler_fwe_{LENGTH}.json").read_text())
-  seen = set()
-  for index, answer in enumerate(answers):
-    sample = Ruler(byte_tokenizer()).sample("ruler_fwe", LENGTH, index)
-    document = list(sample.context.encode())
-    document += [ord("\n")] * (-len(document) % FAST.chunk_size)
-    state = generate(model, [document], max_new_tokens=0).state.fast_weights_only()
-    question = [list(sample.question.encode())]
-    (made,) = generate(model, question, max_new_tokens=50, state=state).new_tokens
-    assert answer["answer"] == byte_tokenizer().decode(made.tolist())
-    seen.add(answer["answer"])
-  assert len(seen) > 1  # the question is one and the same: the document matters
+  samples = list(Ruler(byte_tokenizer()).samples("ruler_fwe", LENGTH, 2))
+  documents = [list(sample.context.encode()) for sample in samples]
+  documents = [row + [ord("\n")] * (-len(row) % FAST.chunk_size) for row in documents]
+  state = generate(model, documents, max_new_tokens=0).state.fast_weights_only()
+  questions = [list(sample.question.encode()) for sample in samples]
+  made = generate(model, questions, max_new_tokens=50, state=state).new_tokens
+  first, second = (byte_tokenizer().decode(new.tolist()) for new in made)
+  assert [answer["answer"] for answer in answers] == [first, second]
+  assert first != second  # the question is one and the same: the document matters
 
 
 def test_the_last_words_of_a_document_are_learned(model):
