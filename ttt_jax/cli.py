@@ -5,7 +5,7 @@ import dataclasses
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,19 @@ _ABLATE_EPILOG = """The same command again goes on with what is not finished. Fo
   ttt-jax ablate configs/ablation_target.yaml --devices 0,1 2,3
 """
 
+_RULER_EPILOG = """The same command goes on where it was stopped. For example:
+  ttt-jax eval ruler models/mine --lengths 4096 8192 16384 --samples 50 --haystack book.txt
+  ttt-jax eval ruler models/mine --lengths 8192 --tasks niah_single_1 niah_single_2 --strict
+"""
+
 _PREPARE_EPILOG = """For example:
   ttt-jax data prepare "books/**/*.parquet" data/books --tokenizer models/smollm2
   ttt-jax train configs/mine.yaml --data.path data/books --data.tokenizer models/smollm2
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
+  """The parser, and the names of its commands, of which some are two words."""
   parser = argparse.ArgumentParser(
     prog="ttt-jax", description="Language models that learn while they read."
   )
@@ -77,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
       help="config overrides",
     )
     command.set_defaults(run=run, takes_overrides=False)
+  _add_ruler(commands)
   _add_plan(commands)
   _add_ablate(commands)
   _add_convert(commands)
@@ -93,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     "a model that learns while it writes against its twin that does not: time per token, memory"
   )
   _add_generation_bench(benches.add_parser("generation", help=text, description=text))
-  return parser
+  return parser, commands.choices
 
 
 def _add_plan(commands: argparse._SubParsersAction) -> None:
@@ -218,6 +225,54 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
   start.add_argument("--load-state", type=Path, metavar="FILE", help="go on from a saved state")
   generate.add_argument("--save-state", type=Path, metavar="FILE", help="to go on from later")
   generate.set_defaults(run=_run_generate, takes_overrides=True)
+
+
+def _add_ruler(commands: argparse._SubParsersAction) -> None:
+  text = (
+    "the thirteen tasks of RULER, on documents of any length; also with the document out of sight"
+  )
+  ruler = commands.add_parser(
+    "eval ruler",
+    help=text,
+    description=text,
+    epilog=_RULER_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  ruler.add_argument("model", help="a Hugging Face directory, a .gguf file, or a run directory")
+  ruler.add_argument("--tasks", nargs="+", metavar="TASK", help="(default: all)")
+  ruler.add_argument(
+    "--lengths",
+    nargs="+",
+    type=int,
+    default=[4096],
+    metavar="TOKENS",
+    help="of prompt and answer (default 4096)",
+  )
+  ruler.add_argument("--samples", type=int, default=100, help="of a task and length (default 100)")
+  ruler.add_argument(
+    "--strict",
+    action="store_true",
+    help="the document is read first; only what the fast weights learned of it is kept for the question",
+  )
+  ruler.add_argument(
+    "--haystack", type=Path, metavar="FILE", help="text that needles are hidden in (default: noise)"
+  )
+  ruler.add_argument("--squad", type=Path, metavar="FILE", help="questions in SQuAD's format")
+  ruler.add_argument("--hotpot", type=Path, metavar="FILE", help="in SQuAD's or HotpotQA's format")
+  ruler.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+  ruler.add_argument("--batch-size", type=int, default=4, help="samples at once (default 4)")
+  ruler.add_argument("--dtype", choices=DTYPES, help="of weights and computation")
+  ruler.add_argument(
+    "--out", type=Path, metavar="DIR", help="for the results (default: runs/ruler_MODEL)"
+  )
+  ruler.set_defaults(run=_run_ruler, takes_overrides=True)
+
+
+def _run_ruler(parsed: argparse.Namespace) -> int:
+  from ttt_jax.evaluation.ruler import command
+
+  return command.run(parsed)
 
 
 def _add_prepare(commands: argparse._SubParsersAction) -> None:
@@ -385,7 +440,10 @@ def _from_flags(config: type, parsed: argparse.Namespace) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a command; a user's mistake is one line on stderr and exit status 2."""
-  parser = _parser()
+  parser, named = _parser()
+  arguments = list(sys.argv[1:] if arguments is None else arguments)
+  if " ".join(arguments[:2]) in named:  # `eval ruler SRC` is a command, `eval SRC` another
+    arguments[:2] = [" ".join(arguments[:2])]
   parsed, overrides = parser.parse_known_args(arguments)
   if overrides and not parsed.takes_overrides:
     parser.error(f"unrecognized arguments: {' '.join(overrides)}")

@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn with matplotlib from `summary.json` and `metrics.jsonl`."""
+"""The pictures of a run, drawn with matplotlib from the JSON files that it writes."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 # Columns of the table by position: label, colour, marker. Dark to light in the order of interest.
 _CURVES = {
@@ -189,3 +190,38 @@ def plot_bench(report: dict[str, Any], path: Path) -> None:
   )
   figure.savefig(path)
   plt.close(figure)
+
+
+def plot_ruler(report: dict[str, Any], path: Path) -> None:
+  """A heat map of scores in percent: a row for each task and their average, a column for each length."""
+  lengths = [int(length) for length in report["averages"]]
+  tasks = list(dict.fromkeys(cell["task"] for cell in report["cells"]))
+  scores = np.full((len(tasks) + 1, len(lengths)), np.nan)
+  for cell in report["cells"]:
+    scores[tasks.index(cell["task"]), lengths.index(cell["length"])] = 100 * cell["score"]
+  scores[-1] = [100 * score for score in report["averages"].values()]
+  figure, axes = plt.subplots(
+    figsize=(3.6 + 0.85 * len(lengths), 1.6 + 0.36 * len(scores)), dpi=150, layout="constrained"
+  )
+  image = axes.imshow(scores, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+  for (row, column), score in np.ndenumerate(scores):
+    if np.isfinite(score):
+      color = "white" if score > 60 else "black"
+      axes.text(column, row, f"{score:.0f}", ha="center", va="center", color=color, fontsize=9)
+  axes.axhline(len(tasks) - 0.5, color="white", linewidth=3)
+  axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
+  axes.set_yticks(range(len(scores)), [*tasks, "average"])
+  axes.set_xlabel("tokens")
+  axes.spines[:].set_visible(False)
+  axes.tick_params(length=0)
+  settings = report["settings"]
+  how = "\nonly the fast weights carry the document" if settings["strict"] else ""
+  title = f"RULER: {report['name']}, {settings['samples']} samples each, %{how}"
+  figure.suptitle(title, x=0.02, ha="left", fontsize=11)
+  figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).outline.set_visible(False)
+  figure.savefig(path)
+  plt.close(figure)
+
+
+def _tokens(length: int) -> str:
+  return f"{length // 1024}k" if length % 1024 == 0 else str(length)

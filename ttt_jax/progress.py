@@ -62,3 +62,37 @@ class TrainingProgress:
 
   def warn(self, message: str) -> None:
     self._console.print(f"[yellow]{message}[/yellow]")
+
+
+class EvaluationProgress:
+  """How far an evaluation is: a bar on a terminal; what is finished is a line everywhere."""
+
+  def __init__(self, title: str, total: int):
+    self._console = Console(quiet=not is_main())
+    self._progress = Progress(
+      TextColumn("{task.description}"),
+      BarColumn(),
+      MofNCompleteColumn(),
+      TextColumn("{task.fields[status]}"),
+      TimeElapsedColumn(),
+      TextColumn("left"),
+      TimeRemainingColumn(),
+      console=self._console,
+      disable=not self._console.is_terminal,
+    )
+    self._task = self._progress.add_task(title, total=total, status="")
+
+  def __enter__(self) -> "EvaluationProgress":
+    self._progress.start()
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._progress.stop()
+
+  def update(self, done: int, status: str) -> None:
+    """Shows how much is done, and what is being done."""
+    self._progress.update(self._task, completed=done, status=status)
+
+  def note(self, text: str) -> None:
+    """A line that stays."""
+    self._console.print(text, highlight=False)

@@ -65,6 +65,11 @@ class Tokenizer:
     """`encode` of many texts, by all cores."""
     return [encoding.ids for encoding in self._backend.encode_batch_fast(texts)]
 
+  def count_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[int]:
+    """How many tokens `encode` makes of each text, by all cores."""
+    encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+    return [len(encoding) for encoding in encodings]
+
   def vocabulary(self) -> dict[str, int]:
     """How each token is spelled, added ones included."""
     return self._backend.get_vocab(with_added_tokens=True)

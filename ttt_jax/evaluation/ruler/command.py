@@ -1,0 +1,71 @@
+"""`ttt-jax eval ruler`: a model's scores, as a table, as JSON and as a picture."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ttt_jax.evaluation.ruler.evaluate import (
+  ANSWERS,
+  PICTURE,
+  RESULTS,
+  RulerConfig,
+  evaluate_ruler,
+)
+from ttt_jax.evaluation.ruler.tasks import TASKS
+from ttt_jax.pretrained.source import open_model, open_tokenizer
+
+
+def run(parsed: argparse.Namespace) -> int:
+  """Evaluates, or goes on; returns the exit status."""
+  config = RulerConfig(
+    tasks=None if parsed.tasks is None else tuple(parsed.tasks),
+    lengths=tuple(parsed.lengths),
+    samples=parsed.samples,
+    strict=parsed.strict,
+    haystack=parsed.haystack,
+    squad=parsed.squad,
+    hotpot=parsed.hotpot,
+    seed=parsed.seed,
+    batch_size=parsed.batch_size,
+  )
+  console = Console()
+  name = Path(parsed.model).stem
+  out = parsed.out
+  if out is None:
+    out = Path("runs") / f"ruler_{name}{'_strict' if config.strict else ''}"
+  tokenizer = open_tokenizer(parsed.model)
+  config.ruler(tokenizer).sample(config.chosen[0], min(config.lengths), 0)  # before a long loading
+  model = open_model(parsed.model, dtype=parsed.dtype, ttt_overrides=parsed.overrides)
+  left_out = [task for task in TASKS if parsed.tasks is None and task not in config.chosen]
+  if left_out:
+    console.print(f"left out, for want of --squad or --hotpot: {', '.join(left_out)}")
+  try:
+    report = evaluate_ruler(model, tokenizer, config, out, name=name)
+  except KeyboardInterrupt:
+    console.print(f"stopped; the same command goes on with what is missing in {out}")
+    return 130
+  console.print(_table(report))
+  console.print(f"written: {out / RESULTS}, {out / PICTURE}, {out / ANSWERS}/", highlight=False)
+  return 0
+
+
+def _table(report: dict[str, Any]) -> Table:
+  """Scores in percent, a row for each task, a column for each length."""
+  lengths = [int(length) for length in report["averages"]]
+  scores = {(cell["task"], cell["length"]): cell["score"] for cell in report["cells"]}
+  settings = report["settings"]
+  how = ", only through the fast weights" if settings["strict"] else ""
+  table = Table(title=f"RULER: {report['name']}, {settings['samples']} samples each, %{how}")
+  table.add_column("task")
+  for length in lengths:
+    table.add_column(str(length), justify="right")
+  for task in TASKS:
+    row = [scores.get((task, length)) for length in lengths]
+    if any(score is not None for score in row):
+      table.add_row(task, *("" if score is None else f"{100 * score:.1f}" for score in row))
+  averages = (f"{100 * score:.1f}" for score in report["averages"].values())
+  table.add_row("average", *averages, style="bold")
+  return table

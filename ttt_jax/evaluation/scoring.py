@@ -1,0 +1,277 @@
+"""How likely a model finds texts, and what it writes, for many texts of different lengths together.
+
+What an evaluation harness asks of a model, without the harness; `harness.py` is the adapter.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ttt_jax.generation.generate import Stream
+from ttt_jax.generation.reader import Reader
+from ttt_jax.loss import IGNORE, LOGITS_AT_ONCE, token_losses
+from ttt_jax.nn.transformer import Transformer, next_token_logits
+from ttt_jax.pretrained.tokenizer import Tokenizer
+
+_SMALLEST_ROW = 64
+_GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "seed")
+
+
+class Score(NamedTuple):
+  """Of a continuation: the sum of its tokens' log-probabilities, and whether each is the likeliest."""
+
+  loglikelihood: float
+  greedy: bool
+
+
+class Window(NamedTuple):
+  """Tokens that are read, of which the last ones are scored."""
+
+  tokens: list[int]
+  scored: int
+
+
+def token_scores(
+  model: Transformer,
+  tokens: Int[Array | np.ndarray, "B T"],
+  labels: Int[Array | np.ndarray, "B T"],
+  segment_ids: Int[Array | np.ndarray, "B T"],
+  *,
+  update: bool = True,
+  at_once: int = LOGITS_AT_ONCE,
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+  """log softmax(logits)[label], and argmax(logits) == label; 0 and true where the label is IGNORE.
+
+  `at_once` logits are in memory at a time.
+  """
+  x, _ = model.hidden(tokens, segment_ids, update=update)
+  labels = jnp.asarray(labels)
+  count, width = labels.size, x.shape[-1]
+  size = min(count, max(1, at_once // model.model.vocab_size))
+  filling = -count % size
+
+  def of_piece(piece):
+    x, labels = piece
+    logits = next_token_logits(x, model.embed, model.norm, model.head)
+    best = jnp.argmax(logits, axis=-1).astype(labels.dtype)
+    return -token_losses(logits, labels)[0], (best == labels) | (labels == IGNORE)
+
+  x = jnp.pad(x.reshape(count, width), ((0, filling), (0, 0))).reshape(-1, 1, size, width)
+  flat = jnp.pad(labels.reshape(count), (0, filling), constant_values=IGNORE)
+  scores = jax.lax.map(of_piece, (x, flat.reshape(-1, 1, size)))
+  return tuple(part.reshape(-1)[:count].reshape(labels.shape) for part in scores)
+
+
+_token_scores = jax.jit(token_scores, static_argnames=("update", "at_once"))
+
+
+def rolling_windows(tokens: Sequence[int], first: int, max_length: int | None) -> Iterator[Window]:
+  """Windows that score every token once, the first one behind `first`, each with a whole window's context.
+
+  None for the length is one window.
+  """
+  length = max_length or max(len(tokens), 1)
+  for start in range(0, len(tokens), length):
+    end = min(start + length, len(tokens))
+    begin = max(0, end - length)  # reads `length` tokens and predicts one more than it reads anew
+    before = [first] if begin == 0 else [tokens[begin - 1]]
+    yield Window([*before, *tokens[begin:end]], end - start)
+
+
+class Scorer:
+  """Scores and continues texts, several of like length at a time.
+
+  Args:
+    model: on one device.
+    batch_size: rows at a time; they do not change each other's results.
+    max_length: tokens that are read of a text at most, the last ones; None for all, since a model whose
+      fast weights learn reads on past the positions that its attention was trained on.
+    update: False keeps the fast weights as they are.
+  """
+
+  def __init__(
+    self,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    max_gen_toks: int = 256,
+    update: bool = True,
+  ):
+    sizes = {"batch_size": batch_size, "max_gen_toks": max_gen_toks, "max_length": max_length}
+    for name, size in sizes.items():
+      if size is not None and (not isinstance(size, int) or size < 1):
+        raise ValueError(f"{name}={size!r} must be a number of at least 1")
+    tokenizer.check_vocabulary(model.model.vocab_size)
+    self._model, self._tokenizer, self._update = model, tokenizer, update
+    self._batch_size, self._max_length, self._max_gen_toks = batch_size, max_length, max_gen_toks
+    self._reader: Reader | None = None
+
+  @property
+  def prefix_id(self) -> int:
+    """What the first token of a text without context is behind: bos, else eos, else a line's end."""
+    ids = (self._tokenizer.bos_id, *self._tokenizer.eos_ids)
+    known = next((token for token in ids if token is not None), None)
+    if known is not None:
+      return known
+    return self._tokenizer.encode("\n", add_special_tokens=False)[0]
+
+  def loglikelihoods(
+    self, pairs: Sequence[tuple[str, str]], show: Callable[[int], None] = lambda done: None
+  ) -> list[Score]:
+    """Of every continuation behind its context, which may be empty."""
+    return self._score([self._pair(*pair) for pair in pairs], show)
+
+  def rolling(
+    self, texts: Sequence[str], show: Callable[[int], None] = lambda done: None
+  ) -> list[float]:
+    """The log-likelihood of all of every text; past `max_length`, by `rolling_windows`."""
+    windows, owners = [], []
+    for owner, text in enumerate(texts):
+      tokens = self._tokenizer.encode(text, add_special_tokens=False)
+      for window in rolling_windows(tokens, self.prefix_id, self._max_length):
+        windows.append(window)
+        owners.append(owner)
+    sums = [0.0] * len(texts)
+    scores = self._score(windows, lambda done: show(done * len(texts) // len(windows)))
+    for owner, score in zip(owners, scores):
+      sums[owner] += score.loglikelihood
+    return sums
+
+  def generate(
+    self,
+    requests: Sequence[tuple[str, dict[str, Any]]],
+    show: Callable[[int], None] = lambda done: None,
+  ) -> list[str]:
+    """What the model writes behind every context, up to the first of its stop texts.
+
+    Args:
+      requests: contexts, each with the harness's options: `until`, `max_gen_toks`, `do_sample`,
+        `temperature`, `top_k`, `top_p`; without `do_sample` the likeliest token is taken.
+
+    Raises:
+      ValueError: an option that is not known.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, (_, options) in enumerate(requests):
+      groups.setdefault(json.dumps(options, sort_keys=True), []).append(index)
+    prompts = [self._tokenizer.encode(context) or [self.prefix_id] for context, _ in requests]
+    results, done = [""] * len(requests), 0
+    for options, indices in groups.items():
+      how = self._generation(json.loads(options))
+      for batch in self._batches(indices, [len(prompt) for prompt in prompts]):
+        texts = self._continue([prompts[index] for index in batch], **how)
+        for index, text in zip(batch, texts):
+          results[index] = text
+        done += len(batch)
+        show(done)
+    return results
+
+  def _pair(self, context: str, continuation: str) -> Window:
+    """Blanks at the context's end belong to the continuation, as tokenizers have it."""
+    bare = context.rstrip()
+    context, continuation = bare, context[len(bare) :] + continuation
+    if context:
+      read = self._tokenizer.encode(context)
+      whole = self._tokenizer.encode(context + continuation)
+    else:
+      read = [self.prefix_id]
+      whole = read + self._tokenizer.encode(continuation, add_special_tokens=False)
+    if len(whole) <= len(read):
+      raise ValueError(f"the continuation {continuation!r} has no tokens of its own")
+    scored = len(whole) - len(read)
+    if self._max_length is not None:
+      if scored > self._max_length:
+        raise ValueError(f"a continuation has {scored} tokens, max_length={self._max_length}")
+      whole = whole[-(self._max_length + 1) :]
+    return Window(whole, scored)
+
+  def _score(self, windows: Sequence[Window], show: Callable[[int], None]) -> list[Score]:
+    results: list[Score | None] = [None] * len(windows)
+    done = 0
+    for batch in self._batches(range(len(windows)), [len(window.tokens) for window in windows]):
+      rows = _rows([windows[index] for index in batch], self._batch_size)
+      values, greedy = map(np.asarray, _token_scores(self._model, *rows, update=self._update))
+      for row, index in enumerate(batch):
+        results[index] = Score(float(values[row].sum(dtype=np.float64)), bool(greedy[row].all()))
+      done += len(batch)
+      show(done)
+    return results
+
+  def _batches(self, indices: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Of like lengths, the longest first: what does not fit in memory is known at once."""
+    ordered = sorted(indices, key=lambda index: -lengths[index])
+    for start in range(0, len(ordered), self._batch_size):
+      yield ordered[start : start + self._batch_size]
+
+  def _generation(self, options: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(options) - set(_GENERATION))
+    if unknown:
+      raise ValueError(f"generation option {unknown[0]!r} is not one of {', '.join(_GENERATION)}")
+    until = options.get("until") or []
+    temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
+    drawn = {name: options.get(name) for name in ("top_k", "top_p")} if temperature else {}
+    return {
+      "until": [until] if isinstance(until, str) else [text for text in until if text],
+      "max_new_tokens": int(options.get("max_gen_toks", self._max_gen_toks)),
+      "temperature": float(temperature),
+      "seed": options.get("seed", 0),
+      **drawn,
+    }
+
+  def _continue(
+    self, prompts: list[list[int]], *, until: list[str], max_new_tokens: int, **how: Any
+  ) -> list[str]:
+    if self._reader is None:
+      self._reader = Reader.of(self._model)
+    if self._max_length is not None:
+      room = self._max_length - max_new_tokens
+      if room < 1:
+        raise ValueError(f"max_length={self._max_length} has no room for {max_new_tokens} tokens")
+      prompts = [prompt[-room:] for prompt in prompts]
+    stream = Stream(
+      self._reader, prompts, max_new_tokens=max_new_tokens, update=self._update, **how
+    )
+    made: list[list[int]] = [[] for _ in prompts]
+    for new in stream:
+      for row, tokens in zip(made, new):
+        row.extend(tokens)
+      if all(self._ended(row, until) for row in made):
+        break
+    return [_cut(self._text(row), until) for row in made]
+
+  def _ended(self, tokens: list[int], until: list[str]) -> bool:
+    if tokens and tokens[-1] in self._model.model.eos_ids:
+      return True
+    text = self._text(tokens) if until else ""
+    return any(stop in text for stop in until)
+
+  def _text(self, tokens: list[int]) -> str:
+    return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+  for stop in until:
+    text = text.split(stop)[0]
+  return text
+
+
+def _rows(windows: Sequence[Window], rows: int):
+  """Tokens, labels and segments, of one of few shapes: padding behind the tokens, and in rows left over."""
+  longest = max(len(window.tokens) for window in windows) - 1
+  step = max(_SMALLEST_ROW, 1 << max(0, longest.bit_length() - 3))
+  shape = (rows, -(-longest // step) * step)
+  tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+  labels = np.full(shape, IGNORE, np.int32)
+  for row, window in enumerate(windows):
+    length = len(window.tokens) - 1
+    tokens[row, :length] = window.tokens[:-1]
+    segments[row, :length] = 1
+    labels[row, length - window.scored : length] = window.tokens[-window.scored :]
+  return tokens, labels, segments
