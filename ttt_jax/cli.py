@@ -10,12 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ttt_jax.config import DTYPES
+from ttt_jax.config import DTYPES, Config
 from ttt_jax.load_config import load_config
 from ttt_jax.rundir import CONFIG_FILE
 
 _EPILOG = """Every field of the config can be overridden, as in
   ttt-jax train configs/quickstart.yaml --train.steps 100 --ttt.layers "[2]" --run_dir runs/short
+"""
+
+_EVALUATED = "a run's YAML file or directory; or a Hugging Face directory, a .gguf file"
+
+_PERPLEXITY_EPILOG = """The same command goes on where it stopped. Fields of the config can be overridden:
+  ttt-jax eval perplexity runs/mine --lengths 2048 8192 32768 --data.path "books/*.txt" --mesh.context 8
 """
 
 _PLAN_EPILOG = """Exit status 1 if it does not fit. Fields of the config can be overridden. For example:
@@ -64,7 +70,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     (
       "eval",
       "evaluate the newest checkpoint of a run again, or a pretrained model as it is",
-      "a run's YAML file or directory; or a Hugging Face directory, a .gguf file",
+      _EVALUATED,
       _run_eval,
     ),
   ):
@@ -83,6 +89,8 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
       help="config overrides",
     )
     command.set_defaults(run=run, takes_overrides=False)
+  _add_perplexity(commands)
+  _add_recall_evaluation(commands)
   _add_ruler(commands)
   _add_plan(commands)
   _add_ablate(commands)
@@ -358,22 +366,91 @@ def _run_train(parsed: argparse.Namespace) -> None:
   run_training(config)
 
 
-def _run_eval(parsed: argparse.Namespace) -> None:
+def _evaluated(parsed: argparse.Namespace) -> tuple[Config, bool]:
+  """The config of what is to be evaluated, and whether it is a run, whose model is in its checkpoints."""
   path = Path(parsed.config)
-  is_config = path.suffix in (".yaml", ".yml")
-  is_run = (path / CONFIG_FILE).is_file()
-  if is_config:
-    config = load_config(path, parsed.overrides)
-  elif is_run:
-    config = load_config(path / CONFIG_FILE, ["--run_dir", str(path), *parsed.overrides])
-  else:
-    given = ["--init_from", parsed.config, "--name", path.stem]
-    config = load_config(None, [*given, *parsed.overrides])
+  if path.suffix in (".yaml", ".yml"):
+    return load_config(path, parsed.overrides), True
+  if (path / CONFIG_FILE).is_file():
+    words = ["--run_dir", str(path), *parsed.overrides]
+    return load_config(path / CONFIG_FILE, words), True
+  given = ["--init_from", parsed.config, "--name", path.stem]
+  return load_config(None, [*given, *parsed.overrides]), False
+
+
+def _run_eval(parsed: argparse.Namespace) -> None:
+  config, is_run = _evaluated(parsed)
   from ttt_jax import distributed
   from ttt_jax.run import evaluate_pretrained, run_evaluation
 
   distributed.start(config.runtime)
-  (run_evaluation if is_config or is_run else evaluate_pretrained)(config)
+  (run_evaluation if is_run else evaluate_pretrained)(config)
+
+
+def _add_perplexity(commands: argparse._SubParsersAction) -> None:
+  text = "the loss of a document's last block, the text before it growing; fast weights on and off"
+  command = commands.add_parser(
+    "eval perplexity",
+    help=text,
+    description=text,
+    epilog=_PERPLEXITY_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  command.add_argument("config", help=_EVALUATED)
+  command.add_argument(
+    "--lengths",
+    nargs="+",
+    type=int,
+    default=[2048, 4096, 8192],
+    metavar="TOKENS",
+    help="before the block (default 2048 4096 8192)",
+  )
+  command.add_argument(
+    "--reset-every",
+    nargs="+",
+    type=int,
+    default=[],
+    metavar="TOKENS",
+    help="also with fast weights that start again so often",
+  )
+  for flag, default, text in (
+    ("block", 1024, "tokens whose loss is compared"),
+    ("documents", 16, "at most so many"),
+    ("buckets", 8, "of the loss by position"),
+    ("batch", 1, "documents read at once"),
+    ("seed", 0, "of the choice of documents and of the intervals"),
+  ):
+    command.add_argument(f"--{flag}", type=int, default=default, help=f"{text} (default {default})")
+  command.add_argument("--out", type=Path, help="directory (default: runs/perplexity_NAME)")
+  command.set_defaults(run=_run_perplexity, takes_overrides=True)
+
+
+def _run_perplexity(parsed: argparse.Namespace) -> None:
+  config, is_run = _evaluated(parsed)
+  from ttt_jax import distributed
+  from ttt_jax.evaluation.perplexity import PerplexityConfig
+  from ttt_jax.evaluation.perplexity_command import run_perplexity
+
+  parsed.lengths, parsed.reset_every = tuple(parsed.lengths), tuple(parsed.reset_every)
+  distributed.start(config.runtime)
+  run_perplexity(config, _from_flags(PerplexityConfig, parsed), is_run=is_run, out=parsed.out)
+
+
+def _add_recall_evaluation(commands: argparse._SubParsersAction) -> None:
+  text = "how often a run's model knows a value again, by how long ago it came (see data recall)"
+  command = commands.add_parser("eval recall", help=text, description=text, allow_abbrev=False)
+  command.add_argument("config", help="a run's YAML file or directory")
+  command.set_defaults(run=_run_recall, takes_overrides=True)
+
+
+def _run_recall(parsed: argparse.Namespace) -> None:
+  config, is_run = _evaluated(parsed)
+  from ttt_jax import distributed
+  from ttt_jax.evaluation.recall_command import run_recall
+
+  distributed.start(config.runtime)
+  run_recall(config, is_run=is_run)
 
 
 def _add_fast_weights(parser: argparse.ArgumentParser) -> None:

@@ -112,6 +112,29 @@ def plot_perplexity(report: dict[str, Any], path: Path) -> None:
   plt.close(figure)
 
 
+def plot_recall(report: dict[str, Any], path: Path) -> None:
+  """The part of values that were known again, by the distance in windows."""
+  figure, axes = _axes(
+    f"Values known again ({report['documents']} documents)",
+    f"windows of {report['window']} tokens since the key came last",
+    "right",
+  )
+  looks = (("#0b4f9e", "o"), ("#d1620b", "s"), ("#5c5c5c", "^"))
+  for (name, table), (color, marker) in zip(report["by_distance"].items(), looks):
+    names = [
+      f"{row['from'] // report['window']} - "
+      + ("" if row["to"] is None else f"{row['to'] // report['window']}")
+      for row in table
+    ]
+    shares = [float("nan") if row["right"] is None else row["right"] for row in table]
+    axes.plot(names, shares, color=color, marker=marker, label=name)
+  axes.axhline(report["chance"], color="#9a9a9a", linestyle=":", label="chance")
+  axes.set_ylim(0, 1.02)
+  axes.legend(frameon=False)
+  figure.savefig(path)
+  plt.close(figure)
+
+
 def plot_ablation(report: dict[str, Any], path: Path) -> None:
   """Held-out loss of every variant with its interval, and along a document."""
   rows = [row for row in report["variants"] if row.get("loss") is not None]

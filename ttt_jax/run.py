@@ -89,6 +89,13 @@ def evaluate_pretrained(config: Config, console: Console | None = None) -> dict[
   return _evaluate_and_report(config, model, None, corpus, mesh, run_dir, console)
 
 
+def evaluated_model(config: Config, mesh: Mesh, *, is_run: bool) -> Transformer:
+  """The model of a run's newest checkpoint, or the pretrained one of a resolved config as it is."""
+  if is_run:
+    return load_model(config, mesh, Path(config.resolved_run_dir))
+  return initial_model(config, mesh)
+
+
 def load_data(config: Config) -> Corpus:
   """The documents of a resolved config, in the tokens that its model reads.
 

@@ -18,23 +18,30 @@ from ttt_jax.evaluation.perplexity import (
   tokens_to_read,
 )
 from ttt_jax.generation.reader import Reader
+from ttt_jax.initial import resolve
 from ttt_jax.plots import plot_perplexity
-from ttt_jax.run import load_data
+from ttt_jax.run import evaluated_model, load_data
 from ttt_jax.rundir import write_json
+from ttt_jax.sharding import make_mesh
 
 
 def run_perplexity(
-  model: Reader, data: Config, config: PerplexityConfig, out: Path, console: Console | None = None
+  config: Config,
+  how: PerplexityConfig,
+  *,
+  is_run: bool,
+  out: Path | None = None,
+  console: Console | None = None,
 ) -> dict[str, Any]:
   """Evaluates, prints, and writes `perplexity.json` and `.png`, and each result at once to `cells.jsonl`.
 
   The same call again goes on after the last document that was read.
 
   Args:
-    model: the model.
-    data: the resolved config whose held-out documents are read.
-    config: what is read, and how.
-    out: directory; made if it is not there.
+    config: the model, and the held-out documents that it reads.
+    how: what is read, and how.
+    is_run: whether the model is in a run's checkpoints; else it is that of `init_from`.
+    out: directory, made if it is not there; None: `runs/perplexity_NAME`.
 
   Raises:
     ValueError: no document is long enough; `out` holds results of other settings; several processes.
@@ -44,28 +51,31 @@ def run_perplexity(
       f"eval perplexity runs in one process, here are {jax.process_count()}: run it on one host, over all "
       "of its devices"
     )
+  config = resolve(config)
+  out = Path("runs") / f"perplexity_{config.name}" if out is None else out
   console = Console() if console is None else console
-  corpus = load_data(data)
+  corpus = load_data(config)
   console.print(corpus.report(), highlight=False)
   rows = heldout_rows(
     corpus.sources,
-    seq_len=config.tokens,
-    max_documents=config.documents,
-    seed=config.seed,
+    seq_len=how.tokens,
+    max_documents=how.documents,
+    seed=how.seed,
     name="the longest of --lengths and the --block behind it",
   )
-  if len(rows) < config.documents:
-    console.print(f"{len(rows)} held-out documents have {config.tokens} tokens", highlight=False)
-  cells = Cells(out / "cells.jsonl", settings(model, rows, config))
+  if len(rows) < how.documents:
+    console.print(f"{len(rows)} held-out documents have {how.tokens} tokens", highlight=False)
+  model = Reader.of(evaluated_model(config, make_mesh(config.mesh), is_run=is_run))
+  cells = Cells(out / "cells.jsonl", settings(model, rows, how))
   progress = Progress(
     *Progress.get_default_columns(), console=console, disable=not console.is_terminal
   )
   with progress:
-    task = progress.add_task("reading", total=tokens_to_read(model, len(rows), config))
+    task = progress.add_task("reading", total=tokens_to_read(model, len(rows), how))
     report = evaluate_perplexity(
-      model, rows, config, cells, on_read=lambda tokens: progress.advance(task, tokens)
+      model, rows, how, cells, on_read=lambda tokens: progress.advance(task, tokens)
     )
-  report = {"name": data.name, "layers": list(model.ttt.layers), **report}
+  report = {"name": config.name, "layers": list(model.ttt.layers), **report}
   write_json(out / "perplexity.json", report)
   plot_perplexity(report, out / "perplexity.png")
   _print(report, console)

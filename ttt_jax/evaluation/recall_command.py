@@ -1,0 +1,94 @@
+"""`ttt-jax eval recall`: how often the model of a run knows a value again; a table, JSON and a picture."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ttt_jax.config import Config
+from ttt_jax.data import heldout_rows
+from ttt_jax.evaluation.recall import CHANCE, by_distance, recalled
+from ttt_jax.initial import resolve
+from ttt_jax.plots import plot_recall
+from ttt_jax.run import BASELINE, evaluated_model, load_data, load_model
+from ttt_jax.rundir import write_json
+from ttt_jax.sharding import make_mesh
+
+
+def run_recall(config: Config, *, is_run: bool, console: Console | None = None) -> dict[str, Any]:
+  """Reads the held-out documents with updates on, off, and with the twin if the run has one.
+
+  Writes `recall.json` and `recall.png` into the run directory.
+
+  Raises:
+    ValueError: a model without a window, or whose tokens are not bytes; documents of another kind; no
+      checkpoint; several processes.
+  """
+  console = Console() if console is None else console
+  config = resolve(config)
+  window = config.attention.window
+  if window is None:
+    raise ValueError(
+      "attention.window=null: attention sees everything, so nothing has to be remembered; give a window"
+    )
+  if config.tokenizer is not None:
+    raise ValueError(
+      f"data.tokenizer={config.tokenizer!r}: the recall task is written in bytes, use bytes"
+    )
+  if jax.process_count() > 1:
+    raise ValueError(f"eval recall runs in one process, here are {jax.process_count()}")
+  mesh = make_mesh(config.mesh)
+  run_dir = Path(config.resolved_run_dir)
+  rows = heldout_rows(
+    load_data(config).sources,
+    seq_len=config.eval_seq_len,
+    max_documents=config.eval.documents,
+    seed=config.seed,
+  )
+  model = evaluated_model(config, mesh, is_run=is_run)
+  readings = {"updates on" if config.ttt.layers else "model": (model, True)}
+  if config.ttt.layers:
+    readings["updates off"] = (model, False)
+  if config.eval.baseline:
+    readings["twin"] = (load_model(config.without_ttt(), mesh, run_dir / BASELINE), True)
+  tables = {}
+  with jax.set_mesh(mesh):
+    for name, (reader, update) in readings.items():
+      right = np.concatenate([recalled(reader, row[None], update=update) for row in rows])
+      tables[name] = by_distance(right, rows, window)
+  report = {
+    "name": config.name,
+    "documents": len(rows),
+    "tokens": config.eval_seq_len,
+    "window": window,
+    "chance": CHANCE,
+    "by_distance": tables,
+  }
+  write_json(run_dir / "recall.json", report)
+  plot_recall(report, run_dir / "recall.png")
+  _print(report, console)
+  written = ", ".join(str(run_dir / f"recall.{end}") for end in ("json", "png"))
+  console.print(f"written: {written}", highlight=False)
+  return report
+
+
+def _print(report: dict[str, Any], console: Console) -> None:
+  tables = report["by_distance"]
+  table = Table()
+  for title in ("tokens since the key came last", "windows", "asked", *tables):
+    table.add_column(title, justify="right")
+  for rows in zip(*tables.values()):
+    low, high, window = rows[0]["from"], rows[0]["to"], report["window"]
+    distance = f"{low} - {high}" if high is not None else f"over {low}"
+    windows = f"{low // window} - {high // window}" if high is not None else f"over {low // window}"
+    shares = ("-" if row["right"] is None else f"{row['right']:.1%}" for row in rows)
+    table.add_row(distance, windows, str(rows[0]["queries"]), *shares)
+  console.print(
+    f"values known again, {report['documents']} held-out documents of {report['tokens']} bytes; by chance "
+    f"{report['chance']:.1%}",
+    highlight=False,
+  )
+  console.print(table)
