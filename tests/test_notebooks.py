@@ -1,0 +1,27 @@
+"""Every notebook runs from top to bottom, in a process of its own."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+def test_there_are_notebooks():
+  assert "01_fast_weights.ipynb" in [path.name for path in NOTEBOOKS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs(path, monkeypatch, tmp_path):
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  notebook = nbformat.read(path, as_version=4)
+  NotebookClient(
+    notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+  ).execute()
+  shown = [
+    output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output
+  ]
+  assert sum("image/png" in output["data"] for output in shown) >= 2
