@@ -25,7 +25,7 @@ FAST = dataclasses.replace(
   decay=None,
   inner_lr=30.0,
   inner_lr_scale="1/F",
-  normalize_target=True,
+  target="hidden_states",
 )
 LENGTH = 800
 SMALL_MODEL = dataclasses.replace(MODEL, vocab_size=256, num_layers=1)
