@@ -20,7 +20,7 @@ from ttt_jax.config import (
   TTTConfig,
 )
 from ttt_jax.flops import token_flops
-from ttt_jax.generation import generate as generation
+from ttt_jax.generation import segments
 from ttt_jax.generation.generate import generate
 from ttt_jax.generation.reader import Reader
 from ttt_jax.generation.state import load_state
@@ -198,7 +198,7 @@ def read_whole(model, row):
 @EACH
 def test_writing_token_by_token_is_reading_at_once(mixer, size, monkeypatch, tmp_path):
   """Also from a saved state, and with prompts read in several segments."""
-  monkeypatch.setattr(generation, "_SEGMENT", 8)
+  monkeypatch.setattr(segments, "_SEGMENT", 8)
   model = whole = learner(mixer)
   if size:
     model = jax.device_put(model, shardings(model, mesh_of(**{"data": 1, "context": 1} | size)))
