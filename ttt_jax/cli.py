@@ -111,16 +111,24 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
   return parser, commands.choices
 
 
-def _add_plan(commands: argparse._SubParsersAction) -> None:
-  text = "compile a run for a TPU slice that is not here: does it fit, and what limits it"
-  command = commands.add_parser(
-    "plan",
+def _add_command(
+  commands: argparse._SubParsersAction, name: str, text: str, epilog: str, **how: Any
+) -> argparse.ArgumentParser:
+  """A command with examples, whose flags are not abbreviated: overrides of the config may look alike."""
+  return commands.add_parser(
+    name,
     help=text,
     description=text,
-    epilog=_PLAN_EPILOG,
+    epilog=epilog,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
+    **how,
   )
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+  text = "compile a run for a TPU slice that is not here: does it fit, and what limits it"
+  command = _add_command(commands, "plan", text, _PLAN_EPILOG)
   command.add_argument("config", help="a YAML file, see configs/")
   command.add_argument("--topology", help="such as v5p:4x4x4 (default: the config's plan.topology)")
   command.add_argument(
@@ -149,14 +157,7 @@ def _run_plan(parsed: argparse.Namespace) -> int:
 
 def _add_ablate(commands: argparse._SubParsersAction) -> None:
   text = "train a grid of variants over several seeds; one table, one picture"
-  command = commands.add_parser(
-    "ablate",
-    help=text,
-    description=text,
-    epilog=_ABLATE_EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  command = _add_command(commands, "ablate", text, _ABLATE_EPILOG)
   command.add_argument("config", help="a YAML file, see configs/ablation_*")
   command.add_argument(
     "--devices",
@@ -184,15 +185,8 @@ def _run_ablate(parsed: argparse.Namespace) -> int:
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
   text = "write a model as a Hugging Face directory, with its tokenizer"
-  convert = commands.add_parser(
-    "convert",
-    help=text,
-    description=text,
-    epilog=_CONVERT_EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    usage="%(prog)s [-h] source destination [--dtype DTYPE] [--ttt.field value ...]",
-    allow_abbrev=False,
-  )
+  usage = "%(prog)s [-h] source destination [--dtype DTYPE] [--ttt.field value ...]"
+  convert = _add_command(commands, "convert", text, _CONVERT_EPILOG, usage=usage)
   convert.add_argument("source", help="a Hugging Face directory, a .gguf file, or a run directory")
   convert.add_argument("destination", help="a directory that does not exist yet")
   convert.add_argument(
@@ -203,14 +197,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:
   text = "continue texts with a model whose fast weights learn on while it reads and writes"
-  generate = commands.add_parser(
-    "generate",
-    help=text,
-    description=text,
-    epilog=_GENERATE_EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  generate = _add_command(commands, "generate", text, _GENERATE_EPILOG)
   generate.add_argument("model", help="a Hugging Face directory, a .gguf file, or a run directory")
   generate.add_argument(
     "--prompt", action="append", default=[], help="a text to continue; several are done together"
@@ -239,14 +226,7 @@ def _add_ruler(commands: argparse._SubParsersAction) -> None:
   text = (
     "the thirteen tasks of RULER, on documents of any length; also with the document out of sight"
   )
-  ruler = commands.add_parser(
-    "eval ruler",
-    help=text,
-    description=text,
-    epilog=_RULER_EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  ruler = _add_command(commands, "eval ruler", text, _RULER_EPILOG)
   ruler.add_argument("model", help="a Hugging Face directory, a .gguf file, or a run directory")
   ruler.add_argument("--tasks", nargs="+", metavar="TASK", help="(default: all)")
   ruler.add_argument(
@@ -279,22 +259,22 @@ def _add_ruler(commands: argparse._SubParsersAction) -> None:
 
 def _run_ruler(parsed: argparse.Namespace) -> int:
   from ttt_jax.evaluation.ruler import command
+  from ttt_jax.evaluation.ruler.evaluate import RulerConfig
 
-  return command.run(parsed)
+  return command.run(
+    parsed.model,
+    _from_flags(RulerConfig, parsed),
+    out=parsed.out,
+    dtype=parsed.dtype,
+    ttt_overrides=parsed.overrides,
+  )
 
 
 def _add_prepare(commands: argparse._SubParsersAction) -> None:
   text = (
     "tokenise text once, into a directory that data.path names; for what does not fit in memory"
   )
-  prepare = commands.add_parser(
-    "prepare",
-    help=text,
-    description=text,
-    epilog=_PREPARE_EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  prepare = _add_command(commands, "prepare", text, _PREPARE_EPILOG)
   prepare.add_argument(
     "source", help="a directory or glob of .txt, .md, .py, .jsonl, .parquet, .array_record files"
   )
@@ -389,14 +369,7 @@ def _run_eval(parsed: argparse.Namespace) -> None:
 
 def _add_perplexity(commands: argparse._SubParsersAction) -> None:
   text = "the loss of a document's last block, the text before it growing; fast weights on and off"
-  command = commands.add_parser(
-    "eval perplexity",
-    help=text,
-    description=text,
-    epilog=_PERPLEXITY_EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  command = _add_command(commands, "eval perplexity", text, _PERPLEXITY_EPILOG)
   command.add_argument("config", help=_EVALUATED)
   command.add_argument(
     "--lengths",
@@ -432,7 +405,6 @@ def _run_perplexity(parsed: argparse.Namespace) -> None:
   from ttt_jax.evaluation.perplexity import PerplexityConfig
   from ttt_jax.evaluation.perplexity_command import run_perplexity
 
-  parsed.lengths, parsed.reset_every = tuple(parsed.lengths), tuple(parsed.reset_every)
   distributed.start(config.runtime)
   run_perplexity(config, _from_flags(PerplexityConfig, parsed), is_run=is_run, out=parsed.out)
 
@@ -506,13 +478,13 @@ def _run_bench(parsed: argparse.Namespace) -> None:
     jax.config.update("jax_num_cpu_devices", parsed.shards)
   from ttt_jax.bench import BenchConfig, run_bench
 
-  parsed.ways = None if parsed.ways is None else tuple(parsed.ways)
   run_bench(_from_flags(BenchConfig, parsed), parsed.name, parsed.out)
 
 
 def _from_flags(config: type, parsed: argparse.Namespace) -> Any:
-  """A dataclass whose fields are flags."""
-  return config(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(config)})
+  """A dataclass whose fields are flags; what a flag collects in a list is a tuple in it."""
+  given = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(config)}
+  return config(**{k: tuple(x) if isinstance(x, list) else x for k, x in given.items()})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Next-token cross-entropy, of logits or of a model whose logits are too many to keep."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from ttt_jax.nn.layers import Embed, RMSNorm, project
 from ttt_jax.nn.transformer import HEAD, Transformer
@@ -95,7 +96,7 @@ def hidden_losses(
 
 
 def _device_losses(x, labels, norm, kernel, *, tied, z_loss, at_once, axes: Axes):
-  """Losses and weights of the tokens of a device, in equal pieces, the last one filled up."""
+  """Losses and weights of the tokens of a device."""
   if axes.fsdp is not None:
     kernel = _gather(kernel, x.dtype, axes.fsdp, 1 if tied else 0)
 
@@ -105,10 +106,20 @@ def _device_losses(x, labels, norm, kernel, *, tied, z_loss, at_once, axes: Axes
       logits = project(HEAD[tied], norm(x), kernel, accumulation_dtype(x.dtype))
       return _losses(logits, labels, axes.tensor, z_loss)
 
-  size = max(1, at_once // kernel.shape[0 if tied else 1])
+  return in_pieces(losses_of, x, labels, max(1, at_once // kernel.shape[0 if tied else 1]))
+
+
+def in_pieces(
+  function: Callable, x: Float[Array, "B T D"], labels: Int[Array, "B T"], size: int
+) -> tuple[Shaped[Array, "B T"], ...]:
+  """`function((x, labels))`, which treats tokens one by one, on `size` of them at a time.
+
+  All pieces are equal, the last one filled up with tokens whose label is IGNORE. Backward, every piece is
+  computed once more.
+  """
   shape, count = labels.shape, labels.size
   if count <= size:
-    return losses_of((x, labels))
+    return function((x, labels))
   filling = -count % size
 
   def cut(a, fill):
@@ -116,7 +127,7 @@ def _device_losses(x, labels, norm, kernel, *, tied, z_loss, at_once, axes: Axes
     a = jnp.pad(a, [(0, filling)] + [(0, 0)] * (a.ndim - 1), constant_values=fill)
     return a.reshape(-1, 1, size, *a.shape[1:])
 
-  once_more = jax.checkpoint(losses_of, prevent_cse=False)  # in a scan nothing can be shared anyway
+  once_more = jax.checkpoint(function, prevent_cse=False)  # in a scan nothing can be shared anyway
   results = jax.lax.map(once_more, (cut(x, 0), cut(labels, IGNORE)))
   return tuple(a.reshape(-1)[:count].reshape(shape) for a in results)
 

@@ -17,6 +17,21 @@ from ttt_jax.distributed import is_main
 _LINES = 20  # how many lines a whole run writes where no bar can be drawn
 
 
+def _bar(console: Console) -> Progress:
+  """How much is done, a `status`, and the time left; nothing where it cannot be drawn."""
+  return Progress(
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[status]}"),
+    TimeElapsedColumn(),
+    TextColumn("left"),
+    TimeRemainingColumn(),
+    console=console,
+    disable=not console.is_terminal,
+  )
+
+
 class TrainingProgress:
   """Loss, speed and time left of a training run."""
 
@@ -25,17 +40,7 @@ class TrainingProgress:
     self._title, self._steps = title, steps
     self._every = max(1, steps // _LINES)
     self._next_line = done + 1
-    self._progress = Progress(
-      TextColumn("{task.description}"),
-      BarColumn(),
-      MofNCompleteColumn(),
-      TextColumn("{task.fields[status]}"),
-      TimeElapsedColumn(),
-      TextColumn("left"),
-      TimeRemainingColumn(),
-      console=self._console,
-      disable=not self._console.is_terminal,
-    )
+    self._progress = _bar(self._console)
     self._task = self._progress.add_task(title, total=steps, completed=done, status="compiling")
 
   def __enter__(self) -> "TrainingProgress":
@@ -69,17 +74,7 @@ class EvaluationProgress:
 
   def __init__(self, title: str, total: int):
     self._console = Console(quiet=not is_main())
-    self._progress = Progress(
-      TextColumn("{task.description}"),
-      BarColumn(),
-      MofNCompleteColumn(),
-      TextColumn("{task.fields[status]}"),
-      TimeElapsedColumn(),
-      TextColumn("left"),
-      TimeRemainingColumn(),
-      console=self._console,
-      disable=not self._console.is_terminal,
-    )
+    self._progress = _bar(self._console)
     self._task = self._progress.add_task(title, total=total, status="")
 
   def __enter__(self) -> "EvaluationProgress":
@@ -92,6 +87,10 @@ class EvaluationProgress:
   def update(self, done: int, status: str) -> None:
     """Shows how much is done, and what is being done."""
     self._progress.update(self._task, completed=done, status=status)
+
+  def advance(self, more: int) -> None:
+    """Shows that so much more is done."""
+    self._progress.advance(self._task, more)
 
   def note(self, text: str) -> None:
     """A line that stays."""

@@ -59,7 +59,7 @@ def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = 
       path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise ValueError(f"run_dir={str(path)!r} cannot be made: {error.strerror}") from error
-    _write_whole(file, dump_config(config))
+    write_whole(file, dump_config(config))
     return path
 
   recorded, current = _read_config(file), dataclasses.asdict(config)
@@ -71,13 +71,13 @@ def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = 
       + f"\nto resume it use its own config, {file}; to start this one give another --run_dir"
     )
   if config_difference(_without(recorded, ()), _without(current, ())):
-    _write_whole(file, dump_config(config))
+    write_whole(file, dump_config(config))
   return path
 
 
 def write_json(path: str | Path, data: Any) -> None:
   """Writes a JSON file whole or not at all; NaN and infinities become null."""
-  _write_whole(Path(path), json.dumps(jsonable(data), indent=2, allow_nan=False) + "\n")
+  write_whole(Path(path), json.dumps(jsonable(data), indent=2, allow_nan=False) + "\n")
 
 
 class MetricsLog:
@@ -101,7 +101,7 @@ class MetricsLog:
       kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
       lines = "".join(_line(record) for record in kept)
       if lines != text:
-        _write_whole(path, lines)
+        write_whole(path, lines)
     return cls(path)
 
   def __enter__(self) -> "MetricsLog":
@@ -192,7 +192,7 @@ def _tmp(path: Path) -> Path:
   return path.with_name(f".{path.name}.tmp")
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
   """Replaces a file in one step, so that a kill or a full disk leaves the old one or the new."""
   tmp = _tmp(path)
   with tmp.open("w", encoding="utf-8") as file:

@@ -1,7 +1,6 @@
 """`ttt-jax ablate`: all runs of a grid, then one table, one picture, one JSON file."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -31,7 +30,7 @@ def run(
   write_json(ablation.directory / "ablation.json", found)
   plot_ablation(found, ablation.directory / "ablation.png")
   _print(found, console)
-  written = ", ".join(str(Path(ablation.directory) / f"ablation.{end}") for end in ("json", "png"))
+  written = ", ".join(str(ablation.directory / f"ablation.{end}") for end in ("json", "png"))
   console.print(f"written: {written}", highlight=False)
   return 1 if failed else 0
 

@@ -37,12 +37,12 @@ def run_all(
   Raises:
     ValueError: a run's directory holds something else. No run has been started.
   """
-  todo = []
-  for variant, config in ablation.runs():
+  runs, todo = list(ablation.runs()), []
+  for variant, config in runs:
     open_run(config.resolved_run_dir, config, may_change=())
     if not finished(config):
       todo.append((variant, config))
-  done, total = len(list(ablation.runs())) - len(todo), len(list(ablation.runs()))
+  done, total = len(runs) - len(todo), len(runs)
   console.print(f"{ablation.name}: {total} runs, {done} of them finished", highlight=False)
   groups: SimpleQueue[str | None] = SimpleQueue()
   for group in device_groups or (None,):

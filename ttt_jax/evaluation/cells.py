@@ -1,11 +1,10 @@
 """Results of a long evaluation, kept one by one, so that the same command again goes on after the last."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from ttt_jax.rundir import jsonable
+from ttt_jax.rundir import jsonable, write_whole
 
 
 class Cells:
@@ -35,10 +34,8 @@ class Cells:
     if lines:
       self._read(lines, settings)
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    whole = "".join(line + "\n" for line in lines or [json.dumps({"settings": settings})])
-    tmp = self._path.with_name(f".{self._path.name}.tmp")
-    tmp.write_text(whole, encoding="utf-8")
-    os.replace(tmp, self._path)
+    lines = lines or [json.dumps({"settings": settings})]
+    write_whole(self._path, "".join(line + "\n" for line in lines))
 
   def _read(self, lines: list[str], settings: dict[str, Any]) -> None:
     try:

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ttt_jax.config import Config
@@ -20,6 +19,7 @@ from ttt_jax.evaluation.perplexity import (
 from ttt_jax.generation.reader import Reader
 from ttt_jax.initial import resolve
 from ttt_jax.plots import plot_perplexity
+from ttt_jax.progress import EvaluationProgress
 from ttt_jax.run import evaluated_model, load_data
 from ttt_jax.rundir import write_json
 from ttt_jax.sharding import make_mesh
@@ -67,14 +67,8 @@ def run_perplexity(
     console.print(f"{len(rows)} held-out documents have {how.tokens} tokens", highlight=False)
   model = Reader.of(evaluated_model(config, make_mesh(config.mesh), is_run=is_run))
   cells = Cells(out / "cells.jsonl", settings(model, rows, how))
-  progress = Progress(
-    *Progress.get_default_columns(), console=console, disable=not console.is_terminal
-  )
-  with progress:
-    task = progress.add_task("reading", total=tokens_to_read(model, len(rows), how))
-    report = evaluate_perplexity(
-      model, rows, how, cells, on_read=lambda tokens: progress.advance(task, tokens)
-    )
+  with EvaluationProgress("reading", tokens_to_read(model, len(rows), how)) as progress:
+    report = evaluate_perplexity(model, rows, how, cells, on_read=progress.advance)
   report = {"name": config.name, "layers": list(model.ttt.layers), **report}
   write_json(out / "perplexity.json", report)
   plot_perplexity(report, out / "perplexity.png")

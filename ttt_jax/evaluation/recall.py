@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from ttt_jax.nn.transformer import Transformer
+from ttt_jax.rundir import write_whole
 
 _KEYS = np.arange(ord("A"), ord("Z") + 1, dtype=np.uint8)
 _VALUES = np.arange(ord("a"), ord("z") + 1, dtype=np.uint8)
@@ -53,9 +54,7 @@ def write_documents(directory: str | Path, *, documents: int, tokens: int, seed:
     raise ValueError(f"{path} is there already: delete it, or name another directory")
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = (json.dumps({"text": make_document(tokens, seed, i)}) + "\n" for i in range(documents))
-  tmp = path.with_name(f".{path.name}.tmp")
-  tmp.write_text("".join(lines), encoding="utf-8")
-  tmp.replace(path)
+  write_whole(path, "".join(lines))
   return path
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.generation.generate import Stream
 from ttt_jax.generation.reader import Reader
-from ttt_jax.loss import IGNORE, LOGITS_AT_ONCE, token_losses
+from ttt_jax.loss import IGNORE, LOGITS_AT_ONCE, in_pieces, token_losses
 from ttt_jax.nn.transformer import Transformer, next_token_logits
 from ttt_jax.pretrained.tokenizer import Tokenizer
 
@@ -50,10 +50,6 @@ def token_scores(
   `at_once` logits are in memory at a time.
   """
   x, _ = model.hidden(tokens, segment_ids, update=update)
-  labels = jnp.asarray(labels)
-  count, width = labels.size, x.shape[-1]
-  size = min(count, max(1, at_once // model.model.vocab_size))
-  filling = -count % size
 
   def of_piece(piece):
     x, labels = piece
@@ -61,10 +57,7 @@ def token_scores(
     best = jnp.argmax(logits, axis=-1).astype(labels.dtype)
     return -token_losses(logits, labels)[0], (best == labels) | (labels == IGNORE)
 
-  x = jnp.pad(x.reshape(count, width), ((0, filling), (0, 0))).reshape(-1, 1, size, width)
-  flat = jnp.pad(labels.reshape(count), (0, filling), constant_values=IGNORE)
-  scores = jax.lax.map(of_piece, (x, flat.reshape(-1, 1, size)))
-  return tuple(part.reshape(-1)[:count].reshape(labels.shape) for part in scores)
+  return in_pieces(of_piece, x, jnp.asarray(labels), max(1, at_once // model.model.vocab_size))
 
 
 _token_scores = jax.jit(token_scores, static_argnames=("update", "at_once"))

@@ -1,6 +1,6 @@
 """`ttt-jax eval ruler`: a model's scores, as a table, as JSON and as a picture."""
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,23 @@ from ttt_jax.evaluation.ruler.tasks import TASKS
 from ttt_jax.pretrained.source import open_model, open_tokenizer
 
 
-def run(parsed: argparse.Namespace) -> int:
-  """Evaluates, or goes on; returns the exit status."""
-  config = RulerConfig(
-    tasks=None if parsed.tasks is None else tuple(parsed.tasks),
-    lengths=tuple(parsed.lengths),
-    samples=parsed.samples,
-    strict=parsed.strict,
-    haystack=parsed.haystack,
-    squad=parsed.squad,
-    hotpot=parsed.hotpot,
-    seed=parsed.seed,
-    batch_size=parsed.batch_size,
-  )
+def run(
+  source: str,
+  config: RulerConfig,
+  *,
+  out: Path | None,
+  dtype: str | None,
+  ttt_overrides: Sequence[str],
+) -> int:
+  """Evaluates the model of `source`, or goes on; returns the exit status."""
   console = Console()
-  name = Path(parsed.model).stem
-  out = parsed.out
+  name = Path(source).stem
   if out is None:
     out = Path("runs") / f"ruler_{name}{'_strict' if config.strict else ''}"
-  tokenizer = open_tokenizer(parsed.model)
+  tokenizer = open_tokenizer(source)
   config.ruler(tokenizer).sample(config.chosen[0], min(config.lengths), 0)  # before a long loading
-  model = open_model(parsed.model, dtype=parsed.dtype, ttt_overrides=parsed.overrides)
-  left_out = [task for task in TASKS if parsed.tasks is None and task not in config.chosen]
+  model = open_model(source, dtype=dtype, ttt_overrides=ttt_overrides)
+  left_out = [task for task in TASKS if config.tasks is None and task not in config.chosen]
   if left_out:
     console.print(f"left out, for want of --squad or --hotpot: {', '.join(left_out)}")
   try:
