@@ -64,6 +64,9 @@ seeds: [3, 5]
   places = [config.resolved_run_dir for _, config in ablation.runs()]
   assert len(set(places)) == 10
   assert [config.seed for _, config in ablation.runs()] == [3] * 5 + [5] * 5
+  elsewhere = load_ablation("question.yaml", directory="shared/here")
+  assert elsewhere.directory == Path("shared/here")
+  assert all(config.run_dir.startswith("shared/here/") for _, config in elsewhere.runs())
 
 
 GOOD = "name: q\nbase: base.yaml\nseeds: [0]\n"

@@ -169,6 +169,9 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
   command.add_argument(
     "--report-only", action="store_true", help="of what is finished; run nothing"
   )
+  command.add_argument(
+    "--directory", default=None, help="of the runs and the report (default: runs/NAME)"
+  )
   command.set_defaults(run=_run_ablate, takes_overrides=True)
 
 
@@ -180,6 +183,7 @@ def _run_ablate(parsed: argparse.Namespace) -> int:
     parsed.overrides,
     device_groups=parsed.devices,
     report_only=parsed.report_only,
+    directory=parsed.directory,
   )
 
 

@@ -14,7 +14,12 @@ from ttt_jax.rundir import write_json
 
 
 def run(
-  path: str, overrides: Sequence[str], *, device_groups: Sequence[str], report_only: bool
+  path: str,
+  overrides: Sequence[str],
+  *,
+  device_groups: Sequence[str],
+  report_only: bool,
+  directory: str | None,
 ) -> int:
   """Runs what is not finished and reports; 1 if a run failed.
 
@@ -22,7 +27,7 @@ def run(
     ValueError: as `load_ablation`, `run_all` and `report`.
   """
   console = Console()
-  ablation = load_ablation(path, overrides)
+  ablation = load_ablation(path, overrides, directory)
   failed = {}
   if not report_only:
     failed = run_all(ablation, console, device_groups=device_groups)

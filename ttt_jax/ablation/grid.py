@@ -49,7 +49,9 @@ class Ablation:
         yield variant, variant.configs[index]
 
 
-def load_ablation(path: str | PathLike, overrides: Sequence[str] = ()) -> Ablation:
+def load_ablation(
+  path: str | PathLike, overrides: Sequence[str] = (), directory: str | PathLike | None = None
+) -> Ablation:
   """The ablation of a YAML file, every config of it checked.
 
       name: ablation_chunk_size
@@ -62,6 +64,7 @@ def load_ablation(path: str | PathLike, overrides: Sequence[str] = ()) -> Ablati
   Args:
     path: the file.
     overrides: words like `--train.steps 100`, for all runs, over the file's `set`.
+    directory: of the runs and the report; None: runs/NAME.
 
   Raises:
     ValueError: no such file, keys it does not know or lacks, variants of one name, or a config that
@@ -82,7 +85,7 @@ def load_ablation(path: str | PathLike, overrides: Sequence[str] = ()) -> Ablati
   seeds = tuple(tree["seeds"])
   if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) for s in seeds):
     raise ValueError(f"{path}: seeds={list(seeds)} must be different integers, at least one")
-  directory = Path("runs") / tree["name"]
+  directory = Path("runs", tree["name"]) if directory is None else Path(directory)
   variants = []
   for name, fields in _settings(path, tree):
     configs = []
