@@ -365,10 +365,10 @@ def _evaluated(parsed: argparse.Namespace) -> tuple[Config, bool]:
 def _run_eval(parsed: argparse.Namespace) -> None:
   config, is_run = _evaluated(parsed)
   from ttt_jax import distributed
-  from ttt_jax.run import evaluate_pretrained, run_evaluation
+  from ttt_jax.run import run_evaluation
 
   distributed.start(config.runtime)
-  (run_evaluation if is_run else evaluate_pretrained)(config)
+  run_evaluation(config, is_run=is_run)
 
 
 def _add_perplexity(commands: argparse._SubParsersAction) -> None:

@@ -54,39 +54,31 @@ def run_training(config: Config, console: Console | None = None) -> dict[str, An
   return _evaluate_and_report(config, result.state.model, baseline, corpus, mesh, run_dir, console)
 
 
-def run_evaluation(config: Config, console: Console | None = None) -> dict[str, Any]:
-  """Evaluates the newest checkpoint of a run again, with the config's `eval` section.
+def run_evaluation(
+  config: Config, *, is_run: bool = True, console: Console | None = None
+) -> dict[str, Any]:
+  """Evaluates a model again, with the config's `eval` section.
+
+  Args:
+    is_run: the newest checkpoint of a run, and its twin's; else the model of `init_from` as it is, in a
+      run directory of its own.
 
   Raises:
-    ValueError: there is no run or no checkpoint there, or it is another model's.
+    ValueError: there is no run or no checkpoint there, or it is another model's; the run directory is
+      another run's; as `load_pretrained`.
   """
   console = Console(quiet=not is_main()) if console is None else console
   config = resolve(config)
   mesh = make_mesh(config.mesh)
   run_dir = Path(config.resolved_run_dir)
   corpus = together(lambda: load_data(config))
-  model = load_model(config, mesh, run_dir)
-  baseline = None
-  if config.eval.baseline:
+  model, baseline = evaluated_model(config, mesh, is_run=is_run), None
+  if is_run and config.eval.baseline:
     baseline = load_model(config.without_ttt(), mesh, run_dir / BASELINE)
-  return _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console)
-
-
-def evaluate_pretrained(config: Config, console: Console | None = None) -> dict[str, Any]:
-  """Evaluates the model of `init_from` as it is, in a run directory of its own.
-
-  Raises:
-    ValueError: the run directory is another run's; as `load_pretrained`.
-  """
-  console = Console(quiet=not is_main()) if console is None else console
-  config = resolve(config)
-  mesh = make_mesh(config.mesh)
-  corpus = together(lambda: load_data(config))
-  model = initial_model(config, mesh)
-  run_dir = Path(config.resolved_run_dir)
-  on_main(lambda: open_run(run_dir, config))
+  if not is_run:
+    on_main(lambda: open_run(run_dir, config))
   console.print(corpus.report(), highlight=False)
-  return _evaluate_and_report(config, model, None, corpus, mesh, run_dir, console)
+  return _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console)
 
 
 def evaluated_model(config: Config, mesh: Mesh, *, is_run: bool) -> Transformer:
