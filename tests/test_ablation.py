@@ -125,7 +125,7 @@ def test_runs_report_and_go_on(here, capsys, monkeypatch):
 
   monkeypatch.setattr(runs.subprocess, "run", start)
   assert cli.main(["ablate", "question.yaml"]) == 1
-  assert started == ["runs/q/fails/seed0.yaml"]
+  assert started == ["runs/q/fails/seed0/config.yaml"]
   assert cli.main(["ablate", "question.yaml", "--report-only"]) == 0
   assert cli.main(["ablate", "question.yaml", "--ttt.decay", "0.7"]) == 2
   assert "holds a run of another config" in capsys.readouterr().err

@@ -15,8 +15,7 @@ from rich.console import Console
 
 from ttt_jax.ablation.grid import Ablation, Variant
 from ttt_jax.config import Config
-from ttt_jax.load_config import dump_config
-from ttt_jax.rundir import open_run
+from ttt_jax.rundir import CONFIG_FILE, open_run
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_DEVICES")
 _LAST_LINES = 5  # of a run that failed, to show
@@ -88,8 +87,7 @@ def _run(variant: Variant, config: Config, groups: SimpleQueue) -> str | None:
     environment = dict(os.environ)
     if group is not None:
       environment |= dict.fromkeys(_VISIBLE, group)
-    file = Path(config.resolved_run_dir).with_suffix(".yaml")
-    file.write_text(dump_config(config), encoding="utf-8")
+    file = Path(config.resolved_run_dir) / CONFIG_FILE  # of `open_run`
     command = [sys.executable, "-m", "ttt_jax.cli", "train", str(file)]
     with _log(config).open("w", encoding="utf-8") as log:
       code = subprocess.run(
