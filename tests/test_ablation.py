@@ -84,6 +84,13 @@ GOOD = "name: q\nbase: base.yaml\nseeds: [0]\n"
     (GOOD + "grid: {ttt.chunk_size: [8, 8]}\n", "several variants named chunk_size=8"),
     (GOOD + "variants: {a: 3}\n", r"variants\.a=3"),
     ("name: q\nbase: base.yaml\nseeds: [1, 1]\n", r"seeds=\[1, 1\]"),
+    (
+      GOOD + "variants: {a: {}}\nprobe: {lenghts: [8]}\n",
+      "probe has lenghts; it has lengths, block",
+    ),
+    (GOOD + "variants: {a: {}}\nprobe: {lengths: 8}\n", "lengths=8 must be a list of integers"),
+    (GOOD + "variants: {a: {}}\nprobe: {block: 0.5}\n", r"probe\.block=0.5 must be an integer"),
+    (GOOD + "variants: {a: {}}\nprobe: {block: 0}\n", r"probe\.block=0 must be positive"),
     ("name: q\nbase: other.yaml\nseeds: [1]\nvariants: {a: {}}\n", "no config file other.yaml"),
   ],
 )
@@ -104,6 +111,7 @@ def test_runs_report_and_go_on(here, capsys, monkeypatch):
   _write(
     GOOD
     + "set: {data.path: text}\nvariants: {works: {ttt.decay: 0.5}, fails: {data.path: nowhere}}\n"
+    + "probe: {lengths: [8, 24], block: 8, documents: 2}\n"
   )
   assert cli.main(["ablate", "question.yaml"]) == 1
   said = capsys.readouterr().out
@@ -114,6 +122,10 @@ def test_runs_report_and_go_on(here, capsys, monkeypatch):
   summary = json.loads(Path("runs/q/works/seed0/summary.json").read_text())
   assert found["variants"][0]["loss"] == pytest.approx(summary["heldout_loss"])
   assert found["variants"][0]["state_numbers"] == 16 * 24
+  probe = json.loads(Path("runs/q/works/seed0/probe/perplexity.json").read_text())
+  updating = [row["loss"] for row in probe["by_context"] if row["mode"] == "updating"]
+  assert [row["context"] for row in found["variants"][0]["by_context"]] == [8, 24]
+  assert [row["loss"] for row in found["variants"][0]["by_context"]] == updating
   assert found["failed"][0]["variant"] == "fails"
   assert Path("runs/q/ablation.png").stat().st_size > 10_000
 
@@ -129,6 +141,11 @@ def test_runs_report_and_go_on(here, capsys, monkeypatch):
   assert cli.main(["ablate", "question.yaml", "--report-only"]) == 0
   assert cli.main(["ablate", "question.yaml", "--ttt.decay", "0.7"]) == 2
   assert "holds a run of another config" in capsys.readouterr().err
+  Path("runs/q/works/seed0/probe/perplexity.json").unlink()
+  assert cli.main(["ablate", "question.yaml"]) == 2
+  assert "has no finished run" in capsys.readouterr().err
+  # The probe alone is made again: its command ends with its seed.
+  assert started[1:] == ["0", "runs/q/fails/seed0/config.yaml"]
 
 
 def _finish(config, losses):

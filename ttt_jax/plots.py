@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure  # not pyplot, whose state is the user's
 
 # Columns of the table by position: label, colour, marker. Dark to light in the order of interest.
 _CURVES = {
@@ -19,8 +17,14 @@ _CURVES = {
 }
 
 
+def _subplots(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+  """A figure of so many inches, and its axes, `[rows, columns]`."""
+  figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+  return figure, figure.subplots(rows, columns, squeeze=False)
+
+
 def _axes(title: str, x: str, y: str):
-  figure, axes = plt.subplots(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+  figure, ((axes,),) = _subplots(1, 1, 7.2, 4.4)
   axes.set_title(title, loc="left", fontsize=11)
   axes.set_xlabel(x)
   axes.set_ylabel(y)
@@ -48,7 +52,6 @@ def plot_by_position(summary: dict[str, Any], path: Path) -> None:
   axes.set_xlim(0, table[-1]["to"])
   axes.legend(frameon=False)
   figure.savefig(path)
-  plt.close(figure)
 
 
 def plot_training(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -66,7 +69,6 @@ def plot_training(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
   if len(runs) > 1:
     axes.legend(frameon=False)
   figure.savefig(path)
-  plt.close(figure)
 
 
 # Ways to read in `perplexity.json`: colour, marker; a reset has those of the last entry.
@@ -76,7 +78,7 @@ _RESET = ("#3f8f4f", "v")
 
 def plot_perplexity(report: dict[str, Any], path: Path) -> None:
   """Loss of the last block against the text before it, and by position, with intervals."""
-  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), dpi=150, layout="constrained")
+  figure, ((left, right),) = _subplots(1, 2, 11.0, 4.4)
   for mode in report["modes"]:
     color, marker = _MODES.get(mode, _RESET)
     by_context = [row for row in report["by_context"] if row["mode"] == mode]
@@ -109,7 +111,6 @@ def plot_perplexity(report: dict[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
   left.legend(frameon=False, title="fast weights" if len(report["modes"]) > 1 else None)
   figure.savefig(path)
-  plt.close(figure)
 
 
 def plot_recall(report: dict[str, Any], path: Path) -> None:
@@ -132,50 +133,59 @@ def plot_recall(report: dict[str, Any], path: Path) -> None:
   axes.set_ylim(0, 1.02)
   axes.legend(frameon=False)
   figure.savefig(path)
-  plt.close(figure)
 
 
 def plot_ablation(report: dict[str, Any], path: Path) -> None:
-  """Held-out loss of every variant with its interval, and along a document."""
+  """`draw_ablation`, as a file."""
+  draw_ablation(report).savefig(path)
+
+
+def draw_ablation(report: dict[str, Any]) -> Figure:
+  """Held-out loss of every variant with its interval, along a document, and after more and more context."""
   rows = [row for row in report["variants"] if row.get("loss") is not None]
-  figure, (left, right) = plt.subplots(
-    1, 2, figsize=(11.5, max(3.6, 1.4 + 0.34 * len(rows))), dpi=150, layout="constrained"
-  )
-  colors = plt.get_cmap("viridis")([0.9 * i / max(1, len(rows) - 1) for i in range(len(rows))])
+  probed = any(row.get("by_context") for row in rows)
+  height = max(3.6, 1.4 + 0.34 * len(rows))
+  figure, (panels,) = _subplots(1, 3 if probed else 2, 16.0 if probed else 11.5, height)
+  colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(rows)))
   for place, (row, color) in enumerate(zip(rows, colors)):
     if row["low"] is not None:
-      left.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2, alpha=0.5)
-    left.plot(row["losses"], [place] * len(row["losses"]), "|", color=color, markersize=9)
-    left.plot(row["loss"], place, "o", color=color, markersize=6)
+      panels[0].plot([row["low"], row["high"]], [place, place], color=color, linewidth=2, alpha=0.5)
+    panels[0].plot(row["losses"], [place] * len(row["losses"]), "|", color=color, markersize=9)
+    panels[0].plot(row["loss"], place, "o", color=color, markersize=6)
+    look = {"color": color, "marker": "o", "markersize": 3, "label": row["variant"]}
     table = row["by_position"]
     middle = [(part["from"] + part["to"]) / 2 for part in table]
-    losses = [part["loss"] for part in table]
-    right.plot(middle, losses, color=color, marker="o", markersize=3, label=row["variant"])
-  left.set_yticks(range(len(rows)), [row["variant"] for row in rows])
-  left.invert_yaxis()
-  left.set_xlabel("held-out loss (nats per token)")
-  left.set_title(
+    panels[1].plot(middle, [part["loss"] for part in table], **look)
+    if row.get("by_context"):
+      contexts = [part["context"] for part in row["by_context"]]
+      panels[2].plot(contexts, [part["loss"] for part in row["by_context"]], **look)
+  panels[0].set_yticks(range(len(rows)), [row["variant"] for row in rows])
+  panels[0].invert_yaxis()
+  panels[0].set_xlabel("held-out loss (nats per token)")
+  panels[0].set_title(
     f"{report['title']} ({len(report['seeds'])} seed{'s' if len(report['seeds']) > 1 else ''})",
     loc="left",
     fontsize=11,
   )
-  right.set_xlabel("position in the document (tokens)")
-  right.set_ylabel("loss (nats per token)")
-  right.legend(frameon=False, fontsize=8)
-  for axes in (left, right):
+  panels[1].set_xlabel("position in the document (tokens)")
+  panels[1].set_ylabel("loss (nats per token)")
+  if probed:
+    panels[2].set_xscale("log", base=2)
+    panels[2].set_xticks(contexts, [f"{c:,}" for c in contexts], minor=False)
+    panels[2].set_xlabel("tokens read before the block")
+    panels[2].set_title("loss of the same last block", loc="left", fontsize=11)
+  panels[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+  for axes in panels:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-  figure.savefig(path)
-  plt.close(figure)
+  return figure
 
 
 def plot_bench(report: dict[str, Any], path: Path) -> None:
   """Time against the dense MLP, with the FLOPs' ratio as a line, and memory; bytes sent, if any."""
   exchange = [record for record in report["exchange"] if "," not in record["case"]]
   panels = 3 if exchange else 2
-  figure, axes = plt.subplots(
-    1, panels, figsize=(4.6 * panels, 4.2), dpi=150, layout="constrained", squeeze=False
-  )
+  figure, axes = _subplots(1, panels, 4.6 * panels, 4.2)
   sizes = report["config"]
   names = [record["case"] for record in report["mlp"] if record["what"] == "forward"]
   for axis, what_is_drawn in zip(axes[0], ("time", "memory")):
@@ -212,7 +222,6 @@ def plot_bench(report: dict[str, Any], path: Path) -> None:
     fontsize=11,
   )
   figure.savefig(path)
-  plt.close(figure)
 
 
 def plot_ruler(report: dict[str, Any], path: Path) -> None:
@@ -223,9 +232,7 @@ def plot_ruler(report: dict[str, Any], path: Path) -> None:
   for cell in report["cells"]:
     scores[tasks.index(cell["task"]), lengths.index(cell["length"])] = 100 * cell["score"]
   scores[-1] = [100 * score for score in report["averages"].values()]
-  figure, axes = plt.subplots(
-    figsize=(3.6 + 0.85 * len(lengths), 1.6 + 0.36 * len(scores)), dpi=150, layout="constrained"
-  )
+  figure, ((axes,),) = _subplots(1, 1, 3.6 + 0.85 * len(lengths), 1.6 + 0.36 * len(scores))
   image = axes.imshow(scores, cmap="Blues", vmin=0, vmax=100, aspect="auto")
   for (row, column), score in np.ndenumerate(scores):
     if np.isfinite(score):
@@ -243,7 +250,6 @@ def plot_ruler(report: dict[str, Any], path: Path) -> None:
   figure.suptitle(title, x=0.02, ha="left", fontsize=11)
   figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).outline.set_visible(False)
   figure.savefig(path)
-  plt.close(figure)
 
 
 def _tokens(length: int) -> str:

@@ -1,5 +1,6 @@
-"""From the YAML file of an ablation to the configs of its runs; nothing here imports JAX."""
+"""From the YAML file of an ablation to the configs of its runs."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax.config import Config
+from ttt_jax.evaluation.perplexity import PerplexityConfig
 from ttt_jax.load_config import load_config, read_yaml
 
 _KEYS = {
@@ -20,6 +22,7 @@ _KEYS = {
   "grid": dict,  # field: list of values; every combination is a variant
   "variants": dict,  # name: {field: value}; besides the grid
   "seeds": list,
+  "probe": dict,  # fields of `PerplexityConfig`: what each trained model reads after its own evaluation
 }
 _NEEDED = ("name", "base", "seeds")
 
@@ -41,6 +44,7 @@ class Ablation:
   directory: Path
   seeds: tuple[int, ...]
   variants: tuple[Variant, ...]
+  probe: PerplexityConfig | None = None
 
   def runs(self) -> Iterator[tuple[Variant, Config]]:
     """All runs, seed by seed, so that an unfinished ablation has every variant equally often."""
@@ -60,6 +64,7 @@ def load_ablation(
       grid: {ttt.chunk_size: [64, 256, 1024]}
       variants: {no fast weights: {ttt.layers: []}}
       seeds: [0, 1, 2]
+      probe: {lengths: [1024, 4096, 16384], block: 512}
 
   Args:
     path: the file.
@@ -107,7 +112,28 @@ def load_ablation(
   names = [_file_name(variant.name) for variant in variants]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(f"{path} has several variants named {', '.join(twice)}")
-  return Ablation(tree["name"], tree.get("title", tree["name"]), directory, seeds, tuple(variants))
+  title, probe = tree.get("title", tree["name"]), _probe(path, tree.get("probe"))
+  return Ablation(tree["name"], title, directory, seeds, tuple(variants), probe)
+
+
+def _probe(path: Path, fields: dict[str, Any] | None) -> PerplexityConfig | None:
+  if fields is None:
+    return None
+  known = [field.name for field in dataclasses.fields(PerplexityConfig)]
+  if unknown := fields.keys() - set(known):
+    raise ValueError(
+      f"{path}: probe has {', '.join(map(str, sorted(unknown)))}; it has {', '.join(known)}"
+    )
+  lists = ("lengths", "reset_every")
+  for name, value in fields.items():
+    numbers = value if name in lists and isinstance(value, list) else [value]
+    if (name in lists) != isinstance(value, list) or not all(type(n) is int for n in numbers):
+      what = "a list of integers" if name in lists else "an integer"
+      raise ValueError(f"{path}: probe.{name}={value!r} must be {what}")
+  try:
+    return PerplexityConfig(**{k: tuple(v) if k in lists else v for k, v in fields.items()})
+  except ValueError as error:
+    raise ValueError(f"{path}: probe.{error}") from error
 
 
 def _settings(path: Path, tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 
 from ttt_jax.ablation.grid import Ablation, Variant
-from ttt_jax.ablation.runs import finished, read_summary
+from ttt_jax.ablation.runs import finished, read_probe, read_summary
 from ttt_jax.config import Config
 
 
@@ -15,13 +15,14 @@ def report(ablation: Ablation, failed: dict[tuple[str, int], str]) -> dict[str, 
   """The results of the runs that are finished, by variant.
 
   `loss` and the losses by position are means over the seeds; `low` and `high` the 95 % interval of the
-  mean, by Student's t over the seeds, None of a single one. A variant none of whose runs is finished has
-  no numbers. `failed` says what the others came to.
+  mean, by Student's t over the seeds, None of a single one. `by_context` are those of the probe's last
+  block by the tokens before it. A variant none of whose runs is finished has no numbers. `failed` says
+  what the others came to.
 
   Raises:
     ValueError: no run is finished.
   """
-  rows = [_row(variant, ablation.seeds) for variant in ablation.variants]
+  rows = [_row(ablation, variant) for variant in ablation.variants]
   if not any(row["seeds"] for row in rows):
     raise ValueError(
       f"{ablation.directory} has no finished run: run ttt-jax ablate with this config first"
@@ -37,8 +38,8 @@ def report(ablation: Ablation, failed: dict[tuple[str, int], str]) -> dict[str, 
   }
 
 
-def _row(variant: Variant, seeds: tuple[int, ...]) -> dict[str, Any]:
-  done = [config for config in variant.configs if finished(config)]
+def _row(ablation: Ablation, variant: Variant) -> dict[str, Any]:
+  done = [config for config in variant.configs if finished(ablation, config)]
   row = {"variant": variant.name, "seeds": [config.seed for config in done]}
   if not done:
     return row
@@ -51,15 +52,30 @@ def _row(variant: Variant, seeds: tuple[int, ...]) -> dict[str, Any]:
   ]
   losses = [summary["heldout_loss"] for summary in summaries]
   return row | {
-    "loss": _mean(losses),
-    **dict(zip(("low", "high"), interval(losses))),
+    **_over_seeds(losses),
     "loss_updates_off": _mean([summary["heldout_loss_updates_off"] for summary in summaries]),
     "by_position": positions,
-    "losses": losses,
+    "by_context": None if ablation.probe is None else _by_context([*map(read_probe, done)]),
     "params": summaries[0]["params"],
     "state_numbers": _state_numbers(done[0]),
     "tokens_per_second": _mean([summary["tokens_per_second"] for summary in summaries]),
   }
+
+
+def _by_context(probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The loss of the probe's block by the tokens before it; fast weights, where there are any, update."""
+  tables = [
+    [row for row in probe["by_context"] if row["mode"] in ("updating", "plain")] for probe in probes
+  ]
+  return [
+    {"context": rows[0]["context"], **_over_seeds([row["loss"] for row in rows])}
+    for rows in zip(*tables)
+  ]
+
+
+def _over_seeds(losses: list[float | None]) -> dict[str, Any]:
+  low, high = interval(losses)
+  return {"loss": _mean(losses), "low": low, "high": high, "losses": losses}
 
 
 def _state_numbers(config: Config) -> int:

@@ -1,5 +1,6 @@
 """The runs of an ablation, each a process of its own, some side by side on devices of their own."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,11 +14,12 @@ from typing import Any
 
 from rich.console import Console
 
-from ttt_jax.ablation.grid import Ablation, Variant
+from ttt_jax.ablation.grid import Ablation
 from ttt_jax.config import Config
 from ttt_jax.rundir import CONFIG_FILE, open_run
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_DEVICES")
+_PROBE = "probe"  # in the directory of a run
 _LAST_LINES = 5  # of a run that failed, to show
 
 
@@ -39,7 +41,7 @@ def run_all(
   runs, todo = list(ablation.runs()), []
   for variant, config in runs:
     open_run(config.resolved_run_dir, config, may_change=())
-    if not finished(config):
+    if not finished(ablation, config):
       todo.append((variant, config))
   done, total = len(runs) - len(todo), len(runs)
   console.print(f"{ablation.name}: {total} runs, {done} of them finished", highlight=False)
@@ -49,7 +51,7 @@ def run_all(
   started = time.monotonic()
   failed = {}
   with ThreadPoolExecutor(max(1, len(device_groups))) as pool:
-    results = pool.map(lambda run: _run(*run, groups), todo)
+    results = pool.map(lambda run: _run(ablation, run[1], groups), todo)
     for made, ((variant, config), error) in enumerate(zip(todo, results), start=1):
       what = f"{variant.name}, seed {config.seed}"
       if error is None:
@@ -66,9 +68,9 @@ def run_all(
   return failed
 
 
-def finished(config: Config) -> bool:
-  """Whether a run was trained to its end and evaluated."""
-  return (Path(config.resolved_run_dir) / "summary.json").is_file()
+def finished(ablation: Ablation, config: Config) -> bool:
+  """Whether a run was trained to its end and evaluated, and probed if the ablation says so."""
+  return not _left(ablation, config)
 
 
 def read_summary(config: Config) -> dict[str, Any]:
@@ -76,26 +78,49 @@ def read_summary(config: Config) -> dict[str, Any]:
   return json.loads((Path(config.resolved_run_dir) / "summary.json").read_text(encoding="utf-8"))
 
 
+def read_probe(config: Config) -> dict[str, Any]:
+  """The `perplexity.json` of a finished run of an ablation with a probe."""
+  path = Path(config.resolved_run_dir) / _PROBE / "perplexity.json"
+  return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _left(ablation: Ablation, config: Config) -> list[list[str]]:
+  """What `ttt-jax` has still to do for a run, as the words of its commands."""
+  directory = Path(config.resolved_run_dir)
+  commands = []
+  if not (directory / "summary.json").is_file():
+    commands.append(["train", str(directory / CONFIG_FILE)])  # of `open_run`
+  probe = directory / _PROBE
+  if ablation.probe is not None and not (probe / "perplexity.json").is_file():
+    words = ["eval", "perplexity", str(directory), "--out", str(probe)]
+    for name, value in dataclasses.asdict(ablation.probe).items():
+      numbers = value if isinstance(value, tuple) else (value,)
+      if numbers:
+        words += [f"--{name.replace('_', '-')}", *map(str, numbers)]
+    commands.append(words)
+  return commands
+
+
 def _log(config: Config) -> Path:
   return Path(config.resolved_run_dir).with_suffix(".log")
 
 
-def _run(variant: Variant, config: Config, groups: SimpleQueue) -> str | None:
-  """`ttt-jax train` in a process; None, or the last lines of what it said if it failed."""
+def _run(ablation: Ablation, config: Config, groups: SimpleQueue) -> str | None:
+  """A run in processes of its own; None, or the last lines of what it said if it failed."""
   group = groups.get()
   try:
     environment = dict(os.environ)
     if group is not None:
       environment |= dict.fromkeys(_VISIBLE, group)
-    file = Path(config.resolved_run_dir) / CONFIG_FILE  # of `open_run`
-    command = [sys.executable, "-m", "ttt_jax.cli", "train", str(file)]
     with _log(config).open("w", encoding="utf-8") as log:
-      code = subprocess.run(
-        command, env=environment, stdout=log, stderr=log, check=False
-      ).returncode
+      for words in _left(ablation, config):
+        command = [sys.executable, "-m", "ttt_jax.cli", *words]
+        done = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
+        if done.returncode:
+          break
   finally:
     groups.put(group)
-  if code == 0 and finished(config):
+  if done.returncode == 0 and finished(ablation, config):
     return None
   said = _log(config).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-  return "\n".join(said[-_LAST_LINES:]) or f"exit status {code}"
+  return "\n".join(said[-_LAST_LINES:]) or f"exit status {done.returncode}"
