@@ -74,10 +74,16 @@ def test_loss_falls(tmp_path):
     assert layer["output_ratio"] > 0
 
 
-def test_stopped_and_resumed_equals_undisturbed(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  """A run on four devices from its first step to its last, and its directory."""
+  path = tmp_path_factory.mktemp("undisturbed")
+  return train(CONFIG, _corpus(), mesh_of(2, 2), path), path
+
+
+def test_stopped_and_resumed_equals_undisturbed(tmp_path, monkeypatch, undisturbed):
   """Ctrl-C after step 5; the same call again ends with every step once and the same numbers."""
-  corpus, mesh = _corpus(), mesh_of(2, 2)
-  whole = train(CONFIG, corpus, mesh, tmp_path / "whole")
+  corpus, mesh, (whole, path) = _corpus(), mesh_of(2, 2), undisturbed
   assert whole.finished
 
   update = TrainingProgress.update
@@ -95,14 +101,14 @@ def test_stopped_and_resumed_equals_undisturbed(tmp_path, monkeypatch):
 
   resumed = train(CONFIG, corpus, mesh, tmp_path / "parts")
   assert resumed.finished
-  assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+  assert _losses(tmp_path / "parts") == _losses(path)
   for a, b in zip(jax.tree.leaves(resumed.state), jax.tree.leaves(whole.state)):
     assert np.array_equal(a, b)
 
 
-def test_steps_after_the_last_checkpoint_are_logged_once(tmp_path, monkeypatch):
+def test_steps_after_the_last_checkpoint_are_logged_once(tmp_path, monkeypatch, undisturbed):
   """A run that dies without saving goes on from its last checkpoint, and the log follows."""
-  corpus, mesh = _corpus(), mesh_of(1, 1)
+  corpus, mesh = _corpus(), mesh_of(2, 2)
   update = TrainingProgress.update
 
   def die(self, done, record):
@@ -117,8 +123,7 @@ def test_steps_after_the_last_checkpoint_are_logged_once(tmp_path, monkeypatch):
   assert [step for step, *_ in _losses(tmp_path)] == [1, 2, 3, 4, 5]
   assert train(CONFIG, corpus, mesh, tmp_path).finished
   assert [step for step, *_ in _losses(tmp_path)] == list(range(1, 9))
-  train(CONFIG, corpus, mesh, tmp_path / "whole")
-  assert _losses(tmp_path) == _losses(tmp_path / "whole")
+  assert _losses(tmp_path) == _losses(undisturbed[1])
 
 
 @pytest.mark.parametrize("log_every", [1, 4])

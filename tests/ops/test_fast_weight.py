@@ -175,7 +175,7 @@ def test_without_tracking_of_varying_axes(how):
 
 
 @given(data=st.data())
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_case(data):
   """Drawn: shape, segments, decay, clip, tail, state, batch, shards, implementation, collective."""
   shards = data.draw(st.sampled_from([None, 1, 2, 4, 8]), "shards")
