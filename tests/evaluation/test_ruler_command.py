@@ -113,13 +113,17 @@ def test_goes_on_where_it_was_stopped(model, oracle, tmp_path):
   oracle.stop = 4  # in the second of two batches of the second task
   with pytest.raises(KeyboardInterrupt):
     evaluate_ruler(model, byte_tokenizer(), config, tmp_path)
-  before = json.loads((tmp_path / "ruler.json").read_text())["cells"]
-  assert [cell["task"] for cell in before] == ["niah_single_1"]
+  _, before = (tmp_path / "cells.jsonl").read_text().splitlines()
+  before = json.loads(before)
+  assert before["key"] == ["niah_single_1", LENGTH, None]
+  with (tmp_path / "cells.jsonl").open("a") as file:
+    file.write('{"key": ["ruler_fwe", 800, null], "result": {"sco')  # torn, as of a killed process
   oracle.stop = None
   oracle.calls.clear()
   report = evaluate_ruler(model, byte_tokenizer(), config, tmp_path)
   assert oracle.calls == [[("ruler_fwe", LENGTH)] * 2, [("ruler_fwe", LENGTH)]]
-  assert report["cells"][0] == before[0]
+  first = {"task": "niah_single_1", "length": LENGTH, "questions": None, **before["result"]}
+  assert report["cells"][0] == first
   assert scores(report) == scores(
     evaluate_ruler(model, byte_tokenizer(), config, tmp_path / "whole")
   )
@@ -140,27 +144,29 @@ def test_results_of_other_settings_are_left_alone(model, oracle, tmp_path):
   story.write_text("The river rose. " * 30)
   config = RulerConfig(**SMALL)
   evaluate_ruler(model, byte_tokenizer(), config, tmp_path / "out")
-  before = (tmp_path / "out" / "ruler.json").read_bytes()
+  files = ("ruler.json", "cells.jsonl")
+  before = [(tmp_path / "out" / name).read_bytes() for name in files]
   for name, value in (("seed", 1), ("samples", 4), ("haystack", story), ("strict", True)):
-    with pytest.raises(ValueError, match=f"has results of {name}=.*give another --out"):
+    with pytest.raises(ValueError, match=f"of other settings: {name} was .*Give another --out"):
       evaluate_ruler(
         model, byte_tokenizer(), dataclasses.replace(config, **{name: value}), tmp_path / "out"
       )
   other = Reader.of(random_model(SMALL_MODEL, WINDOW, FAST, seed=2))
-  with pytest.raises(ValueError, match="has results of model="):
+  with pytest.raises(ValueError, match="of other settings: model was"):
     evaluate_ruler(other, byte_tokenizer(), config, tmp_path / "out")
-  assert (tmp_path / "out" / "ruler.json").read_bytes() == before
+  assert [(tmp_path / "out" / name).read_bytes() for name in files] == before
   # Questions may be added later, but not other ones.
   one, other = write(tmp_path / "one.json", squad()), write(tmp_path / "two.json", squad(7))
   asked = dataclasses.replace(config, tasks=("ruler_qa_squad",), lengths=(1200,), squad=one)
-  evaluate_ruler(model, byte_tokenizer(), asked, tmp_path / "out")
-  evaluate_ruler(model, byte_tokenizer(), config, tmp_path / "out")
-  with pytest.raises(ValueError, match="has results of squad="):
+  both = evaluate_ruler(model, byte_tokenizer(), asked, tmp_path / "out")
+  assert len({cell["questions"] for cell in both["cells"]}) == 2
+  assert evaluate_ruler(model, byte_tokenizer(), config, tmp_path / "out") == both
+  with pytest.raises(ValueError, match=r"results of ruler_qa_squad with the questions \w+, these"):
     evaluate_ruler(
       model, byte_tokenizer(), dataclasses.replace(asked, squad=other), tmp_path / "out"
     )
-  (tmp_path / "out" / "ruler.json").write_text("{}")
-  with pytest.raises(ValueError, match="damaged"):
+  (tmp_path / "out" / "cells.jsonl").write_text("{}\n")
+  with pytest.raises(ValueError, match="is no file of results: give another --out"):
     evaluate_ruler(model, byte_tokenizer(), config, tmp_path / "out")
 
 
