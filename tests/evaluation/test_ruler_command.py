@@ -222,6 +222,36 @@ def test_a_stopped_command_says_how_to_go_on(checkpoint, oracle, tmp_path, capsy
   assert "the same command goes on" in capsys.readouterr().out
 
 
+def test_samples_as_files(tmp_path, capsys):
+  words = ["data", "ruler", str(tmp_path / "out"), "--lengths", "1000", "900", "--samples", "3"]
+  words += ["--tasks", "niah_multiquery", "ruler_qa_squad", "--squad"]
+  words += [str(write(tmp_path / "questions.json", squad())), "--seed", "5"]
+  assert main(words) == 0
+  assert "niah_multiquery" in capsys.readouterr().out
+  ruler = Ruler(byte_tokenizer(), seed=5, squad=tmp_path / "questions.json")
+  for task, new_tokens in (("niah_multiquery", 128), ("ruler_qa_squad", 32)):
+    for length in (900, 1000):
+      lines = (tmp_path / "out" / f"{task}_{length}.jsonl").read_text().splitlines()
+      for index, (line, sample) in enumerate(
+        zip(map(json.loads, lines), ruler.samples(task, length, 3))
+      ):
+        assert line.pop("answers") == [*sample.answers]
+        expected = dataclasses.asdict(sample) | {"index": index, "new_tokens": new_tokens}
+        del expected["answers"]
+        assert line == expected
+  report = json.loads((tmp_path / "out" / "ruler_generation.json").read_text())
+  assert report["tokenizer"] == "bytes"
+  made = [(row["task"], row["length"], row["samples"]) for row in report["made"]]
+  assert made == [(t, n, 3) for n in (900, 1000) for t in ("niah_multiquery", "ruler_qa_squad")]
+  assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 for row in report["made"])
+  assert main(words) == 2
+  assert "exists already: nothing is written over it" in capsys.readouterr().err
+  words[2] = str(tmp_path / "other")
+  assert main([*words, "--samples", "30"]) == 2
+  assert "24 questions with answers: ask for no more samples" in capsys.readouterr().err
+  assert not [path for path in tmp_path.iterdir() if "other" in path.name]
+
+
 def test_help(capsys):
   with pytest.raises(SystemExit) as stop:
     main(["eval", "ruler", "--help"])
