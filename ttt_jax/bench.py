@@ -282,18 +282,23 @@ def wide_console() -> Console:
   return console if console.is_terminal else Console(width=120)
 
 
-def machine() -> dict[str, str]:
-  """What the figures were measured on."""
-  device = jax.devices()[0]
-  processor = platform.processor() or platform.machine()
+def processor() -> str:
+  """Cores and name of the processor."""
   cpuinfo = Path("/proc/cpuinfo")
   if cpuinfo.exists():
     names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-    processor = f"{len(names)} x {names[0].split(': ')[1]}" if names else processor
+    if names:
+      return f"{len(names)} x {names[0].split(': ')[1]}"
+  return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, str]:
+  """What the figures were measured on."""
+  device = jax.devices()[0]
   return {
     "device": device.device_kind,
     "platform": device.platform,
-    "processor": processor,
+    "processor": processor(),
     "jax": jax.__version__,
     "python": platform.python_version(),
   }

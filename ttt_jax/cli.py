@@ -48,6 +48,10 @@ _RULER_EPILOG = """The same command goes on where it was stopped. For example:
   ttt-jax eval ruler models/mine --lengths 8192 --tasks niah_single_1 niah_single_2 --strict
 """
 
+_RULER_DATA_EPILOG = """For example:
+  ttt-jax data ruler data/ruler --tokenizer models/smollm2 --lengths 131072 --samples 100
+"""
+
 _PREPARE_EPILOG = """For example:
   ttt-jax data prepare "books/**/*.parquet" data/books --tokenizer models/smollm2
   ttt-jax train configs/mine.yaml --data.path data/books --data.tokenizer models/smollm2
@@ -100,6 +104,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
   kinds = data.add_subparsers(dest="data", required=True, metavar="WHAT")
   _add_prepare(kinds)
   _add_recall(kinds)
+  _add_ruler_data(kinds)
   bench = commands.add_parser("bench", help="measure what fast weights cost on this machine")
   benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
   text = "dense gated MLP against TTT MLP: time, memory, bytes exchanged; tables, JSON and a plot"
@@ -232,8 +237,24 @@ def _add_ruler(commands: argparse._SubParsersAction) -> None:
   )
   ruler = _add_command(commands, "eval ruler", text, _RULER_EPILOG)
   ruler.add_argument("model", help="a Hugging Face directory, a .gguf file, or a run directory")
-  ruler.add_argument("--tasks", nargs="+", metavar="TASK", help="(default: all)")
+  _add_ruler_samples(ruler)
   ruler.add_argument(
+    "--strict",
+    action="store_true",
+    help="the document is read first; only what the fast weights learned of it is kept for the question",
+  )
+  ruler.add_argument("--batch-size", type=int, default=4, help="samples at once (default 4)")
+  ruler.add_argument("--dtype", choices=DTYPES, help="of weights and computation")
+  ruler.add_argument(
+    "--out", type=Path, metavar="DIR", help="for the results (default: runs/ruler_MODEL)"
+  )
+  ruler.set_defaults(run=_run_ruler, takes_overrides=True)
+
+
+def _add_ruler_samples(command: argparse.ArgumentParser) -> None:
+  """What `SamplesConfig` has."""
+  command.add_argument("--tasks", nargs="+", metavar="TASK", help="(default: all)")
+  command.add_argument(
     "--lengths",
     nargs="+",
     type=int,
@@ -241,24 +262,17 @@ def _add_ruler(commands: argparse._SubParsersAction) -> None:
     metavar="TOKENS",
     help="of prompt and answer (default 4096)",
   )
-  ruler.add_argument("--samples", type=int, default=100, help="of a task and length (default 100)")
-  ruler.add_argument(
-    "--strict",
-    action="store_true",
-    help="the document is read first; only what the fast weights learned of it is kept for the question",
+  command.add_argument(
+    "--samples", type=int, default=100, help="of a task and length (default 100)"
   )
-  ruler.add_argument(
+  command.add_argument(
     "--haystack", type=Path, metavar="FILE", help="text that needles are hidden in (default: noise)"
   )
-  ruler.add_argument("--squad", type=Path, metavar="FILE", help="questions in SQuAD's format")
-  ruler.add_argument("--hotpot", type=Path, metavar="FILE", help="in SQuAD's or HotpotQA's format")
-  ruler.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
-  ruler.add_argument("--batch-size", type=int, default=4, help="samples at once (default 4)")
-  ruler.add_argument("--dtype", choices=DTYPES, help="of weights and computation")
-  ruler.add_argument(
-    "--out", type=Path, metavar="DIR", help="for the results (default: runs/ruler_MODEL)"
+  command.add_argument("--squad", type=Path, metavar="FILE", help="questions in SQuAD's format")
+  command.add_argument(
+    "--hotpot", type=Path, metavar="FILE", help="in SQuAD's or HotpotQA's format"
   )
-  ruler.set_defaults(run=_run_ruler, takes_overrides=True)
+  command.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
 
 
 def _run_ruler(parsed: argparse.Namespace) -> int:
@@ -314,6 +328,26 @@ def _run_recall_data(parsed: argparse.Namespace) -> None:
     parsed.destination, documents=parsed.documents, tokens=parsed.tokens, seed=parsed.seed
   )
   print(f"written: {path}")
+
+
+def _add_ruler_data(commands: argparse._SubParsersAction) -> None:
+  text = "write samples of RULER's thirteen tasks as files, for other models and programs too"
+  ruler = _add_command(commands, "ruler", text, _RULER_DATA_EPILOG)
+  ruler.add_argument("destination", help="a directory that does not exist yet")
+  ruler.add_argument(
+    "--tokenizer",
+    default="bytes",
+    help="whose tokens the lengths count, as data.tokenizer in training (default bytes)",
+  )
+  _add_ruler_samples(ruler)
+  ruler.set_defaults(run=_run_ruler_data, takes_overrides=False)
+
+
+def _run_ruler_data(parsed: argparse.Namespace) -> None:
+  from ttt_jax.evaluation.ruler.config import SamplesConfig
+  from ttt_jax.evaluation.ruler.write import write_samples
+
+  write_samples(parsed.tokenizer, _from_flags(SamplesConfig, parsed), parsed.destination)
 
 
 def _run_prepare(parsed: argparse.Namespace) -> None:

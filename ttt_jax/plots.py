@@ -234,6 +234,7 @@ def plot_ruler(report: dict[str, Any], path: Path) -> None:
   scores[-1] = [100 * score for score in report["averages"].values()]
   figure, ((axes,),) = _subplots(1, 1, 3.6 + 0.85 * len(lengths), 1.6 + 0.36 * len(scores))
   image = axes.imshow(scores, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+  axes.set_facecolor("0.92")  # where nothing was asked: not the white of a score of 0
   for (row, column), score in np.ndenumerate(scores):
     if np.isfinite(score):
       color = "white" if score > 60 else "black"
@@ -248,7 +249,7 @@ def plot_ruler(report: dict[str, Any], path: Path) -> None:
   how = "\nonly the fast weights carry the document" if settings["strict"] else ""
   title = f"RULER: {report['name']}, {settings['samples']} samples each, %{how}"
   figure.suptitle(title, x=0.02, ha="left", fontsize=11)
-  figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).outline.set_visible(False)
+  figure.colorbar(image, ax=axes, fraction=0.05, aspect=35, pad=0.02).outline.set_visible(False)
   figure.savefig(path)
 
 

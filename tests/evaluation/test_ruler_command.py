@@ -113,13 +113,17 @@ def test_goes_on_where_it_was_stopped(model, oracle, tmp_path):
   oracle.stop = 4  # in the second of two batches of the second task
   with pytest.raises(KeyboardInterrupt):
     evaluate_ruler(model, byte_tokenizer(), config, tmp_path)
-  before = json.loads((tmp_path / "ruler.json").read_text())["cells"]
-  assert [cell["task"] for cell in before] == ["niah_single_1"]
+  _, before = (tmp_path / "cells.jsonl").read_text().splitlines()
+  before = json.loads(before)
+  assert before["key"] == ["niah_single_1", LENGTH, None]
+  with (tmp_path / "cells.jsonl").open("a") as file:
+    file.write('{"key": ["ruler_fwe", 800, null], "result": {"sco')  # torn, as of a killed process
   oracle.stop = None
   oracle.calls.clear()
   report = evaluate_ruler(model, byte_tokenizer(), config, tmp_path)
   assert oracle.calls == [[("ruler_fwe", LENGTH)] * 2, [("ruler_fwe", LENGTH)]]
-  assert report["cells"][0] == before[0]
+  first = {"task": "niah_single_1", "length": LENGTH, "questions": None, **before["result"]}
+  assert report["cells"][0] == first
   assert scores(report) == scores(
     evaluate_ruler(model, byte_tokenizer(), config, tmp_path / "whole")
   )
@@ -140,27 +144,29 @@ def test_results_of_other_settings_are_left_alone(model, oracle, tmp_path):
   story.write_text("The river rose. " * 30)
   config = RulerConfig(**SMALL)
   evaluate_ruler(model, byte_tokenizer(), config, tmp_path / "out")
-  before = (tmp_path / "out" / "ruler.json").read_bytes()
+  files = ("ruler.json", "cells.jsonl")
+  before = [(tmp_path / "out" / name).read_bytes() for name in files]
   for name, value in (("seed", 1), ("samples", 4), ("haystack", story), ("strict", True)):
-    with pytest.raises(ValueError, match=f"has results of {name}=.*give another --out"):
+    with pytest.raises(ValueError, match=f"of other settings: {name} was .*Give another --out"):
       evaluate_ruler(
         model, byte_tokenizer(), dataclasses.replace(config, **{name: value}), tmp_path / "out"
       )
   other = Reader.of(random_model(SMALL_MODEL, WINDOW, FAST, seed=2))
-  with pytest.raises(ValueError, match="has results of model="):
+  with pytest.raises(ValueError, match="of other settings: model was"):
     evaluate_ruler(other, byte_tokenizer(), config, tmp_path / "out")
-  assert (tmp_path / "out" / "ruler.json").read_bytes() == before
+  assert [(tmp_path / "out" / name).read_bytes() for name in files] == before
   # Questions may be added later, but not other ones.
   one, other = write(tmp_path / "one.json", squad()), write(tmp_path / "two.json", squad(7))
   asked = dataclasses.replace(config, tasks=("ruler_qa_squad",), lengths=(1200,), squad=one)
-  evaluate_ruler(model, byte_tokenizer(), asked, tmp_path / "out")
-  evaluate_ruler(model, byte_tokenizer(), config, tmp_path / "out")
-  with pytest.raises(ValueError, match="has results of squad="):
+  both = evaluate_ruler(model, byte_tokenizer(), asked, tmp_path / "out")
+  assert len({cell["questions"] for cell in both["cells"]}) == 2
+  assert evaluate_ruler(model, byte_tokenizer(), config, tmp_path / "out") == both
+  with pytest.raises(ValueError, match=r"results of ruler_qa_squad with the questions \w+, these"):
     evaluate_ruler(
       model, byte_tokenizer(), dataclasses.replace(asked, squad=other), tmp_path / "out"
     )
-  (tmp_path / "out" / "ruler.json").write_text("{}")
-  with pytest.raises(ValueError, match="damaged"):
+  (tmp_path / "out" / "cells.jsonl").write_text("{}\n")
+  with pytest.raises(ValueError, match="is no file of results: give another --out"):
     evaluate_ruler(model, byte_tokenizer(), config, tmp_path / "out")
 
 
@@ -214,6 +220,36 @@ def test_a_stopped_command_says_how_to_go_on(checkpoint, oracle, tmp_path, capsy
   words = ["--tasks", "ruler_fwe", "--lengths", LENGTH, "--samples", 3, "--out", tmp_path / "out"]
   assert main([str(word) for word in ("eval", "ruler", checkpoint, *words)]) == 130
   assert "the same command goes on" in capsys.readouterr().out
+
+
+def test_samples_as_files(tmp_path, capsys):
+  words = ["data", "ruler", str(tmp_path / "out"), "--lengths", "1000", "900", "--samples", "3"]
+  words += ["--tasks", "niah_multiquery", "ruler_qa_squad", "--squad"]
+  words += [str(write(tmp_path / "questions.json", squad())), "--seed", "5"]
+  assert main(words) == 0
+  assert "niah_multiquery" in capsys.readouterr().out
+  ruler = Ruler(byte_tokenizer(), seed=5, squad=tmp_path / "questions.json")
+  for task, new_tokens in (("niah_multiquery", 128), ("ruler_qa_squad", 32)):
+    for length in (900, 1000):
+      lines = (tmp_path / "out" / f"{task}_{length}.jsonl").read_text().splitlines()
+      for index, (line, sample) in enumerate(
+        zip(map(json.loads, lines), ruler.samples(task, length, 3))
+      ):
+        assert line.pop("answers") == [*sample.answers]
+        expected = dataclasses.asdict(sample) | {"index": index, "new_tokens": new_tokens}
+        del expected["answers"]
+        assert line == expected
+  report = json.loads((tmp_path / "out" / "ruler_generation.json").read_text())
+  assert report["tokenizer"] == "bytes"
+  made = [(row["task"], row["length"], row["samples"]) for row in report["made"]]
+  assert made == [(t, n, 3) for n in (900, 1000) for t in ("niah_multiquery", "ruler_qa_squad")]
+  assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 for row in report["made"])
+  assert main(words) == 2
+  assert "exists already: nothing is written over it" in capsys.readouterr().err
+  words[2] = str(tmp_path / "other")
+  assert main([*words, "--samples", "30"]) == 2
+  assert "24 questions with answers: ask for no more samples" in capsys.readouterr().err
+  assert not [path for path in tmp_path.iterdir() if "other" in path.name]
 
 
 def test_help(capsys):

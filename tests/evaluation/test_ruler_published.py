@@ -10,6 +10,7 @@ import re
 import sys
 import types
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,16 +23,7 @@ from ttt_jax.pretrained.tokenizer import byte_tokenizer
 
 STORY = " ".join(f"In year {i} the river rose." for i in range(400))
 
-NEEDLES = {
-  "niah_single_1": ("repeat", "words", "numbers", 1, 1, 1),
-  "niah_single_2": ("essay", "words", "numbers", 1, 1, 1),
-  "niah_single_3": ("essay", "words", "uuids", 1, 1, 1),
-  "niah_multikey_1": ("essay", "words", "numbers", 4, 1, 1),
-  "niah_multikey_2": ("needle", "words", "numbers", 1, 1, 1),
-  "niah_multikey_3": ("needle", "uuids", "uuids", 1, 1, 1),
-  "niah_multivalue": ("essay", "words", "numbers", 1, 4, 1),
-  "niah_multiquery": ("essay", "words", "numbers", 4, 1, 4),
-}
+NEEDLES = [task for task in TASKS if task.startswith("niah")]
 
 
 @pytest.fixture(scope="module")
@@ -138,23 +130,23 @@ def sentences(text):
 
 @pytest.mark.parametrize("task", NEEDLES)
 def test_needles_of_the_harness(task, ruler, published, monkeypatch):
-  haystack, keys, values, num_keys, num_values, num_queries = NEEDLES[task]
-  module = published["prepare_niah"]
+  module, utils, asked = published["prepare_niah"], published["niah_utils"], {}
+
+  def one_sample(text, *, num_samples, **how):  # as the task asks for, but for 500 of them
+    asked.update(how)
+    return module.generate_samples(text, num_samples=1, **how)
+
+  def text(type_haystack):
+    return STORY.split() if type_haystack == "essay" else module.get_haystack(type_haystack)
+
   monkeypatch.setattr(module, "cached_sent_tokenize", sentences)
+  monkeypatch.setattr(utils, "get_tokenizer", lambda name: tokens)
+  monkeypatch.setattr(utils, "get_haystack", text)
+  monkeypatch.setattr(utils, "generate_samples", one_sample)
+  monkeypatch.setattr(utils, "download_dataset", lambda lengths: next(iter(lengths)))
   random.seed(5)
-  (theirs,) = module.generate_samples(
-    STORY.split() if haystack == "essay" else module.get_haystack(haystack),
-    TOKENIZER=tokens,
-    max_seq_length=6000,
-    type_haystack=haystack,
-    type_needle_k=keys,
-    type_needle_v=values,
-    template=published["niah_utils"].TEMPLATE,
-    num_samples=1,
-    num_needle_v=num_values,
-    num_needle_k=num_keys,
-    num_needle_q=num_queries,
-  )
+  (theirs,) = getattr(utils, task)(max_seq_lengths=[6000])
+  haystack = asked["type_haystack"]
   ours = ruler.sample(task, 6000, 0)
   assert len(ours.answers) == len(theirs["outputs"])
   texts = [
@@ -301,11 +293,38 @@ def test_scores_of_the_harness(published):
         assert (string_match_part(answer, expected), part) == (1, 0.5)
 
 
-def test_tokens_of_answers_as_in_the_harness():
-  """What its YAML files say."""
-  folder = pytest.importorskip("lm_eval.tasks").__path__[0]
-  for name, task in TASKS.items():
-    file = {"qa_hotpot": "qa_squad"}.get(short := name.removeprefix("ruler_"), short)
-    file = "niah_single_1" if name.startswith("niah") else file
-    with open(f"{folder}/ruler/{file}.yaml") as text:
-      assert f"max_gen_toks: {task.new_tokens}\n" in text.read()
+def declared(task, key):
+  """What the harness's file of a task says, or one that it includes; None if none of them does."""
+  folder = Path(pytest.importorskip("lm_eval.tasks").__path__[0]) / "ruler"
+  file = f"{task.removeprefix('ruler_')}.yaml"
+  while file is not None:
+    said = dict(re.findall(r"^ *(\w+): (.+)$", (folder / file).read_text(), re.MULTILINE))
+    if key in said:
+      return said[key]
+    file = said.get("include")
+  return None
+
+
+def test_the_harness_has_these_tasks_and_no_others():
+  folder = Path(pytest.importorskip("lm_eval.tasks").__path__[0]) / "ruler"
+  group = (folder / "ruler.yaml").read_text()
+  assert sorted(re.findall(r"^  - (\w+)$", group, re.MULTILINE)) == sorted(TASKS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_answers_as_the_harness_takes_them(task, ruler, published):
+  """Of the length that it allows, and with the score that it gives to the same strings."""
+  assert declared(task, "max_gen_toks") == str(TASKS[task].new_tokens)
+  process = getattr(published["common_utils"], declared(task, "process_results").split(".")[-1])
+  expected = ruler.sample(task, 2500, 2).answers
+  document = {"outputs": list(expected), "max_length": 4096}
+  several = len(expected) > 1
+  answers = [", ".join(expected), "\n".join(expected).upper(), "none of them", ""]
+  for answer in answers:
+    assert TASKS[task].score(answer, expected) == process(document, [answer])["4096"]
+  half = f" It is\x00{expected[-1]}. "
+  theirs = process(document, [half])["4096"]
+  if several and process.__name__ == "process_results_part":
+    assert (TASKS[task].score(half, expected), theirs) == (1, 1 / len(expected))  # as RULER has it
+  else:
+    assert TASKS[task].score(half, expected) == theirs

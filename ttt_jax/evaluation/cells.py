@@ -1,6 +1,7 @@
 """Results of a long evaluation, kept one by one, so that the same command again goes on after the last."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ class Cells:
 
   def __contains__(self, key: tuple) -> bool:
     return _name(key) in self._results
+
+  def __iter__(self) -> Iterator[tuple]:
+    """The keys, in the order of their results."""
+    return (tuple(json.loads(name)) for name in self._results)
 
   def __getitem__(self, key: tuple) -> Any:
     return self._results[_name(key)]

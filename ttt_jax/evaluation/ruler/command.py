@@ -34,9 +34,8 @@ def run(
   tokenizer = open_tokenizer(source)
   config.ruler(tokenizer).sample(config.chosen[0], min(config.lengths), 0)  # before a long loading
   model = open_model(source, dtype=dtype, ttt_overrides=ttt_overrides)
-  left_out = [task for task in TASKS if config.tasks is None and task not in config.chosen]
-  if left_out:
-    console.print(f"left out, for want of --squad or --hotpot: {', '.join(left_out)}")
+  if left_out := config.left_out():
+    console.print(left_out)
   try:
     report = evaluate_ruler(model, tokenizer, config, out, name=name)
   except KeyboardInterrupt:

@@ -1,11 +1,10 @@
 """A model's scores at RULER, task by task and length by length, and what is written of them.
 
 A directory of results belongs to one model and one set of settings. Every pair of task and length is
-written when it is done and never done again, so that the same call goes on where the last one was stopped.
+kept in `cells.jsonl` when it is done and never done again, so that the same call goes on where the last one
+was stopped, and another one adds tasks and lengths to those there are.
 """
 
-import hashlib
-import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,9 +15,11 @@ from typing import Any
 
 import jax
 
+from ttt_jax.evaluation.cells import Cells
+from ttt_jax.evaluation.ruler.config import SamplesConfig
 from ttt_jax.evaluation.ruler.generate import Ruler
 from ttt_jax.evaluation.ruler.sample import Sample
-from ttt_jax.evaluation.ruler.tasks import TASKS, Task, task_named
+from ttt_jax.evaluation.ruler.tasks import TASKS, Task
 from ttt_jax.generation.generate import generate
 from ttt_jax.generation.reader import Reader
 from ttt_jax.nn.transformer import Transformer
@@ -28,53 +29,26 @@ from ttt_jax.progress import EvaluationProgress
 from ttt_jax.rundir import write_json
 
 RESULTS, PICTURE, ANSWERS = "ruler.json", "ruler.png", "answers"
-_FILES = ("squad", "hotpot")
+_CELLS = "cells.jsonl"
 
 
 @dataclass(frozen=True)
-class RulerConfig:
-  """What is asked of a model.
+class RulerConfig(SamplesConfig):
+  """What is asked of a model: samples, and how it meets them.
 
   Attributes:
-    tasks: None for all, but those without a file of questions.
-    lengths: tokens of prompt and answer together.
-    samples: of every task and length.
     strict: the document is read first, and the question with nothing of it but what the fast weights
       learned.
-    haystack: a text file that needles are hidden in where RULER takes essays; None for its noise.
-    squad, hotpot: files of questions, in SQuAD's or HotpotQA's format.
     batch_size: samples read together; it does not change the answers.
   """
 
-  tasks: tuple[str, ...] | None = None
-  lengths: tuple[int, ...] = (4096,)
-  samples: int = 100
   strict: bool = False
-  haystack: Path | None = None
-  squad: Path | None = None
-  hotpot: Path | None = None
-  seed: int = 0
   batch_size: int = 4
 
   def __post_init__(self):
-    for task in self.chosen:
-      task_named(task)
-    for name in ("samples", "batch_size"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-    if not self.lengths or not self.chosen:
-      raise ValueError(f"tasks={self.tasks} and lengths={self.lengths}: give at least one of each")
-
-  @property
-  def chosen(self) -> tuple[str, ...]:
-    if self.tasks is not None:
-      return tuple(dict.fromkeys(self.tasks))
-    missing = [f"ruler_qa_{name}" for name in _FILES if getattr(self, name) is None]
-    return tuple(task for task in TASKS if task not in missing)
-
-  def ruler(self, tokenizer: Tokenizer) -> Ruler:
-    haystack = None if self.haystack is None else _read(self.haystack).decode("utf-8", "replace")
-    return Ruler(tokenizer, seed=self.seed, haystack=haystack, squad=self.squad, hotpot=self.hotpot)
+    super().__post_init__()
+    if self.batch_size < 1:
+      raise ValueError(f"batch_size={self.batch_size} must be at least 1")
 
 
 def evaluate_ruler(
@@ -90,7 +64,8 @@ def evaluate_ruler(
   The likeliest token is taken at every step, up to as many as the task asks for, or one that ends a text.
 
   Returns:
-    What `ruler.json` has: `settings`, `cells` (task, length, score, seconds), `averages` by length.
+    What `ruler.json` has: `settings`, `cells` (task, length, questions, score, seconds), `averages` by
+    length; of all that is in `out`.
 
   Raises:
     ValueError: as `Ruler.sample`, before anything is read by the model; a tokenizer of another model;
@@ -101,16 +76,12 @@ def evaluate_ruler(
   if config.strict and not reader.ttt.layers:
     raise ValueError("strict: the model has no fast weights, so that nothing is left of a document")
   ruler = config.ruler(tokenizer)
+  config.check(ruler)
+  questions = {task: config.questions_digest(task) for task in config.chosen}
   settings = _settings(reader, config)
-  cells = _resume(out, settings)
-  todo = [
-    (task, length)
-    for length in sorted(set(config.lengths))
-    for task in config.chosen
-    if (task, length) not in cells
-  ]
-  for task, length in todo:  # whatever is wrong with one of them is known before hours of reading
-    ruler.sample(task, length, config.samples - 1)
+  cells = Cells(out / _CELLS, settings)
+  _check_questions(out, cells, questions)
+  todo = [pair for pair in config.pairs if (*pair, questions[pair[0]]) not in cells]
   _check_positions(reader, todo)
   (out / ANSWERS).mkdir(parents=True, exist_ok=True)
   with EvaluationProgress("RULER", len(todo) * config.samples) as progress:
@@ -121,14 +92,13 @@ def evaluate_ruler(
 
       cell, answers = _evaluate_cell(reader, tokenizer, ruler, config, task, length, show)
       write_json(out / ANSWERS / f"{task}_{length}.json", answers)
-      cells[task, length] = cell
-      report = _report(name, settings, cells)
-      write_json(out / RESULTS, report)
+      cells.add((task, length, questions[task]), cell)
       progress.note(
         f"{task} at {length} tokens: {100 * cell['score']:.1f} % "
         f"({config.samples} samples, {cell['seconds']:.1f} s)"
       )
   report = _report(name, settings, cells)
+  write_json(out / RESULTS, report)
   plot_ruler(report, out / PICTURE)
   return report
 
@@ -142,7 +112,7 @@ def _evaluate_cell(
   length: int,
   show: Callable[[int], None],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  """A task at a length: its record, and every answer with what was expected and its score."""
+  """A task at a length: its result, and every answer with what was expected and its score."""
   task, started, answers = TASKS[name], time.perf_counter(), []
   batch: list[Sample] = []
   for sample in ruler.samples(name, length, config.samples):
@@ -162,7 +132,7 @@ def _evaluate_cell(
       show(len(answers))
   score = mean(answer["score"] for answer in answers)
   seconds = time.perf_counter() - started
-  return {"task": name, "length": length, "score": score, "seconds": seconds}, answers
+  return {"score": score, "seconds": seconds}, answers
 
 
 def _answer(
@@ -194,45 +164,34 @@ def _learn(reader: Reader, tokenizer: Tokenizer, documents: Sequence[str]):
 
 
 def _settings(reader: Reader, config: RulerConfig) -> dict[str, Any]:
-  """What scores depend on, besides task and length."""
+  """What scores depend on, besides task, length and file of questions."""
   return {
+    "evaluation": "ruler",
     "model": reader.fingerprint(),
     "seed": config.seed,
     "samples": config.samples,
     "strict": config.strict,
-    "haystack": _digest(config.haystack) or "noise",
-    **{name: _digest(getattr(config, name)) for name in _FILES},
+    "haystack": config.haystack_digest(),
   }
 
 
-def _resume(out: Path, settings: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
-  """The cells that are done; takes over the files of questions that this call does not name.
-
-  Raises:
-    ValueError: they were done with other settings.
-  """
-  file = out / RESULTS
-  if not file.is_file():
-    return {}
-  try:
-    before = json.loads(file.read_text(encoding="utf-8"))
-    old, cells = before["settings"], before["cells"]
-    done = {(cell["task"], cell["length"]): cell for cell in cells}
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{file} is damaged, or no result of ttt_jax: give another --out") from error
-  for name in _FILES:
-    old[name], settings[name] = old.get(name) or settings[name], settings[name] or old.get(name)
-  for name, value in settings.items():
-    if old.get(name) != value:
+def _check_questions(out: Path, cells: Cells, questions: dict[str, str | None]) -> None:
+  """Raises ValueError if there are results of a task with another file of questions."""
+  for task, _, asked in cells:
+    if questions.get(task, asked) != asked:
       raise ValueError(
-        f"{out} has results of {name}={old.get(name)}, this is {name}={value}: give another --out"
+        f"{out} has results of {task} with the questions {asked}, these are {questions[task]}: give the "
+        "same file, or another --out"
       )
-  return done
 
 
-def _report(name: str, settings: dict[str, Any], cells: dict) -> dict[str, Any]:
+def _report(name: str, settings: dict[str, Any], cells: Cells) -> dict[str, Any]:
   order = {task: i for i, task in enumerate(TASKS)}
-  ordered = sorted(cells.values(), key=lambda cell: (cell["length"], order[cell["task"]]))
+  done = sorted(cells, key=lambda key: (key[1], order[key[0]]))
+  ordered = [
+    {"task": task, "length": length, "questions": asked, **cells[task, length, asked]}
+    for task, length, asked in done
+  ]
   scores: dict[int, list[float]] = {}
   for cell in ordered:
     scores.setdefault(cell["length"], []).append(cell["score"])
@@ -255,14 +214,3 @@ def _check_positions(reader: Reader, todo: Sequence[tuple[str, int]]) -> None:
       "there; its fast weights read on",
       stacklevel=3,
     )
-
-
-def _digest(path: Path | None) -> str | None:
-  return None if path is None else hashlib.sha256(_read(path)).hexdigest()[:16]
-
-
-def _read(path: Path) -> bytes:
-  try:
-    return Path(path).read_bytes()
-  except OSError as error:
-    raise ValueError(f"cannot read {path}: {error.strerror}") from error
