@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -17,10 +18,17 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, monkeypatch, tmp_path):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  (tmp_path / "results").symlink_to(path.parent / "results")  # what they read; they write beside it
   notebook = nbformat.read(path, as_version=4)
-  NotebookClient(
+  client = NotebookClient(
     notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-  ).execute()
+  )
+  try:
+    client.execute()
+  except CellExecutionError as error:
+    if "cannot be fetched" not in error.evalue:
+      raise
+    pytest.skip(error.evalue)  # a pretrained model, from a machine without a network
   shown = [
     output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output
   ]
