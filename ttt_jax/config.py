@@ -293,7 +293,8 @@ class TTTConfig:
   # Tokens after which what was learned counts half: a decay of 2^(-chunk_size / half_life), which holds
   # when the chunk is changed; instead of `decay`.
   half_life: float | None = None
-  learn_half_life: bool = False  # multiply it by exp(10 s), s learned per layer from 0
+  # Multiply it by exp(10 s), s learned per layer from 0: recommended from scratch, with a half_life of 400.
+  learn_half_life: bool = False
   clip_norm: float | None = None  # Frobenius norm a chunk's update is rescaled to; None: no clip
   implementation: str | None = None  # None: by the cost model
   # Read a chunk in one product, Z (W + S), rounded to model.dtype; None: where that loses nothing.
