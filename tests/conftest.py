@@ -30,6 +30,13 @@ def pytest_configure(config):
   config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(_CACHE)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_dropped():
+  """Kept from test to test, programs use up the 65,530 memory maps of a process, and XLA crashes."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked_types():
   """Turns the shape checks off, so that a test of bad input meets the library's own error."""
