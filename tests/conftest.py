@@ -41,6 +41,13 @@ def _programs_are_dropped():
   jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def standard_promotion():
+  """For modules that use Optax: it raises a float to an integer power, which strict promotion forbids."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
 @pytest.fixture
 def unchecked_types():
   """Turns the shape checks off, so that a test of bad input meets the library's own error."""

@@ -23,12 +23,7 @@ from ttt_jax.partition import dimensions, shardings
 from ttt_jax.sharding import make_mesh, spec
 from ttt_jax.step import abstract_state, init_state, jit_train_step, new_state, put_batch
 
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-  """Optax raises a float to an integer power, which strict promotion forbids."""
-  with jax.numpy_dtype_promotion("standard"):
-    yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 CONFIG = Config(

@@ -24,12 +24,7 @@ from ttt_jax.rundir import read_metrics
 from ttt_jax.step import init_state, jit_train_step, put_batch
 from ttt_jax.train import train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-  """Optax raises a float to an integer power, which strict promotion forbids."""
-  with jax.numpy_dtype_promotion("standard"):
-    yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 CONFIG = Config(

@@ -36,13 +36,6 @@ from ttt_jax.trainable import trained_parameters, with_parameters
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-@pytest.fixture(scope="module")
-def standard_promotion():
-  """Optax raises a float to an integer power, which strict promotion forbids."""
-  with jax.numpy_dtype_promotion("standard"):
-    yield
-
-
 CONFIG = Config(
   model=dataclasses.replace(MODEL, vocab_size=256, num_layers=2),
   attention=AttentionConfig(window=5),

@@ -36,11 +36,7 @@ CONFIG = Config(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-  """Optax raises a float to an integer power, which strict promotion forbids."""
-  with jax.numpy_dtype_promotion("standard"):
-    yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def changed(**sections):

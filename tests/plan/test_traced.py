@@ -22,12 +22,7 @@ from ttt_jax.plan.programs import trace_training
 from ttt_jax.plan.traced import device_flops
 from ttt_jax.sharding import make_mesh
 
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-  """Optax raises a float to an integer power, which strict promotion forbids."""
-  with jax.numpy_dtype_promotion("standard"):
-    yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def count(function, *arguments, devices=1, tokens=1, window=None):
