@@ -13,6 +13,7 @@ from ttt_jax.ablation import load_ablation, runs
 from ttt_jax.ablation.report import interval, report
 from ttt_jax.ablation.runs import run_all
 from ttt_jax.plots import plot_ablation
+from ttt_jax.rundir import open_run
 
 BASE = """
 model: {num_layers: 2, d_model: 16, d_ff: 24, num_heads: 2, num_kv_heads: 2}
@@ -91,6 +92,8 @@ GOOD = "name: q\nbase: base.yaml\nseeds: [0]\n"
     (GOOD + "variants: {a: {}}\nprobe: {lengths: 8}\n", "lengths=8 must be a list of integers"),
     (GOOD + "variants: {a: {}}\nprobe: {block: 0.5}\n", r"probe\.block=0.5 must be an integer"),
     (GOOD + "variants: {a: {}}\nprobe: {block: 0}\n", r"probe\.block=0 must be positive"),
+    (GOOD + "variants: {a: {}}\nrecall: true\n", "recall=True must be of type int"),
+    (GOOD + "variants: {a: {}}\nrecall: 0\n", "recall=0 must be positive"),
     ("name: q\nbase: other.yaml\nseeds: [1]\nvariants: {a: {}}\n", "no config file other.yaml"),
   ],
 )
@@ -146,6 +149,42 @@ def test_runs_report_and_go_on(here, capsys, monkeypatch):
   assert "has no finished run" in capsys.readouterr().err
   # The probe alone is made again: its command ends with its seed.
   assert started[1:] == ["0", "runs/q/fails/seed0/config.yaml"]
+
+
+def _recall(config, right):
+  rows = [{"from": 0, "to": 8, "queries": 5, "right": r} for r in right]
+  report = {"by_distance": {"updates on": rows, "updates off": []}}
+  (Path(config.resolved_run_dir) / "recall.json").write_text(json.dumps(report))
+
+
+def test_what_was_recalled(here, monkeypatch):
+  """Runs that are trained are asked, then the report has the mean over the seeds."""
+  ablation = load_ablation(
+    _write("name: q\nbase: base.yaml\nseeds: [0, 1]\nvariants: {a: {}, b: {}}\nrecall: 8\n")
+  )
+  for _, config in ablation.runs():
+    open_run(config.resolved_run_dir, config, may_change=())
+    _finish(config, [1.0])
+  asked = []
+
+  def ask(command, **_):
+    asked.append(command[3:])
+    return SimpleNamespace(returncode=1)
+
+  monkeypatch.setattr(runs.subprocess, "run", ask)
+  assert len(run_all(ablation, Console(quiet=True))) == 4
+  assert asked[1] == ["eval", "recall", "runs/q/b/seed0", "--window", "8"]
+  with pytest.raises(ValueError, match="no finished run"):
+    report(ablation, {})
+  for config, right in zip(ablation.variants[0].configs, (0.5, 1.0)):
+    _recall(config, [right, None])
+  found = report(ablation, {})
+  assert found["variants"][0]["by_distance"] == [
+    {"from": 0, "to": 8, "queries": 10, "right": 0.75, "rights": [0.5, 1.0]},
+    {"from": 0, "to": 8, "queries": 10, "right": None, "rights": [None, None]},
+  ]
+  assert found["variants"][1] == {"variant": "b", "seeds": []}
+  plot_ablation(found, here / "a.png")
 
 
 def _finish(config, losses):

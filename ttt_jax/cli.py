@@ -451,6 +451,9 @@ def _add_recall_evaluation(commands: argparse._SubParsersAction) -> None:
   text = "how often a run's model knows a value again, by how long ago it came (see data recall)"
   command = commands.add_parser("eval recall", help=text, description=text, allow_abbrev=False)
   command.add_argument("config", help="a run's YAML file or directory")
+  command.add_argument(
+    "--window", type=int, help="count distances by so many tokens (default: attention.window)"
+  )
   command.set_defaults(run=_run_recall, takes_overrides=True)
 
 
@@ -460,7 +463,7 @@ def _run_recall(parsed: argparse.Namespace) -> None:
   from ttt_jax.evaluation.recall_command import run_recall
 
   distributed.start(config.runtime)
-  run_recall(config, is_run=is_run)
+  run_recall(config, is_run=is_run, window=parsed.window)
 
 
 def _add_fast_weights(parser: argparse.ArgumentParser) -> None:

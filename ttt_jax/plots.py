@@ -141,11 +141,15 @@ def plot_ablation(report: dict[str, Any], path: Path) -> None:
 
 
 def draw_ablation(report: dict[str, Any]) -> Figure:
-  """Held-out loss of every variant with its interval, along a document, and after more and more context."""
+  """Held-out loss of every variant with its interval and along a document.
+
+  Beside them, where the grid asked for it: the loss after more and more context, and what was recalled.
+  """
   rows = [row for row in report["variants"] if row.get("loss") is not None]
-  probed = any(row.get("by_context") for row in rows)
+  asked = [key for key in ("by_context", "by_distance") if any(row.get(key) for row in rows)]
   height = max(3.6, 1.4 + 0.34 * len(rows))
-  figure, (panels,) = _subplots(1, 3 if probed else 2, 16.0 if probed else 11.5, height)
+  figure, (panels,) = _subplots(1, 2 + len(asked), 11.5 + 4.5 * len(asked), height)
+  beside = dict(zip(asked, panels[2:]))
   colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(rows)))
   for place, (row, color) in enumerate(zip(rows, colors)):
     if row["low"] is not None:
@@ -158,7 +162,13 @@ def draw_ablation(report: dict[str, Any]) -> Figure:
     panels[1].plot(middle, [part["loss"] for part in table], **look)
     if row.get("by_context"):
       contexts = [part["context"] for part in row["by_context"]]
-      panels[2].plot(contexts, [part["loss"] for part in row["by_context"]], **look)
+      beside["by_context"].plot(contexts, [part["loss"] for part in row["by_context"]], **look)
+    if row.get("by_distance"):
+      distances = [_distance(part) for part in row["by_distance"]]
+      shares = [
+        float("nan") if part["right"] is None else part["right"] for part in row["by_distance"]
+      ]
+      beside["by_distance"].plot(distances, shares, **look)
   panels[0].set_yticks(range(len(rows)), [row["variant"] for row in rows])
   panels[0].invert_yaxis()
   panels[0].set_xlabel("held-out loss (nats per token)")
@@ -169,16 +179,25 @@ def draw_ablation(report: dict[str, Any]) -> Figure:
   )
   panels[1].set_xlabel("position in the document (tokens)")
   panels[1].set_ylabel("loss (nats per token)")
-  if probed:
-    panels[2].set_xscale("log", base=2)
-    panels[2].set_xticks(contexts, [f"{c:,}" for c in contexts], minor=False)
-    panels[2].set_xlabel("tokens read before the block")
-    panels[2].set_title("loss of the same last block", loc="left", fontsize=11)
+  if axes := beside.get("by_context"):
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [f"{c:,}" for c in contexts], minor=False)
+    axes.set_xlabel("tokens read before the block")
+    axes.set_title("loss of the same last block", loc="left", fontsize=11)
+  if axes := beside.get("by_distance"):
+    axes.set_ylim(-0.02, 1.02)
+    axes.tick_params(axis="x", labelrotation=45)
+    axes.set_xlabel("tokens since the key came last")
+    axes.set_title("values known again", loc="left", fontsize=11)
   panels[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
   for axes in panels:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
   return figure
+
+
+def _distance(part: dict[str, Any]) -> str:
+  return f"over {part['from']}" if part["to"] is None else f"{part['from']} - {part['to']}"
 
 
 def plot_bench(report: dict[str, Any], path: Path) -> None:

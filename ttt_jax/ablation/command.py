@@ -43,11 +43,15 @@ def run(
 def _print(found: dict[str, Any], console: Console) -> None:
   table = Table(title=found["title"], title_justify="left")
   table.add_column("variant")
-  for title in ("seeds", "loss", "95 %", "first part", "last part", "updates off", "tokens/s"):
+  titles = ["seeds", "loss", "95 %", "first part", "last part", "updates off", "tokens/s"]
+  recalls = next((row["by_distance"] for row in found["variants"] if row.get("by_distance")), None)
+  if recalls:
+    titles.append(f"known again after {recalls[-1]['from']:,} tokens")
+  for title in titles:
     table.add_column(title, justify="right")
   for row in found["variants"]:
     if not row["seeds"]:
-      table.add_row(row["variant"], "0", *["-"] * 6)
+      table.add_row(row["variant"], "0", *["-"] * (len(titles) - 1))
       continue
     first, last = row["by_position"][0]["loss"], row["by_position"][-1]["loss"]
     between = "-" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
@@ -61,8 +65,13 @@ def _print(found: dict[str, Any], console: Console) -> None:
       _number(last),
       _number(row["loss_updates_off"]),
       "-" if speed is None else f"{speed:,.0f}",
+      *([_share(row["by_distance"][-1]["right"])] if recalls else []),
     )
   console.print(table)
+
+
+def _share(right: float | None) -> str:
+  return "-" if right is None else f"{right:.1%}"
 
 
 def _number(loss: float | None) -> str:

@@ -23,6 +23,7 @@ _KEYS = {
   "variants": dict,  # name: {field: value}; besides the grid
   "seeds": list,
   "probe": dict,  # fields of `PerplexityConfig`: what each trained model reads after its own evaluation
+  "recall": int,  # tokens of a window: what each recalls of pairs, by so many windows
 }
 _NEEDED = ("name", "base", "seeds")
 
@@ -45,6 +46,7 @@ class Ablation:
   seeds: tuple[int, ...]
   variants: tuple[Variant, ...]
   probe: PerplexityConfig | None = None
+  recall: int | None = None
 
   def runs(self) -> Iterator[tuple[Variant, Config]]:
     """All runs, seed by seed, so that an unfinished ablation has every variant equally often."""
@@ -85,8 +87,10 @@ def load_ablation(
       f"has {', '.join(_KEYS)}"
     )
   for key, kind in _KEYS.items():
-    if key in tree and not isinstance(tree[key], kind):
-      raise ValueError(f"{path}: {key}={tree[key]!r} must be a {kind.__name__}")
+    if key in tree and type(tree[key]) is not kind:
+      raise ValueError(f"{path}: {key}={tree[key]!r} must be of type {kind.__name__}")
+  if tree.get("recall", 1) < 1:
+    raise ValueError(f"{path}: recall={tree['recall']} must be positive, the tokens of a window")
   seeds = tuple(tree["seeds"])
   if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) for s in seeds):
     raise ValueError(f"{path}: seeds={list(seeds)} must be different integers, at least one")
@@ -113,7 +117,7 @@ def load_ablation(
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(f"{path} has several variants named {', '.join(twice)}")
   title, probe = tree.get("title", tree["name"]), _probe(path, tree.get("probe"))
-  return Ablation(tree["name"], title, directory, seeds, tuple(variants), probe)
+  return Ablation(tree["name"], title, directory, seeds, tuple(variants), probe, tree.get("recall"))
 
 
 def _probe(path: Path, fields: dict[str, Any] | None) -> PerplexityConfig | None:

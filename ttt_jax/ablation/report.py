@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 
 from ttt_jax.ablation.grid import Ablation, Variant
-from ttt_jax.ablation.runs import finished, read_probe, read_summary
+from ttt_jax.ablation.runs import finished, read_probe, read_recall, read_summary
 from ttt_jax.config import Config
 
 
@@ -16,8 +16,8 @@ def report(ablation: Ablation, failed: dict[tuple[str, int], str]) -> dict[str, 
 
   `loss` and the losses by position are means over the seeds; `low` and `high` the 95 % interval of the
   mean, by Student's t over the seeds, None of a single one. `by_context` are those of the probe's last
-  block by the tokens before it. A variant none of whose runs is finished has no numbers. `failed` says
-  what the others came to.
+  block by the tokens before it, `by_distance` the part of values known again. A variant none of whose
+  runs is finished has no numbers. `failed` says what the others came to.
 
   Raises:
     ValueError: no run is finished.
@@ -56,6 +56,7 @@ def _row(ablation: Ablation, variant: Variant) -> dict[str, Any]:
     "loss_updates_off": _mean([summary["heldout_loss_updates_off"] for summary in summaries]),
     "by_position": positions,
     "by_context": None if ablation.probe is None else _by_context([*map(read_probe, done)]),
+    "by_distance": None if ablation.recall is None else _by_distance([*map(read_recall, done)]),
     "params": summaries[0]["params"],
     "state_numbers": _state_numbers(done[0]),
     "tokens_per_second": _mean([summary["tokens_per_second"] for summary in summaries]),
@@ -69,6 +70,17 @@ def _by_context(probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
   ]
   return [
     {"context": rows[0]["context"], **_over_seeds([row["loss"] for row in rows])}
+    for rows in zip(*tables)
+  ]
+
+
+def _by_distance(recalls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The part of values known again by the distance; fast weights, where there are any, update."""
+  tables = [next(iter(recall["by_distance"].values())) for recall in recalls]
+  return [
+    {"from": rows[0]["from"], "to": rows[0]["to"]}
+    | {"queries": sum(row["queries"] for row in rows)}
+    | {"right": _mean([row["right"] for row in rows]), "rights": [row["right"] for row in rows]}
     for rows in zip(*tables)
   ]
 

@@ -19,7 +19,7 @@ from ttt_jax.config import Config
 from ttt_jax.rundir import CONFIG_FILE, open_run
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_DEVICES")
-_PROBE = "probe"  # in the directory of a run
+_PROBE, _RECALL = "probe", "recall.json"  # in the directory of a run
 _LAST_LINES = 5  # of a run that failed, to show
 
 
@@ -69,7 +69,7 @@ def run_all(
 
 
 def finished(ablation: Ablation, config: Config) -> bool:
-  """Whether a run was trained to its end and evaluated, and probed if the ablation says so."""
+  """Whether a run was trained to its end, evaluated, and asked whatever else the ablation asks."""
   return not _left(ablation, config)
 
 
@@ -82,6 +82,11 @@ def read_probe(config: Config) -> dict[str, Any]:
   """The `perplexity.json` of a finished run of an ablation with a probe."""
   path = Path(config.resolved_run_dir) / _PROBE / "perplexity.json"
   return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_recall(config: Config) -> dict[str, Any]:
+  """The `recall.json` of a finished run of an ablation with `recall`."""
+  return json.loads((Path(config.resolved_run_dir) / _RECALL).read_text(encoding="utf-8"))
 
 
 def _left(ablation: Ablation, config: Config) -> list[list[str]]:
@@ -98,6 +103,8 @@ def _left(ablation: Ablation, config: Config) -> list[list[str]]:
       if numbers:
         words += [f"--{name.replace('_', '-')}", *map(str, numbers)]
     commands.append(words)
+  if ablation.recall is not None and not (directory / _RECALL).is_file():
+    commands.append(["eval", "recall", str(directory), "--window", str(ablation.recall)])
   return commands
 
 

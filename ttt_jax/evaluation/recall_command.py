@@ -18,22 +18,29 @@ from ttt_jax.rundir import write_json
 from ttt_jax.sharding import make_mesh
 
 
-def run_recall(config: Config, *, is_run: bool, console: Console | None = None) -> dict[str, Any]:
+def run_recall(
+  config: Config, *, is_run: bool, window: int | None = None, console: Console | None = None
+) -> dict[str, Any]:
   """Reads the held-out documents with updates on, off, and with the twin if the run has one.
 
   Writes `recall.json` and `recall.png` into the run directory.
 
+  Args:
+    window: tokens by which distances are counted; None: `attention.window`.
+
   Raises:
-    ValueError: a model without a window, or whose tokens are not bytes; documents of another kind; no
-      checkpoint; several processes.
+    ValueError: no window and none in the config, tokens that are not bytes; documents of another kind;
+      no checkpoint; several processes.
   """
   console = Console() if console is None else console
   config = resolve(config)
-  window = config.attention.window
+  window = config.attention.window if window is None else window
   if window is None:
     raise ValueError(
-      "attention.window=null: attention sees everything, so nothing has to be remembered; give a window"
+      "attention.window=null: say with --window how many tokens distances are counted by"
     )
+  if window < 1:
+    raise ValueError(f"--window {window} must be positive: distances are counted by so many tokens")
   if config.tokenizer is not None:
     raise ValueError(
       f"data.tokenizer={config.tokenizer!r}: the recall task is written in bytes, use bytes"
