@@ -14,6 +14,7 @@ from helpers import (
   mesh_of,
   random_rows,
 )
+from rich.console import Console
 
 from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import AttentionConfig, CheckpointConfig, Config, DataConfig, TrainConfig
@@ -52,11 +53,12 @@ def _losses(path):
   return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(path / "metrics.jsonl")]
 
 
-def test_loss_falls(tmp_path):
+def test_loss_falls(tmp_path, capsys):
   config = dataclasses.replace(
     CONFIG, train=dataclasses.replace(CONFIG.train, steps=20), mesh=CONFIG.mesh
   )
-  train(config, _corpus(), mesh_of(1, 1), tmp_path)
+  train(config, _corpus(), mesh_of(1, 1), tmp_path, console=Console(quiet=True))
+  assert capsys.readouterr().out == ""
   records = read_metrics(tmp_path / "metrics.jsonl")
   assert [r["step"] for r in records] == list(range(1, 21))
   assert np.mean([r["loss"] for r in records[-3:]]) < records[0]["loss"] - 1

@@ -33,10 +33,10 @@ def _bar(console: Console) -> Progress:
 
 
 class TrainingProgress:
-  """Loss, speed and time left of a training run."""
+  """Loss, speed and time left of a training run; None for `console`: the main process's output."""
 
-  def __init__(self, title: str, done: int, steps: int):
-    self._console = Console(quiet=not is_main())
+  def __init__(self, title: str, done: int, steps: int, console: Console | None = None):
+    self._console = Console(quiet=not is_main()) if console is None else console
     self._title, self._steps = title, steps
     self._every = max(1, steps // _LINES)
     self._next_line = done + 1

@@ -40,10 +40,11 @@ def run_training(config: Config, console: Console | None = None) -> dict[str, An
   console.print(corpus.report(), highlight=False)
   console.print(f"{_devices(mesh)}; run directory {run_dir}", highlight=False)
 
-  result = train(config, corpus, mesh, run_dir)
+  result = train(config, corpus, mesh, run_dir, console=console)
   baseline = None
   if result.finished and config.eval.baseline:
-    twin = train(config.without_ttt(), corpus, mesh, run_dir / BASELINE, title="twin without TTT")
+    plain, where = config.without_ttt(), run_dir / BASELINE
+    twin = train(plain, corpus, mesh, where, title="twin without TTT", console=console)
     result = result if twin.finished else twin
     baseline = twin.state.model
   if not result.finished:

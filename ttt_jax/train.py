@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from rich.console import Console
 
 from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import Config
@@ -106,7 +107,13 @@ def device_memory() -> dict[str, float]:
 
 
 def train(
-  config: Config, corpus: Corpus, mesh: Mesh, run_dir: Path, *, title: str = "training"
+  config: Config,
+  corpus: Corpus,
+  mesh: Mesh,
+  run_dir: Path,
+  *,
+  title: str = "training",
+  console: Console | None = None,
 ) -> TrainResult:
   """Trains to `train.steps`, from the newest checkpoint under `run_dir` if there is one.
 
@@ -151,7 +158,7 @@ def train(
     with (
       jax.set_mesh(mesh),
       stop_requests() as stop,
-      TrainingProgress(title, done, steps) as progress,
+      TrainingProgress(title, done, steps, console) as progress,
       open_log(config, run_dir, resume_step=done) as log,
       Profile(config.train.profile, run_dir) as profile,
     ):
