@@ -127,8 +127,7 @@ def plot_recall(report: dict[str, Any], path: Path) -> None:
       + ("" if row["to"] is None else f"{row['to'] // report['window']}")
       for row in table
     ]
-    shares = [float("nan") if row["right"] is None else row["right"] for row in table]
-    axes.plot(names, shares, color=color, marker=marker, label=name)
+    axes.plot(names, _shares(table), color=color, marker=marker, label=name)
   axes.axhline(report["chance"], color="#9a9a9a", linestyle=":", label="chance")
   axes.set_ylim(0, 1.02)
   axes.legend(frameon=False)
@@ -165,10 +164,7 @@ def draw_ablation(report: dict[str, Any]) -> Figure:
       beside["by_context"].plot(contexts, [part["loss"] for part in row["by_context"]], **look)
     if row.get("by_distance"):
       distances = [_distance(part) for part in row["by_distance"]]
-      shares = [
-        float("nan") if part["right"] is None else part["right"] for part in row["by_distance"]
-      ]
-      beside["by_distance"].plot(distances, shares, **look)
+      beside["by_distance"].plot(distances, _shares(row["by_distance"]), **look)
   panels[0].set_yticks(range(len(rows)), [row["variant"] for row in rows])
   panels[0].invert_yaxis()
   panels[0].set_xlabel("held-out loss (nats per token)")
@@ -194,6 +190,11 @@ def draw_ablation(report: dict[str, Any]) -> Figure:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
   return figure
+
+
+def _shares(table: list[dict[str, Any]]) -> list[float]:
+  """What was known again by distance; nothing is drawn where nothing was asked."""
+  return [float("nan") if row["right"] is None else row["right"] for row in table]
 
 
 def _distance(part: dict[str, Any]) -> str:
