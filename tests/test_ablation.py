@@ -144,17 +144,19 @@ def test_runs_report_and_go_on(here, capsys, monkeypatch):
   assert cli.main(["ablate", "question.yaml", "--report-only"]) == 0
   assert cli.main(["ablate", "question.yaml", "--ttt.decay", "0.7"]) == 2
   assert "holds a run of another config" in capsys.readouterr().err
-  Path("runs/q/works/seed0/probe/perplexity.json").unlink()
-  assert cli.main(["ablate", "question.yaml"]) == 2
+  other = _write(Path("question.yaml").read_text().replace("documents: 2}", "documents: 1}"))
+  assert cli.main(["ablate", str(other)]) == 2
   assert "has no finished run" in capsys.readouterr().err
-  # The probe alone is made again: its command ends with its seed.
+  # The probe alone is made again, of fewer documents: its command ends with its seed.
   assert started[1:] == ["0", "runs/q/fails/seed0/config.yaml"]
 
 
-def _recall(config, right):
+def _recall(config, right, window=8):
   rows = [{"from": 0, "to": 8, "queries": 5, "right": r} for r in right]
-  report = {"by_distance": {"updates on": rows, "updates off": []}}
-  (Path(config.resolved_run_dir) / "recall.json").write_text(json.dumps(report))
+  report = {"window": window, "by_distance": {"updates on": rows, "updates off": []}}
+  path = Path(config.resolved_run_dir, "recall", "recall.json")
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(json.dumps(report))
 
 
 def test_what_was_recalled(here, monkeypatch):
@@ -173,7 +175,10 @@ def test_what_was_recalled(here, monkeypatch):
 
   monkeypatch.setattr(runs.subprocess, "run", ask)
   assert len(run_all(ablation, Console(quiet=True))) == 4
-  assert asked[1] == ["eval", "recall", "runs/q/b/seed0", "--window", "8"]
+  words = ["--window", "8", "--out", "runs/q/b/seed0/recall"]
+  assert asked[1] == ["eval", "recall", "runs/q/b/seed0", *words]
+  for _, config in ablation.runs():
+    _recall(config, [0.1, 0.1], window=16)  # of another question
   with pytest.raises(ValueError, match="no finished run"):
     report(ablation, {})
   for config, right in zip(ablation.variants[0].configs, (0.5, 1.0)):

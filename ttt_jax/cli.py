@@ -454,6 +454,7 @@ def _add_recall_evaluation(commands: argparse._SubParsersAction) -> None:
   command.add_argument(
     "--window", type=int, help="count distances by so many tokens (default: attention.window)"
   )
+  command.add_argument("--out", type=Path, help="directory (default: the run's)")
   command.set_defaults(run=_run_recall, takes_overrides=True)
 
 
@@ -463,7 +464,7 @@ def _run_recall(parsed: argparse.Namespace) -> None:
   from ttt_jax.evaluation.recall_command import run_recall
 
   distributed.start(config.runtime)
-  run_recall(config, is_run=is_run, window=parsed.window)
+  run_recall(config, is_run=is_run, window=parsed.window, out=parsed.out)
 
 
 def _add_fast_weights(parser: argparse.ArgumentParser) -> None:

@@ -69,8 +69,9 @@ def test_recall(run, capsys):
   assert [row["from"] for row in table] == [0, 8, 16, 32, 64, 128]
   assert sum(row["queries"] for row in table) > 20
   assert (run / "made" / "recall.png").stat().st_size > 10_000
-  assert main(["eval", "recall", "made", "--window", "16"]) == 0
-  wider = json.loads((run / "made" / "recall.json").read_text())
+  assert main(["eval", "recall", "made", "--window", "16", "--out", "wider"]) == 0
+  assert json.loads((run / "made" / "recall.json").read_text()) == report
+  wider = json.loads((run / "wider" / "recall.json").read_text())
   assert [row["from"] for row in wider["by_distance"]["twin"]][:3] == [0, 16, 32]
   assert main(["eval", "recall", "made", "--window", "0"]) == 2
   assert main(["eval", "recall", "made", "--attention.window", "null"]) == 2

@@ -16,10 +16,12 @@ from rich.console import Console
 
 from ttt_jax.ablation.grid import Ablation
 from ttt_jax.config import Config
-from ttt_jax.rundir import CONFIG_FILE, open_run
+from ttt_jax.rundir import CONFIG_FILE, jsonable, open_run
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_DEVICES")
-_PROBE, _RECALL = "probe", "recall.json"  # in the directory of a run
+# What a run is asked after its training, in its directory.
+_PROBE = Path("probe", "perplexity.json")
+_RECALL = Path("recall", "recall.json")
 _LAST_LINES = 5  # of a run that failed, to show
 
 
@@ -75,18 +77,21 @@ def finished(ablation: Ablation, config: Config) -> bool:
 
 def read_summary(config: Config) -> dict[str, Any]:
   """The `summary.json` of a finished run."""
-  return json.loads((Path(config.resolved_run_dir) / "summary.json").read_text(encoding="utf-8"))
+  return _read(config, Path("summary.json"))
 
 
 def read_probe(config: Config) -> dict[str, Any]:
   """The `perplexity.json` of a finished run of an ablation with a probe."""
-  path = Path(config.resolved_run_dir) / _PROBE / "perplexity.json"
-  return json.loads(path.read_text(encoding="utf-8"))
+  return _read(config, _PROBE)
 
 
 def read_recall(config: Config) -> dict[str, Any]:
   """The `recall.json` of a finished run of an ablation with `recall`."""
-  return json.loads((Path(config.resolved_run_dir) / _RECALL).read_text(encoding="utf-8"))
+  return _read(config, _RECALL)
+
+
+def _read(config: Config, report: Path) -> dict[str, Any]:
+  return json.loads((Path(config.resolved_run_dir) / report).read_text(encoding="utf-8"))
 
 
 def _left(ablation: Ablation, config: Config) -> list[list[str]]:
@@ -95,17 +100,27 @@ def _left(ablation: Ablation, config: Config) -> list[list[str]]:
   commands = []
   if not (directory / "summary.json").is_file():
     commands.append(["train", str(directory / CONFIG_FILE)])  # of `open_run`
-  probe = directory / _PROBE
-  if ablation.probe is not None and not (probe / "perplexity.json").is_file():
-    words = ["eval", "perplexity", str(directory), "--out", str(probe)]
-    for name, value in dataclasses.asdict(ablation.probe).items():
-      numbers = value if isinstance(value, tuple) else (value,)
-      if numbers:
-        words += [f"--{name.replace('_', '-')}", *map(str, numbers)]
-    commands.append(words)
-  if ablation.recall is not None and not (directory / _RECALL).is_file():
-    commands.append(["eval", "recall", str(directory), "--window", str(ablation.recall)])
+  if ablation.probe is not None:
+    probe = dataclasses.asdict(ablation.probe)
+    if not _answers(config, _PROBE, asked=probe):
+      words = ["eval", "perplexity", str(directory), "--out", str(directory / _PROBE.parent)]
+      for name, value in probe.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if numbers:
+          words += [f"--{name.replace('_', '-')}", *map(str, numbers)]
+      commands.append(words)
+  if ablation.recall is not None and not _answers(config, _RECALL, window=ablation.recall):
+    words = ["--window", str(ablation.recall), "--out", str(directory / _RECALL.parent)]
+    commands.append(["eval", "recall", str(directory), *words])
   return commands
+
+
+def _answers(config: Config, report: Path, **question: Any) -> bool:
+  """Whether there is a report, and of this question rather than of one that was asked before."""
+  if not (Path(config.resolved_run_dir) / report).is_file():
+    return False
+  found = _read(config, report)
+  return {name: found.get(name) for name in question} == jsonable(question)
 
 
 def _log(config: Config) -> Path:

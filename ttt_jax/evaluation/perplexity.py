@@ -5,6 +5,7 @@ segment and the cache whatever the length, split over the mesh as the model is. 
 with its fast weights updating, frozen, and set back to the slow ones every so many tokens.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -275,6 +276,7 @@ def _report(ways, documents: int, config: PerplexityConfig, cells: Cells) -> dic
     for i, (a, b) in enumerate(_edges(config))
   ]
   return {
+    "asked": dataclasses.asdict(config),
     "documents": documents,
     "block": config.block,
     "modes": [mode.name for mode in ways],

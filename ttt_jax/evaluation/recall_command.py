@@ -19,14 +19,20 @@ from ttt_jax.sharding import make_mesh
 
 
 def run_recall(
-  config: Config, *, is_run: bool, window: int | None = None, console: Console | None = None
+  config: Config,
+  *,
+  is_run: bool,
+  window: int | None = None,
+  out: Path | None = None,
+  console: Console | None = None,
 ) -> dict[str, Any]:
   """Reads the held-out documents with updates on, off, and with the twin if the run has one.
 
-  Writes `recall.json` and `recall.png` into the run directory.
+  Writes `recall.json` and `recall.png`.
 
   Args:
     window: tokens by which distances are counted; None: `attention.window`.
+    out: directory, made if it is not there; None: the run's.
 
   Raises:
     ValueError: no window and none in the config, tokens that are not bytes; documents of another kind;
@@ -49,6 +55,8 @@ def run_recall(
     raise ValueError(f"eval recall runs in one process, here are {jax.process_count()}")
   mesh = make_mesh(config.mesh)
   run_dir = Path(config.resolved_run_dir)
+  out = run_dir if out is None else out
+  out.mkdir(parents=True, exist_ok=True)
   rows = heldout_rows(
     load_data(config).sources,
     seq_len=config.eval_seq_len,
@@ -74,10 +82,10 @@ def run_recall(
     "chance": CHANCE,
     "by_distance": tables,
   }
-  write_json(run_dir / "recall.json", report)
-  plot_recall(report, run_dir / "recall.png")
+  write_json(out / "recall.json", report)
+  plot_recall(report, out / "recall.png")
   _print(report, console)
-  written = ", ".join(str(run_dir / f"recall.{end}") for end in ("json", "png"))
+  written = ", ".join(str(out / f"recall.{end}") for end in ("json", "png"))
   console.print(f"written: {written}", highlight=False)
   return report
 
