@@ -1,0 +1,7 @@
+"""`python -m ttt_jax.cli`."""
+
+import sys
+
+from ttt_jax.cli import main
+
+sys.exit(main())

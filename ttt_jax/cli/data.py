@@ -1,0 +1,97 @@
+"""Text for training, prepared or made: `data prepare`, `data recall`, `data ruler`."""
+
+import argparse
+
+from ttt_jax.cli.shared import add_command, add_ruler_samples, from_flags
+
+_PREPARE_EPILOG = """For example:
+  ttt-jax data prepare "books/**/*.parquet" data/books --tokenizer models/smollm2
+  ttt-jax train configs/mine.yaml --data.path data/books --data.tokenizer models/smollm2
+"""
+
+_RULER_EPILOG = """For example:
+  ttt-jax data ruler data/ruler --tokenizer models/smollm2 --lengths 131072 --samples 100
+"""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+  data = commands.add_parser("data", help="prepare text for training, or make some")
+  kinds = data.add_subparsers(dest="data", required=True, metavar="WHAT")
+  _add_prepare(kinds)
+  _add_recall(kinds)
+  _add_ruler(kinds)
+
+
+def _add_prepare(commands: argparse._SubParsersAction) -> None:
+  text = (
+    "tokenise text once, into a directory that data.path names; for what does not fit in memory"
+  )
+  prepare = add_command(commands, "prepare", text, _PREPARE_EPILOG)
+  prepare.add_argument(
+    "source", help="a directory or glob of .txt, .md, .py, .jsonl, .parquet, .array_record files"
+  )
+  prepare.add_argument("destination", help="a new directory, or one that was left unfinished")
+  prepare.add_argument(
+    "--tokenizer", default="bytes", help="as data.tokenizer in training (default bytes)"
+  )
+  prepare.add_argument(
+    "--text-field", default="text", metavar="NAME", help="of JSON and parquet (default text)"
+  )
+  prepare.add_argument(
+    "--shard-size", type=int, default=256, metavar="MIB", help="of a file (default 256)"
+  )
+  prepare.add_argument(
+    "--max-bad-records", type=int, default=0, metavar="N", help="corrupt ones to skip (default 0)"
+  )
+  prepare.set_defaults(run=_run_prepare, takes_overrides=False)
+
+
+def _run_prepare(parsed: argparse.Namespace) -> None:
+  from ttt_jax.data import prepare
+
+  prepare(
+    parsed.source,
+    parsed.destination,
+    tokenizer=parsed.tokenizer,
+    text_field=parsed.text_field,
+    shard_bytes=parsed.shard_size << 20,
+    max_bad_records=parsed.max_bad_records,
+  )
+
+
+def _add_recall(commands: argparse._SubParsersAction) -> None:
+  text = "write documents of the recall task: pairs that come again, far beyond any window"
+  recall = commands.add_parser("recall", help=text, description=text)
+  recall.add_argument("destination", help="a directory, for data.path")
+  for flag, default in (("documents", 600), ("tokens", 4096), ("seed", 0)):
+    recall.add_argument(f"--{flag}", type=int, default=default, help=f"(default {default})")
+  recall.set_defaults(run=_run_recall, takes_overrides=False)
+
+
+def _run_recall(parsed: argparse.Namespace) -> None:
+  from ttt_jax.evaluation.recall import write_documents
+
+  path = write_documents(
+    parsed.destination, documents=parsed.documents, tokens=parsed.tokens, seed=parsed.seed
+  )
+  print(f"written: {path}")
+
+
+def _add_ruler(commands: argparse._SubParsersAction) -> None:
+  text = "write samples of RULER's thirteen tasks as files, for other models and programs too"
+  ruler = add_command(commands, "ruler", text, _RULER_EPILOG)
+  ruler.add_argument("destination", help="a directory that does not exist yet")
+  ruler.add_argument(
+    "--tokenizer",
+    default="bytes",
+    help="whose tokens the lengths count, as data.tokenizer in training (default bytes)",
+  )
+  add_ruler_samples(ruler)
+  ruler.set_defaults(run=_run_ruler, takes_overrides=False)
+
+
+def _run_ruler(parsed: argparse.Namespace) -> None:
+  from ttt_jax.evaluation.ruler.config import SamplesConfig
+  from ttt_jax.evaluation.ruler.write import write_samples
+
+  write_samples(parsed.tokenizer, from_flags(SamplesConfig, parsed), parsed.destination)

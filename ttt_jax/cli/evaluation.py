@@ -1,0 +1,117 @@
+"""What a model is asked: `eval perplexity`, `eval recall`, `eval ruler`."""
+
+import argparse
+from pathlib import Path
+
+from ttt_jax.cli.shared import EVALUATED, add_command, add_ruler_samples, evaluated, from_flags
+from ttt_jax.config import DTYPES
+
+_PERPLEXITY_EPILOG = """The same command goes on where it stopped. Fields of the config can be overridden:
+  ttt-jax eval perplexity runs/mine --lengths 2048 8192 32768 --data.path "books/*.txt" --mesh.context 8
+"""
+
+_RULER_EPILOG = """The same command goes on where it was stopped. For example:
+  ttt-jax eval ruler models/mine --lengths 4096 8192 16384 --samples 50 --haystack book.txt
+  ttt-jax eval ruler models/mine --lengths 8192 --tasks niah_single_1 niah_single_2 --strict
+"""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+  _add_perplexity(commands)
+  _add_recall(commands)
+  _add_ruler(commands)
+
+
+def _add_perplexity(commands: argparse._SubParsersAction) -> None:
+  text = "the loss of a document's last block, the text before it growing; fast weights on and off"
+  command = add_command(commands, "eval perplexity", text, _PERPLEXITY_EPILOG)
+  command.add_argument("config", help=EVALUATED)
+  command.add_argument(
+    "--lengths",
+    nargs="+",
+    type=int,
+    default=[2048, 4096, 8192],
+    metavar="TOKENS",
+    help="before the block (default 2048 4096 8192)",
+  )
+  command.add_argument(
+    "--reset-every",
+    nargs="+",
+    type=int,
+    default=[],
+    metavar="TOKENS",
+    help="also with fast weights that start again so often",
+  )
+  for flag, default, text in (
+    ("block", 1024, "tokens whose loss is compared"),
+    ("documents", 16, "at most so many"),
+    ("buckets", 8, "of the loss by position"),
+    ("batch", 1, "documents read at once"),
+    ("seed", 0, "of the choice of documents and of the intervals"),
+  ):
+    command.add_argument(f"--{flag}", type=int, default=default, help=f"{text} (default {default})")
+  command.add_argument("--out", type=Path, help="directory (default: runs/perplexity_NAME)")
+  command.set_defaults(run=_run_perplexity, takes_overrides=True)
+
+
+def _run_perplexity(parsed: argparse.Namespace) -> None:
+  config, is_run = evaluated(parsed)
+  from ttt_jax import distributed
+  from ttt_jax.evaluation.perplexity import PerplexityConfig
+  from ttt_jax.evaluation.perplexity_command import run_perplexity
+
+  distributed.start(config.runtime)
+  run_perplexity(config, from_flags(PerplexityConfig, parsed), is_run=is_run, out=parsed.out)
+
+
+def _add_recall(commands: argparse._SubParsersAction) -> None:
+  text = "how often a run's model knows a value again, by how long ago it came (see data recall)"
+  command = commands.add_parser("eval recall", help=text, description=text, allow_abbrev=False)
+  command.add_argument("config", help="a run's YAML file or directory")
+  command.add_argument(
+    "--window", type=int, help="count distances by so many tokens (default: attention.window)"
+  )
+  command.add_argument("--out", type=Path, help="directory (default: the run's)")
+  command.set_defaults(run=_run_recall, takes_overrides=True)
+
+
+def _run_recall(parsed: argparse.Namespace) -> None:
+  config, is_run = evaluated(parsed)
+  from ttt_jax import distributed
+  from ttt_jax.evaluation.recall_command import run_recall
+
+  distributed.start(config.runtime)
+  run_recall(config, is_run=is_run, window=parsed.window, out=parsed.out)
+
+
+def _add_ruler(commands: argparse._SubParsersAction) -> None:
+  text = (
+    "the thirteen tasks of RULER, on documents of any length; also with the document out of sight"
+  )
+  ruler = add_command(commands, "eval ruler", text, _RULER_EPILOG)
+  ruler.add_argument("model", help="a Hugging Face directory, a .gguf file, or a run directory")
+  add_ruler_samples(ruler)
+  ruler.add_argument(
+    "--strict",
+    action="store_true",
+    help="the document is read first; only what the fast weights learned of it is kept for the question",
+  )
+  ruler.add_argument("--batch-size", type=int, default=4, help="samples at once (default 4)")
+  ruler.add_argument("--dtype", choices=DTYPES, help="of weights and computation")
+  ruler.add_argument(
+    "--out", type=Path, metavar="DIR", help="for the results (default: runs/ruler_MODEL)"
+  )
+  ruler.set_defaults(run=_run_ruler, takes_overrides=True)
+
+
+def _run_ruler(parsed: argparse.Namespace) -> int:
+  from ttt_jax.evaluation.ruler import command
+  from ttt_jax.evaluation.ruler.evaluate import RulerConfig
+
+  return command.run(
+    parsed.model,
+    from_flags(RulerConfig, parsed),
+    out=parsed.out,
+    dtype=parsed.dtype,
+    ttt_overrides=parsed.overrides,
+  )

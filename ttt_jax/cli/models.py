@@ -1,0 +1,72 @@
+"""Models of others: `convert`, `generate`."""
+
+import argparse
+from pathlib import Path
+
+from ttt_jax.cli.shared import add_command
+from ttt_jax.config import DTYPES
+
+_CONVERT_EPILOG = """For example, a GGUF file with fast weights in two of its MLPs that change nothing yet:
+  ttt-jax convert smollm2.gguf models/smollm2 --dtype bfloat16 --ttt.layers "[14, 28]" --ttt.chunk_size 512
+"""
+
+_GENERATE_EPILOG = """Text goes to the standard output, everything else to the standard error. For example:
+  ttt-jax generate smollm2.gguf --prompt "The old lighthouse" --temperature 0.7
+  ttt-jax generate models/mine --learn book.txt --prompt "The captain's name was"
+"""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+  _add_convert(commands)
+  _add_generate(commands)
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+  text = "write a model as a Hugging Face directory, with its tokenizer"
+  usage = "%(prog)s [-h] source destination [--dtype DTYPE] [--ttt.field value ...]"
+  convert = add_command(commands, "convert", text, _CONVERT_EPILOG, usage=usage)
+  convert.add_argument("source", help="a Hugging Face directory, a .gguf file, or a run directory")
+  convert.add_argument("destination", help="a directory that does not exist yet")
+  convert.add_argument(
+    "--dtype", choices=DTYPES, default=None, help="of the tensors (default: as they are)"
+  )
+  convert.set_defaults(run=_run_convert, takes_overrides=True)
+
+
+def _run_convert(parsed: argparse.Namespace) -> None:
+  from ttt_jax.pretrained.convert import convert
+
+  convert(parsed.source, parsed.destination, dtype=parsed.dtype, ttt_overrides=parsed.overrides)
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+  text = "continue texts with a model whose fast weights learn on while it reads and writes"
+  generate = add_command(commands, "generate", text, _GENERATE_EPILOG)
+  generate.add_argument("model", help="a Hugging Face directory, a .gguf file, or a run directory")
+  generate.add_argument(
+    "--prompt", action="append", default=[], help="a text to continue; several are done together"
+  )
+  generate.add_argument("--prompt-file", action="append", type=Path, default=[], metavar="FILE")
+  generate.add_argument("--max-new-tokens", type=int, default=200, help="(default 200)")
+  generate.add_argument("--temperature", type=float, default=0.0, help="(default 0: the likeliest)")
+  generate.add_argument("--top-k", type=int, help="draw from the K likeliest tokens")
+  generate.add_argument("--top-p", type=float, help="draw from the likeliest that sum to P")
+  generate.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+  generate.add_argument("--dtype", choices=DTYPES, help="of weights and computation")
+  generate.add_argument("--no-update", action="store_true", help="fast weights stay as they are")
+  start = generate.add_mutually_exclusive_group()
+  start.add_argument(
+    "--learn",
+    type=Path,
+    metavar="FILE",
+    help="read this text first; only what the fast weights learned of it is kept",
+  )
+  start.add_argument("--load-state", type=Path, metavar="FILE", help="go on from a saved state")
+  generate.add_argument("--save-state", type=Path, metavar="FILE", help="to go on from later")
+  generate.set_defaults(run=_run_generate, takes_overrides=True)
+
+
+def _run_generate(parsed: argparse.Namespace) -> None:
+  from ttt_jax.generation import command
+
+  command.run(parsed)
