@@ -14,9 +14,9 @@ if jax.__version_info__ < (0, 11):
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
-jax.config.update(
-  "jax_disable_most_optimizations", True
-)  # of XLA: tests compile more than they run
+# Of XLA: tests, and the commands that they start, compile more than they run.
+jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
