@@ -255,3 +255,22 @@ def test_groups_of_devices_run_side_by_side(here, monkeypatch):
   assert run_all(ablation, Console(quiet=True), device_groups=("0,1", "2,3")) == {}
   assert len({where for where, _ in seen}) == 6
   assert {group for _, group in seen} <= {"0,1", "2,3"}
+
+
+def test_what_a_run_beside_others_is_told(here, monkeypatch):
+  """Its devices, and one thread for what XLA leaves to another library; what the user set stays."""
+  ablation = load_ablation(_write("name: q\nbase: base.yaml\nseeds: [0]\nvariants: {a: {}}\n"))
+  told = []
+
+  def start(command, env, **_):
+    told.append((env.get("CUDA_VISIBLE_DEVICES"), env.get("OPENBLAS_NUM_THREADS")))
+    return SimpleNamespace(returncode=1)
+
+  monkeypatch.setattr(runs.subprocess, "run", start)
+  monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+  monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+  run_all(ablation, Console(quiet=True))
+  run_all(ablation, Console(quiet=True), device_groups=("2,3",))
+  monkeypatch.setenv("OPENBLAS_NUM_THREADS", "4")
+  run_all(ablation, Console(quiet=True), device_groups=("2,3",))
+  assert told == [(None, None), ("2,3", "1"), ("2,3", "4")]

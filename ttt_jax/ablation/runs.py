@@ -22,6 +22,9 @@ _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_DEVICES
 # What a run is asked after its training, in its directory.
 _PROBE = Path("probe", "perplexity.json")
 _RECALL = Path("recall", "recall.json")
+# Of the small triangular systems that DeltaNet has XLA solve on a CPU, with scipy's library: several
+# processes whose threads wait for one another there take ten times as long.
+_SIDE_BY_SIDE = {"OPENBLAS_NUM_THREADS": "1"}
 _LAST_LINES = 5  # of a run that failed, to show
 
 
@@ -133,7 +136,7 @@ def _run(ablation: Ablation, config: Config, groups: SimpleQueue) -> str | None:
   try:
     environment = dict(os.environ)
     if group is not None:
-      environment |= dict.fromkeys(_VISIBLE, group)
+      environment = _SIDE_BY_SIDE | environment | dict.fromkeys(_VISIBLE, group)
     with _log(config).open("w", encoding="utf-8") as log:
       for words in _left(ablation, config):
         command = [sys.executable, "-m", "ttt_jax.cli", *words]
