@@ -12,7 +12,7 @@ from ttt_jax import cli
 from ttt_jax.ablation import load_ablation, runs
 from ttt_jax.ablation.report import interval, report
 from ttt_jax.ablation.runs import run_all
-from ttt_jax.plots import plot_ablation
+from ttt_jax.plots import draw_ablation, plot_ablation
 from ttt_jax.rundir import open_run
 
 BASE = """
@@ -229,6 +229,9 @@ def test_report_of_several_seeds(here):
   assert diverged["loss"] is None
   assert unfinished == {"variant": "decay=1.0", "seeds": []}
   plot_ablation(found, here / "a.png")
+  assert draw_ablation(found).axes[0].get_title(loc="left") == "q (3 seeds)"
+  _finish(second.configs[0], [1.0, 1.0])
+  assert draw_ablation(report(ablation, {})).axes[0].get_title(loc="left") == "q (1 to 3 seeds)"
 
 
 def test_interval_of_one_value():

@@ -168,10 +168,10 @@ def draw_ablation(report: dict[str, Any]) -> Figure:
   panels[0].set_yticks(range(len(rows)), [row["variant"] for row in rows])
   panels[0].invert_yaxis()
   panels[0].set_xlabel("held-out loss (nats per token)")
+  counts = [len(row["seeds"]) for row in rows]  # of an unfinished grid they may differ
+  seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
   panels[0].set_title(
-    f"{report['title']} ({len(report['seeds'])} seed{'s' if len(report['seeds']) > 1 else ''})",
-    loc="left",
-    fontsize=11,
+    f"{report['title']} ({seeds} seed{'s' if max(counts) > 1 else ''})", loc="left", fontsize=11
   )
   panels[1].set_xlabel("position in the document (tokens)")
   panels[1].set_ylabel("loss (nats per token)")
