@@ -49,6 +49,12 @@ def standard_promotion():
 
 
 @pytest.fixture
+def optimized_commands(monkeypatch):
+  """The commands that a test starts compile as a user's do: what it measures, or trains, is theirs."""
+  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+
+
+@pytest.fixture
 def unchecked_types():
   """Turns the shape checks off, so that a test of bad input meets the library's own error."""
   jaxtyping.config.update("jaxtyping_disable", True)

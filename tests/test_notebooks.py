@@ -16,9 +16,8 @@ def test_there_are_notebooks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path, monkeypatch, tmp_path):
+def test_it_runs(path, monkeypatch, tmp_path, optimized_commands):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # they train models
   (tmp_path / "results").symlink_to(path.parent / "results")  # what they read; they write beside it
   notebook = nbformat.read(path, as_version=4)
   client = NotebookClient(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 
@@ -253,7 +252,7 @@ print(memory("VmHWM") - before, size)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
+def test_peak_memory_is_the_model_and_one_tensor(tmp_path, optimized_commands):
   sizes = {
     "small": {"d_model": 16, "num_heads": 2, "head_dim": 8, "vocab_size": 17},
     "large": {"d_model": 1024, "num_heads": 8, "head_dim": 128, "vocab_size": 12288},
@@ -266,7 +265,6 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
     capture_output=True,
     text=True,
     check=True,
-    env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},  # as a user has it
   )
   peak, size = map(int, result.stdout.split()[-2:])
   largest = 12288 * 1024 * 4
