@@ -229,9 +229,12 @@ def test_report_of_several_seeds(here):
   assert diverged["loss"] is None
   assert unfinished == {"variant": "decay=1.0", "seeds": []}
   plot_ablation(found, here / "a.png")
-  assert draw_ablation(found).axes[0].get_title(loc="left") == "q (3 seeds)"
-  _finish(second.configs[0], [1.0, 1.0])
-  assert draw_ablation(report(ablation, {})).axes[0].get_title(loc="left") == "q (1 to 3 seeds)"
+  assert draw_ablation(found).axes[0].get_title(loc="left") == "q (1 to 3 seeds)"
+  diverged_alone = found | {"variants": [diverged, unfinished]}
+  assert draw_ablation(diverged_alone).axes[0].get_title(loc="left") == "q (1 seed)"
+  _finish(second.configs[1], [1.0, 1.0])
+  _finish(second.configs[2], [1.0, 1.0])
+  assert draw_ablation(report(ablation, {})).axes[0].get_title(loc="left") == "q (3 seeds)"
 
 
 def test_interval_of_one_value():

@@ -168,7 +168,8 @@ def draw_ablation(report: dict[str, Any]) -> Figure:
   panels[0].set_yticks(range(len(rows)), [row["variant"] for row in rows])
   panels[0].invert_yaxis()
   panels[0].set_xlabel("held-out loss (nats per token)")
-  counts = [len(row["seeds"]) for row in rows]  # of an unfinished grid they may differ
+  # Of an unfinished grid they differ; a variant whose loss is not finite is not drawn, but counts.
+  counts = [len(row["seeds"]) for row in report["variants"] if row["seeds"]]
   seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
   panels[0].set_title(
     f"{report['title']} ({seeds} seed{'s' if max(counts) > 1 else ''})", loc="left", fontsize=11
@@ -185,7 +186,8 @@ def draw_ablation(report: dict[str, Any]) -> Figure:
     axes.tick_params(axis="x", labelrotation=45)
     axes.set_xlabel("tokens since the key came last")
     axes.set_title("values known again", loc="left", fontsize=11)
-  panels[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+  if rows:
+    panels[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
   for axes in panels:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
