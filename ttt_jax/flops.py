@@ -7,7 +7,7 @@ for: nothing that remat computes again, no masked half of a causal attention.
 from typing import NamedTuple
 
 from ttt_jax.config import AttentionConfig, Config, ModelConfig, TTTConfig
-from ttt_jax.nn.linear_attention import CONV_WIDTH, linear_sizes
+from ttt_jax.nn.linear_attention import linear_sizes, short_conv_width
 from ttt_jax.nn.transformer import LayerKind, layer_kinds
 
 
@@ -51,9 +51,10 @@ def token_flops(
   G, keys of width K and values of width M as in `linear_sizes`, in the places of the first two
 
       gla           2 D (2 G K + 3 G M) + 2 r (D + G K) + 6 D F      4 G K M (k^T v, q S)
-      delta_net     2 D (2 G K + 2 G M) + 2 D G + 2 c (2 G K + G M) + 6 D F      6 G K M (k S, k^T u, q S)
+      delta_net     2 D (2 G K + 2 G M) + 2 D G + 6 D F              6 G K M (k S, k^T u, q S)
 
-  where r is the rank of the decay's projection and c the width of the short convolution: the recurrence,
+  where r is the rank of the decay's projection, and either has 2 c (2 G K + G M) for a short convolution
+  of c tokens, which DeltaNet has unless `attention.short_conv` says otherwise: the recurrence,
   token by token. Reading `Z (W + S)` is one product, as the MLP's own; that some implementations read W and
   S in two, or take more products in chunks of a recurrence, is their cost, not the model's.
   """
@@ -62,22 +63,24 @@ def token_flops(
   projection = 2 * d * d if ttt.projection else 0
   per_ttt = 2 * f * d + projection + 2 * ttt.conv_width * d
   return Flops(
-    projections=sum(_mixer_projections(model, kind.mixer) + 6 * d * f for kind in kinds),
+    projections=sum(_mixer_projections(model, attention, kind.mixer) + 6 * d * f for kind in kinds),
     attention=sum(_mixing(model, kind, tokens) for kind in kinds),
     fast_weights=float(per_ttt * sum(kind.ttt for kind in kinds)),
     head=2 * d * model.vocab_size,
   )
 
 
-def _mixer_projections(model: ModelConfig, mixer: str) -> int:
+def _mixer_projections(model: ModelConfig, attention: AttentionConfig, mixer: str) -> int:
   d = model.d_model
   if mixer == "attention":
     return 2 * d * 2 * (model.num_heads + model.num_kv_heads) * model.head_size
   heads, key, value, rank = linear_sizes(model, mixer)
   keys, values = heads * key, heads * value
+  width = short_conv_width(attention, mixer)
+  short_conv = 2 * width * (2 * keys + values) if width > 1 else 0
   if mixer == "gla":
-    return 2 * d * (2 * keys + 3 * values) + 2 * rank * (d + keys)
-  return 2 * d * (2 * keys + 2 * values + heads) + 2 * CONV_WIDTH * (2 * keys + values)
+    return 2 * d * (2 * keys + 3 * values) + 2 * rank * (d + keys) + short_conv
+  return 2 * d * (2 * keys + 2 * values + heads) + short_conv
 
 
 def _mixing(model: ModelConfig, kind: LayerKind, tokens: int) -> float:

@@ -43,6 +43,11 @@ EACH = pytest.mark.parametrize("mixer", MIXERS)
 SMALL = dataclasses.replace(MODEL, num_layers=2, vocab_size=18)
 SOME = {mixer: AttentionConfig(window=5, mixer=mixer, mixer_layers=(0,)) for mixer in MIXERS}
 FAST = dataclasses.replace(TTT, layers=(0,), inner_lr=3.0)
+# Each as published, and with the short convolution that the other one has.
+SWAPPED = {"gla": 3, "delta_net": 1}
+EACH_CONV = pytest.mark.parametrize(
+  ("mixer", "short_conv"), [*((m, None) for m in MIXERS), *SWAPPED.items()]
+)
 
 
 def test_layers_are_chosen_by_name_or_all_but_those_with_full_attention():
@@ -88,9 +93,10 @@ LENGTH = 32
 SPELLED = dataclasses.replace(SMALL, vocab_size=LENGTH, tie_embeddings=False)
 
 
-@EACH
-def test_no_logit_depends_on_a_later_token_or_another_document(mixer):
-  model = random_model(SPELLED, AttentionConfig(mixer=mixer), TTTConfig())
+@EACH_CONV
+def test_no_logit_depends_on_a_later_token_or_another_document(mixer, short_conv):
+  attention = AttentionConfig(mixer=mixer, short_conv=short_conv)
+  model = random_model(SPELLED, attention, TTTConfig())
   document = np.repeat([1, 2, 3, 0], [9, 12, 8, 3])
   probe = jax.random.normal(jax.random.key(2), (LENGTH,))
   tokens = jnp.arange(LENGTH, dtype=jnp.int32)[None]
@@ -180,9 +186,10 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8], [2], [1, 8
 NEW = 7
 
 
-def learner(mixer, **changes):
+def learner(mixer, short_conv=None):
   """A model whose fast weights change what it says."""
-  return random_model(dataclasses.replace(SMALL, **changes), SOME[mixer], FAST, seed=1)
+  attention = dataclasses.replace(SOME[mixer], short_conv=short_conv)
+  return random_model(SMALL, attention, FAST, seed=1)
 
 
 _logits = jax.jit(lambda model, tokens: model(tokens))
@@ -195,11 +202,11 @@ def read_whole(model, row):
 
 
 @pytest.mark.parametrize("size", [{}, {"fsdp": 2, "tensor": 2}], ids=str)
-@EACH
-def test_writing_token_by_token_is_reading_at_once(mixer, size, monkeypatch, tmp_path):
+@EACH_CONV
+def test_writing_token_by_token_is_reading_at_once(mixer, short_conv, size, monkeypatch, tmp_path):
   """Also from a saved state, and with prompts read in several segments."""
   monkeypatch.setattr(segments, "_SEGMENT", 8)
-  model = whole = learner(mixer)
+  model = whole = learner(mixer, short_conv)
   if size:
     model = jax.device_put(model, shardings(model, mesh_of(**{"data": 1, "context": 1} | size)))
   first = generate(model, PROMPTS, max_new_tokens=3)
@@ -215,14 +222,17 @@ def test_writing_token_by_token_is_reading_at_once(mixer, size, monkeypatch, tmp
       assert text[end] == np.argmax(read_whole(whole, text[:end]))
 
 
-@EACH
-def test_a_state_has_one_size_for_any_text(mixer):
+@pytest.mark.parametrize(
+  ("mixer", "short_conv", "before"),
+  [("gla", None, 0), ("gla", 3, 2), ("delta_net", None, 3), ("delta_net", 1, 0)],
+)
+def test_a_state_has_one_size_for_any_text(mixer, short_conv, before):
   heads, key, value, _ = linear_sizes(SMALL, mixer)
-  reader = Reader.of(learner(mixer))
+  reader = Reader.of(learner(mixer, short_conv))
   few, many = (reader.empty_cache(3, capacity).layers[0].attention for capacity in (1, 1000))
   assert jax.tree.map(jnp.shape, few) == jax.tree.map(jnp.shape, many)
   assert few.state.shape == (3, heads, key, value)
-  assert (few.recent is None) == (mixer == "gla")
+  assert few.recent is None if before == 0 else few.recent.shape[:2] == (3, before)
 
 
 @EACH
@@ -249,16 +259,17 @@ def test_bfloat16_keeps_its_state_in_float32(mixer):
     assert relative_error(result.state.logits[row], read_whole(model, [*prompt, *new])) < 0.1
 
 
-@EACH
-def test_two_flops_for_every_parameter_a_token_meets(mixer):
+@EACH_CONV
+def test_two_flops_for_every_parameter_a_token_meets(mixer, short_conv):
   ttt = TTTConfig()
-  shapes = jax.eval_shape(lambda: Transformer(SMALL, SOME[mixer], ttt, rngs=nnx.Rngs(0)))
+  attention = dataclasses.replace(SOME[mixer], short_conv=short_conv)
+  shapes = jax.eval_shape(lambda: Transformer(SMALL, attention, ttt, rngs=nnx.Rngs(0)))
   sizes = {
     name: leaf.size
     for name, leaf in named_leaves(shapes).items()
     if name.startswith("groups") and not {"scale", "decay_bias"} & set(name.split("/"))
   }
-  flops = token_flops(SMALL, SOME[mixer], ttt, 20)
+  flops = token_flops(SMALL, attention, ttt, 20)
   assert flops.projections == 2 * sum(sizes.values())
   # One layer sees 5 tokens; in the other every product with the state counts.
   heads, key, value, _ = linear_sizes(SMALL, mixer)
@@ -273,6 +284,11 @@ def test_two_flops_for_every_parameter_a_token_meets(mixer):
   [
     ({"mixer": "mamba"}, r"attention\.mixer='mamba' is not one of 'attention', 'gla', 'delta_net'"),
     ({"mixer_layers": (1,)}, r"attention\.mixer_layers=\[1\] are attention layers .* leave"),
+    (
+      {"short_conv": 4},
+      r"attention\.short_conv=4 belongs to attention\.mixer 'gla' or 'delta_net'",
+    ),
+    ({"mixer": "gla", "short_conv": 0}, r"attention\.short_conv=0 .*positive"),
     (
       {"mixer": "gla", "mixer_layers": (1, 2), "full_layers": (2,)},
       r"mixer_layers=\[1, 2\] and attention\.full_layers=\[2\] both name \[2\]",

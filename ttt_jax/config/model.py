@@ -136,11 +136,21 @@ class AttentionConfig:
   # (`ttt_jax.nn.linear_attention`). These see their whole document, and have no window.
   mixer: str = "attention"
   mixer_layers: tuple[int, ...] | None = None  # None: all but `full_layers`
+  # Tokens that the short convolution of a baseline's queries, keys and values sees; 1: none. None: as
+  # published, 4 in delta_net and none in gla.
+  short_conv: int | None = None
 
   def __post_init__(self):
     if self.window is not None:
       require_positive("attention", self, "window")
     require_choice("attention.mixer", self.mixer, MIXERS)
+    if self.short_conv is not None:
+      require_positive("attention", self, "short_conv")
+      require(
+        self.mixer != "attention",
+        f"attention.short_conv={self.short_conv} belongs to attention.mixer 'gla' or 'delta_net', and "
+        "attention.mixer is 'attention': leave one out",
+      )
     if self.mixer_layers is not None:
       require(
         self.mixer != "attention",

@@ -160,11 +160,11 @@ class Reader:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# Fields of the three configs that say how numbers are computed, not which; a layer's mixer shows in the
-# names of its parameters.
+# Fields of the three configs that say how numbers are computed, not which; a layer's mixer and its short
+# convolution show in the names of its parameters.
 _HOW_COMPUTED = (
   ("remat",),
-  ("implementation", "balance", "mixer", "mixer_layers"),
+  ("implementation", "balance", "mixer", "mixer_layers", "short_conv"),
   ("implementation", "merge", "collective", "wire_dtype"),
 )
 

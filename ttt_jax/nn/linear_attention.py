@@ -14,18 +14,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ttt_jax.config import ModelConfig
+from ttt_jax.config import AttentionConfig, ModelConfig
 from ttt_jax.nn.layers import PROJECTED, RMSNorm, add_bias, normal_init, project
 from ttt_jax.ops.context import shard_count
 from ttt_jax.ops.linear_attention import delta_rule, gated_linear_attention, short_convolution
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.sharding import Axes, over_shards
 
-# The published values: alpha = sigmoid(.)^(1/16), from a projection through at most 16 channels; and
-# convolutions over a token and the three before it.
+# The published values: alpha = sigmoid(.)^(1/16), from a projection through at most 16 channels; and in
+# DeltaNet convolutions over a token and the three before it.
 TEMPERATURE = 16
 _DECAY_RANK = 16
-CONV_WIDTH = 4
+_SHORT_CONV = {"gla": 1, "delta_net": 4}
 
 
 class LinearCache(NamedTuple):
@@ -68,12 +68,27 @@ def linear_sizes(model: ModelConfig, mixer: str) -> Sizes:
   return Sizes(model.num_kv_heads, value // 2, value, max(1, min(_DECAY_RANK, model.d_model // 8)))
 
 
+def short_conv_width(attention: AttentionConfig, mixer: str) -> int:
+  """Tokens that a mixer's short convolution sees; 1 where it has none."""
+  return _SHORT_CONV[mixer] if attention.short_conv is None else attention.short_conv
+
+
 class _LinearAttention(nnx.Module):
-  """What both mixers share: projections, one call of an op on the shards of rows and heads, the output."""
+  """What both mixers share: projections, one call of an op on the shards of rows and heads, the output.
+
+  With `attention.short_conv` tokens, queries, keys and values are `silu(conv(x (W_q, W_k, W_v)))`.
+  """
 
   mixer: str
 
-  def __init__(self, model: ModelConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    model: ModelConfig,
+    attention: AttentionConfig,
+    *,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+  ):
     d = model.d_model
     h, k, m, _ = self.sizes = linear_sizes(model, self.mixer)
     self.query = normal_init(rngs.params(), (d, h, k), param_dtype, fan_in=d)
@@ -82,6 +97,12 @@ class _LinearAttention(nnx.Module):
     gain = (2 * model.num_layers) ** -0.5
     self.out = normal_init(rngs.params(), (h, m, d), param_dtype, fan_in=h * m, gain=gain)
     self.out_norm = RMSNorm(m, eps=model.norm_eps, param_dtype=param_dtype)
+    self._init_gates(model, param_dtype, rngs)
+    width = short_conv_width(attention, self.mixer)
+    taps = (width, h, 2 * k + m)
+    self.short_conv = (
+      normal_init(rngs.params(), taps, param_dtype, fan_in=width) if width > 1 else None
+    )
 
   def __call__(
     self,
@@ -116,20 +137,35 @@ class _LinearAttention(nnx.Module):
   def empty_cache(self, rows: int, capacity: int, dtype: DTypeLike) -> LinearCache:
     """Of rows that have read nothing; of one size for any `capacity`."""
     h, k, m, _ = self.sizes
-    return LinearCache(jnp.zeros((rows, h, k, m), accumulation_dtype(dtype)), None)
+    state = jnp.zeros((rows, h, k, m), accumulation_dtype(dtype))
+    if self.short_conv is None:
+      return LinearCache(state, None)
+    width, _, channels = self.short_conv.shape
+    return LinearCache(state, jnp.zeros((rows, width - 1, h, channels), dtype))
+
+  def _init_gates(self, model: ModelConfig, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    """Parameters that only this mixer has."""
+    raise NotImplementedError
 
   def _inputs(self, x, documents, recent):
-    """q, k, v, the gate of the op, and what the cache keeps of the last tokens."""
+    """q, k, v, the gate of the op, and the projections of which the cache keeps the last tokens'."""
     raise NotImplementedError
 
   def _op(self, *arrays, **options):
     raise NotImplementedError
 
-  def _project(self, x):
-    return (
+  def _project(self, x, documents, recent):
+    """q, k and v, convolved where this layer does that, and the projections that the convolution saw."""
+    q, k, v = (
       checkpoint_name(project("btd,dhk->bthk", x, kernel, x.dtype), PROJECTED)
       for kernel in (self.query, self.key, self.value)
     )
+    if self.short_conv is None:
+      return q, k, v, None
+    projected = jnp.concatenate([q, k, v], axis=-1)
+    mixed = short_convolution(projected, self.short_conv[...], segment_ids=documents, before=recent)
+    width = self.sizes.key
+    return *jnp.split(jax.nn.silu(mixed), (width, 2 * width), axis=-1), projected
 
   def _mix(self, q, k, v, gate, documents, state):
     """The op's outputs and last state, every device its rows and heads."""
@@ -173,16 +209,15 @@ class GatedLinearAttention(_LinearAttention):
 
       q = x W_q / sqrt(K)     k = x W_k     v = x W_v     alpha = sigmoid(x W_1 W_2 + b)^(1/16)
 
-  The published block (Yang et al., arXiv 2312.06635; `fla`'s layer): keys half as wide as
-  values, a norm per head, an output gate, no short convolution. Differences: the heads are those of the
+  The published block (Yang et al., arXiv 2312.06635; `fla`'s layer with its defaults): keys half as wide
+  as values, a norm per head, an output gate, no short convolution. Differences: the heads are those of the
   model's keys and values instead of four, RMSNorm stands for LayerNorm (as in `fla`), and the decay's
   projection has rank D/8 where that is below 16.
   """
 
   mixer = "gla"
 
-  def __init__(self, model: ModelConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
-    super().__init__(model, param_dtype=param_dtype, rngs=rngs)
+  def _init_gates(self, model, param_dtype, rngs):
     d, (h, k, m, rank) = model.d_model, self.sizes
     self.output_gate = normal_init(rngs.params(), (d, h, m), param_dtype, fan_in=d)
     self.decay_down = normal_init(rngs.params(), (d, rank), param_dtype, fan_in=d)
@@ -190,11 +225,11 @@ class GatedLinearAttention(_LinearAttention):
     self.decay_bias = nnx.Param(jnp.zeros((h, k), param_dtype))
 
   def _inputs(self, x, documents, recent):
-    q, k, v = self._project(x)
+    q, k, v, projected = self._project(x, documents, recent)
     low = project("btd,dr->btr", x, self.decay_down, x.dtype)
     logits = project("btr,rhk->bthk", low, self.decay_up, accumulation_dtype(x.dtype))
     log_decay = jax.nn.log_sigmoid(add_bias(logits, self.decay_bias)) / TEMPERATURE
-    return q * self.sizes.key**-0.5, k, v, log_decay, None
+    return q * self.sizes.key**-0.5, k, v, log_decay, projected
 
   def _op(self, *arrays, **options):
     return gated_linear_attention(*arrays, **options)
@@ -212,35 +247,24 @@ class DeltaNet(_LinearAttention):
   The published block (Yang et al., arXiv 2406.06484; `fla`'s layer with its defaults): a causal
   convolution of width 4 per channel, silu, keys and queries L2-normalised per head, RMSNorm per head.
   The difference: the heads are those of the model's keys and values. Left out, as there: an output gate,
-  beta up to 2, and feature maps other than silu.
+  beta up to 2, and feature maps other than silu. Without the convolution silu stays, also as there.
   """
 
   mixer = "delta_net"
 
-  def __init__(self, model: ModelConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
-    super().__init__(model, param_dtype=param_dtype, rngs=rngs)
-    d, (h, k, m, _) = model.d_model, self.sizes
+  def _init_gates(self, model, param_dtype, rngs):
+    d, h = model.d_model, self.sizes.heads
     self.beta = normal_init(rngs.params(), (d, h), param_dtype, fan_in=d)
-    shape = (CONV_WIDTH, h, 2 * k + m)
-    self.short_conv = normal_init(rngs.params(), shape, param_dtype, fan_in=CONV_WIDTH)
 
   def _inputs(self, x, documents, recent):
-    projected = jnp.concatenate(list(self._project(x)), axis=-1)
-    mixed = jax.nn.silu(
-      short_convolution(projected, self.short_conv[...], segment_ids=documents, before=recent)
-    )
-    width = self.sizes.key
-    q, k, v = jnp.split(mixed, (width, 2 * width), axis=-1)
+    q, k, v, projected = self._project(x, documents, recent)
+    if projected is None:
+      q, k, v = jax.nn.silu(q), jax.nn.silu(k), jax.nn.silu(v)
     beta = jax.nn.sigmoid(project("btd,dh->bth", x, self.beta, accumulation_dtype(x.dtype)))
     return l2_normalize(q), l2_normalize(k), v, beta, projected
 
   def _op(self, *arrays, **options):
     return delta_rule(*arrays, **options)
-
-  def empty_cache(self, rows: int, capacity: int, dtype: DTypeLike) -> LinearCache:
-    h, k, m, _ = self.sizes
-    recent = jnp.zeros((rows, CONV_WIDTH - 1, h, 2 * k + m), dtype)
-    return super().empty_cache(rows, capacity, dtype)._replace(recent=recent)
 
 
 def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:

@@ -132,7 +132,8 @@ class Block(nnx.Module):
         model, attention, window=kind.window, param_dtype=param_dtype, rngs=rngs
       )
     else:
-      self.attention = LINEAR_ATTENTION[kind.mixer](model, param_dtype=param_dtype, rngs=rngs)
+      mixer = LINEAR_ATTENTION[kind.mixer]
+      self.attention = mixer(model, attention, param_dtype=param_dtype, rngs=rngs)
     self.mlp_norm = norm()
     if kind.ttt:
       self.mlp = TttMlp(model, ttt, param_dtype=param_dtype, rngs=rngs)
