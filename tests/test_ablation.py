@@ -10,9 +10,9 @@ from rich.console import Console
 
 from ttt_jax import cli
 from ttt_jax.ablation import load_ablation, runs
+from ttt_jax.ablation.picture import draw_ablation, plot_ablation
 from ttt_jax.ablation.report import interval, report
 from ttt_jax.ablation.runs import run_all
-from ttt_jax.plots import draw_ablation, plot_ablation
 from ttt_jax.rundir import open_run
 
 BASE = """
@@ -94,6 +94,7 @@ GOOD = "name: q\nbase: base.yaml\nseeds: [0]\n"
     (GOOD + "variants: {a: {}}\nprobe: {block: 0}\n", r"probe\.block=0 must be positive"),
     (GOOD + "variants: {a: {}}\nrecall: true\n", "recall=True must be of type int"),
     (GOOD + "variants: {a: {}}\nrecall: 0\n", "recall=0 must be positive"),
+    (GOOD + "variants: {a: {}}\nreference: b\n", "reference='b' is no variant; .* are 'a'"),
     ("name: q\nbase: other.yaml\nseeds: [1]\nvariants: {a: {}}\n", "no config file other.yaml"),
   ],
 )
@@ -235,6 +236,49 @@ def test_report_of_several_seeds(here):
   _finish(second.configs[1], [1.0, 1.0])
   _finish(second.configs[2], [1.0, 1.0])
   assert draw_ablation(report(ablation, {})).axes[0].get_title(loc="left") == "q (3 seeds)"
+
+
+def test_differences_are_of_pairs_with_one_seed(here):
+  """What a seed does to both falls out: the losses of the variants overlap, their differences do not."""
+  ablation = load_ablation(
+    _write(
+      "name: q\nbase: base.yaml\nseeds: [5, 6, 7]\nreference: plain\n"
+      "variants: {better: {ttt.decay: 0.5}, plain: {}, other: {}, none: {}}\n"
+    )
+  )
+  better, plain, other, _ = ablation.variants
+  for config, seed, gain in zip(plain.configs, (0.0, 0.4, 0.8), (0.1, 0.2, 0.3)):
+    _finish(config, [2.0 + seed, 1.0 + seed])
+    _finish(better.configs[plain.configs.index(config)], [2.0 + seed, 1.0 + seed - gain])
+  _finish(other.configs[2], [3.0, None])
+  found = report(ablation, {})
+  gained, base, one, none = found["variants"]
+  assert gained["low"] < base["loss"] < gained["high"]
+  assert gained["difference"] == pytest.approx(-0.1)
+  # t of two degrees of freedom is 4.303; the deviation of 0.05, 0.1, 0.15 is 0.05.
+  half = 4.303 * 0.05 / 3**0.5
+  assert gained["difference_low"] == pytest.approx(-0.1 - half, rel=1e-3)
+  assert gained["difference_high"] == pytest.approx(-0.1 + half, rel=1e-3)
+  assert [part["difference"] for part in gained["by_position"]] == pytest.approx([0.0, -0.2])
+  assert one["difference"] is None
+  assert [part["difference"] for part in one["by_position"]] == [pytest.approx(3.0 - 2.8), None]
+  assert one["by_position"][0]["difference_low"] is None
+  assert "difference" not in base
+  assert none == {"variant": "none", "seeds": []}
+  titles = [axes.get_title(loc="left") for axes in draw_ablation(found).axes]
+  assert titles == ["q (1 to 3 seeds)", "", "less than 'plain', same seed"]
+  drawn = draw_ablation(found).axes[2].get_lines()
+  assert drawn[0].get_ydata() == pytest.approx([0.0, 0.2])
+
+
+def test_nothing_is_compared_with_a_reference_that_is_not_finished(here):
+  ablation = load_ablation(
+    _write("name: q\nbase: base.yaml\nseeds: [0]\nreference: b\nvariants: {a: {}, b: {}}\n")
+  )
+  _finish(ablation.variants[0].configs[0], [1.0])
+  found = report(ablation, {})
+  assert "difference" not in found["variants"][0]
+  assert len(draw_ablation(found).axes) == 2
 
 
 def test_interval_of_one_value():

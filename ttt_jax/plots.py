@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, whose state is the user's
 
@@ -17,14 +16,19 @@ _CURVES = {
 }
 
 
-def _subplots(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+def subplots(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
   """A figure of so many inches, and its axes, `[rows, columns]`."""
   figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
   return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def shares(table: list[dict[str, Any]]) -> list[float]:
+  """What was known again by distance; nothing is drawn where nothing was asked."""
+  return [float("nan") if row["right"] is None else row["right"] for row in table]
+
+
 def _axes(title: str, x: str, y: str):
-  figure, ((axes,),) = _subplots(1, 1, 7.2, 4.4)
+  figure, ((axes,),) = subplots(1, 1, 7.2, 4.4)
   axes.set_title(title, loc="left", fontsize=11)
   axes.set_xlabel(x)
   axes.set_ylabel(y)
@@ -78,7 +82,7 @@ _RESET = ("#3f8f4f", "v")
 
 def plot_perplexity(report: dict[str, Any], path: Path) -> None:
   """Loss of the last block against the text before it, and by position, with intervals."""
-  figure, ((left, right),) = _subplots(1, 2, 11.0, 4.4)
+  figure, ((left, right),) = subplots(1, 2, 11.0, 4.4)
   for mode in report["modes"]:
     color, marker = _MODES.get(mode, _RESET)
     by_context = [row for row in report["by_context"] if row["mode"] == mode]
@@ -127,87 +131,18 @@ def plot_recall(report: dict[str, Any], path: Path) -> None:
       + ("" if row["to"] is None else f"{row['to'] // report['window']}")
       for row in table
     ]
-    axes.plot(names, _shares(table), color=color, marker=marker, label=name)
+    axes.plot(names, shares(table), color=color, marker=marker, label=name)
   axes.axhline(report["chance"], color="#9a9a9a", linestyle=":", label="chance")
   axes.set_ylim(0, 1.02)
   axes.legend(frameon=False)
   figure.savefig(path)
 
 
-def plot_ablation(report: dict[str, Any], path: Path) -> None:
-  """`draw_ablation`, as a file."""
-  draw_ablation(report).savefig(path)
-
-
-def draw_ablation(report: dict[str, Any]) -> Figure:
-  """Held-out loss of every variant with its interval and along a document.
-
-  Beside them, where the grid asked for it: the loss after more and more context, and what was recalled.
-  """
-  rows = [row for row in report["variants"] if row.get("loss") is not None]
-  asked = [key for key in ("by_context", "by_distance") if any(row.get(key) for row in rows)]
-  height = max(3.6, 1.4 + 0.34 * len(rows))
-  figure, (panels,) = _subplots(1, 2 + len(asked), 11.5 + 4.5 * len(asked), height)
-  beside = dict(zip(asked, panels[2:]))
-  colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(rows)))
-  for place, (row, color) in enumerate(zip(rows, colors)):
-    if row["low"] is not None:
-      panels[0].plot([row["low"], row["high"]], [place, place], color=color, linewidth=2, alpha=0.5)
-    panels[0].plot(row["losses"], [place] * len(row["losses"]), "|", color=color, markersize=9)
-    panels[0].plot(row["loss"], place, "o", color=color, markersize=6)
-    look = {"color": color, "marker": "o", "markersize": 3, "label": row["variant"]}
-    table = row["by_position"]
-    middle = [(part["from"] + part["to"]) / 2 for part in table]
-    panels[1].plot(middle, [part["loss"] for part in table], **look)
-    if row.get("by_context"):
-      contexts = [part["context"] for part in row["by_context"]]
-      beside["by_context"].plot(contexts, [part["loss"] for part in row["by_context"]], **look)
-    if row.get("by_distance"):
-      distances = [_distance(part) for part in row["by_distance"]]
-      beside["by_distance"].plot(distances, _shares(row["by_distance"]), **look)
-  panels[0].set_yticks(range(len(rows)), [row["variant"] for row in rows])
-  panels[0].invert_yaxis()
-  panels[0].set_xlabel("held-out loss (nats per token)")
-  # Of an unfinished grid they differ; a variant whose loss is not finite is not drawn, but counts.
-  counts = [len(row["seeds"]) for row in report["variants"] if row["seeds"]]
-  seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
-  panels[0].set_title(
-    f"{report['title']} ({seeds} seed{'s' if max(counts) > 1 else ''})", loc="left", fontsize=11
-  )
-  panels[1].set_xlabel("position in the document (tokens)")
-  panels[1].set_ylabel("loss (nats per token)")
-  if axes := beside.get("by_context"):
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(contexts, [f"{c:,}" for c in contexts], minor=False)
-    axes.set_xlabel("tokens read before the block")
-    axes.set_title("loss of the same last block", loc="left", fontsize=11)
-  if axes := beside.get("by_distance"):
-    axes.set_ylim(-0.02, 1.02)
-    axes.tick_params(axis="x", labelrotation=45)
-    axes.set_xlabel("tokens since the key came last")
-    axes.set_title("values known again", loc="left", fontsize=11)
-  if rows:
-    panels[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-  for axes in panels:
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-  return figure
-
-
-def _shares(table: list[dict[str, Any]]) -> list[float]:
-  """What was known again by distance; nothing is drawn where nothing was asked."""
-  return [float("nan") if row["right"] is None else row["right"] for row in table]
-
-
-def _distance(part: dict[str, Any]) -> str:
-  return f"over {part['from']}" if part["to"] is None else f"{part['from']} - {part['to']}"
-
-
 def plot_bench(report: dict[str, Any], path: Path) -> None:
   """Time against the dense MLP, with the FLOPs' ratio as a line, and memory; bytes sent, if any."""
   exchange = [record for record in report["exchange"] if "," not in record["case"]]
   panels = 3 if exchange else 2
-  figure, axes = _subplots(1, panels, 4.6 * panels, 4.2)
+  figure, axes = subplots(1, panels, 4.6 * panels, 4.2)
   sizes = report["config"]
   names = [record["case"] for record in report["mlp"] if record["what"] == "forward"]
   for axis, what_is_drawn in zip(axes[0], ("time", "memory")):
@@ -254,7 +189,7 @@ def plot_ruler(report: dict[str, Any], path: Path) -> None:
   for cell in report["cells"]:
     scores[tasks.index(cell["task"]), lengths.index(cell["length"])] = 100 * cell["score"]
   scores[-1] = [100 * score for score in report["averages"].values()]
-  figure, ((axes,),) = _subplots(1, 1, 3.6 + 0.85 * len(lengths), 1.6 + 0.36 * len(scores))
+  figure, ((axes,),) = subplots(1, 1, 3.6 + 0.85 * len(lengths), 1.6 + 0.36 * len(scores))
   image = axes.imshow(scores, cmap="Blues", vmin=0, vmax=100, aspect="auto")
   axes.set_facecolor("0.92")  # where nothing was asked: not the white of a score of 0
   for (row, column), score in np.ndenumerate(scores):

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.ablation.grid import load_ablation
+from ttt_jax.ablation.picture import plot_ablation
 from ttt_jax.ablation.report import report
 from ttt_jax.ablation.runs import run_all
-from ttt_jax.plots import plot_ablation
 from ttt_jax.rundir import write_json
 
 
@@ -41,38 +42,62 @@ def run(
 
 
 def _print(found: dict[str, Any], console: Console) -> None:
-  table = Table(title=found["title"], title_justify="left")
-  table.add_column("variant")
-  titles = ["seeds", "loss", "95 %", "first part", "last part", "updates off", "tokens/s"]
+  """The table: means over the seeds, with half of their 95 % intervals."""
+  reference = found["reference"]
   recalls = next((row["by_distance"] for row in found["variants"] if row.get("by_distance")), None)
+  titles, said = ["seeds", "loss"], []
+  if reference is not None:
+    titles.append("difference")
+    said.append(f"difference: from {reference!r} of the same seed")
   if recalls:
-    titles.append(f"known again after {recalls[-1]['from']:,} tokens")
+    titles.append("recall")
+    said.append(f"recall: values known again after {recalls[-1]['from']:,} tokens")
+  else:
+    titles += ["first", "last"]
+    said.append("first, last: loss in the first and the last part of the documents")
+  titles.append("tok/s")
+  table = Table(
+    title=found["title"],
+    title_justify="left",
+    caption="; ".join(said),
+    caption_justify="left",
+    box=box.SIMPLE_HEAD,
+  )
+  table.add_column("variant", overflow="fold")
   for title in titles:
-    table.add_column(title, justify="right")
+    table.add_column(title, justify="right", no_wrap=True)
   for row in found["variants"]:
     if not row["seeds"]:
       table.add_row(row["variant"], "0", *["-"] * (len(titles) - 1))
       continue
-    first, last = row["by_position"][0]["loss"], row["by_position"][-1]["loss"]
-    between = "-" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+    if recalls:
+      what = [_share(row["by_distance"][-1]["right"])]
+    else:
+      what = [_mean(row["by_position"][i]["loss"]) for i in (0, -1)]
     speed = row["tokens_per_second"]
     table.add_row(
       row["variant"],
       str(len(row["seeds"])),
-      _number(row["loss"]),
-      between,
-      _number(first),
-      _number(last),
-      _number(row["loss_updates_off"]),
+      _mean(row["loss"], row["high"]),
+      *([] if reference is None else [_difference(row)]),
+      *what,
       "-" if speed is None else f"{speed:,.0f}",
-      *([_share(row["by_distance"][-1]["right"])] if recalls else []),
     )
   console.print(table)
 
 
+def _mean(loss: float | None, high: float | None = None) -> str:
+  if loss is None:
+    return "-"
+  return f"{loss:.3f}" + ("" if high is None else f" ± {high - loss:.3f}")
+
+
+def _difference(row: dict[str, Any]) -> str:
+  difference = row.get("difference")
+  if difference is None:
+    return "-"
+  return ("+" if difference >= 0 else "") + _mean(difference, row["difference_high"])
+
+
 def _share(right: float | None) -> str:
   return "-" if right is None else f"{right:.1%}"
-
-
-def _number(loss: float | None) -> str:
-  return "-" if loss is None else f"{loss:.3f}"

@@ -21,6 +21,7 @@ _KEYS = {
   "set": dict,  # field: value, for all runs
   "grid": dict,  # field: list of values; every combination is a variant
   "variants": dict,  # name: {field: value}; besides the grid
+  "reference": str,  # the variant that the others are compared with, seed by seed
   "seeds": list,
   "probe": dict,  # fields of `PerplexityConfig`: what each trained model reads after its own evaluation
   "recall": int,  # tokens of a window: what each recalls of pairs, by so many windows
@@ -45,6 +46,7 @@ class Ablation:
   directory: Path
   seeds: tuple[int, ...]
   variants: tuple[Variant, ...]
+  reference: str | None = None
   probe: PerplexityConfig | None = None
   recall: int | None = None
 
@@ -65,6 +67,7 @@ def load_ablation(
       set: {train.steps: 200}
       grid: {ttt.chunk_size: [64, 256, 1024]}
       variants: {no fast weights: {ttt.layers: []}}
+      reference: no fast weights
       seeds: [0, 1, 2]
       probe: {lengths: [1024, 4096, 16384], block: 512}
 
@@ -116,8 +119,21 @@ def load_ablation(
   names = [_file_name(variant.name) for variant in variants]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(f"{path} has several variants named {', '.join(twice)}")
-  title, probe = tree.get("title", tree["name"]), _probe(path, tree.get("probe"))
-  return Ablation(tree["name"], title, directory, seeds, tuple(variants), probe, tree.get("recall"))
+  reference = tree.get("reference")
+  if reference is not None and reference not in (known := [variant.name for variant in variants]):
+    raise ValueError(
+      f"{path}: reference={reference!r} is no variant; the variants are {', '.join(map(repr, known))}"
+    )
+  return Ablation(
+    name=tree["name"],
+    title=tree.get("title", tree["name"]),
+    directory=directory,
+    seeds=seeds,
+    variants=tuple(variants),
+    reference=reference,
+    probe=_probe(path, tree.get("probe")),
+    recall=tree.get("recall"),
+  )
 
 
 def _probe(path: Path, fields: dict[str, Any] | None) -> PerplexityConfig | None:

@@ -19,6 +19,10 @@ def report(ablation: Ablation, failed: dict[tuple[str, int], str]) -> dict[str, 
   block by the tokens before it, `by_distance` the part of values known again. A variant none of whose
   runs is finished has no numbers. `failed` says what the others came to.
 
+  Where the ablation has a reference, `difference` is a loss less the reference's, the mean over the seeds
+  that both have, with `difference_low` and `difference_high` the 95 % interval of that mean: runs of one
+  seed read the same batches in the same order, so that what a seed does to both falls out.
+
   Raises:
     ValueError: no run is finished.
   """
@@ -27,9 +31,12 @@ def report(ablation: Ablation, failed: dict[tuple[str, int], str]) -> dict[str, 
     raise ValueError(
       f"{ablation.directory} has no finished run: run ttt-jax ablate with this config first"
     )
+  if ablation.reference is not None:
+    _compare(rows, ablation.reference)
   return {
     "name": ablation.name,
     "title": ablation.title,
+    "reference": ablation.reference,
     "seeds": list(ablation.seeds),
     "variants": rows,
     "failed": [
@@ -47,7 +54,8 @@ def _row(ablation: Ablation, variant: Variant) -> dict[str, Any]:
   tables = [summary["heldout_by_position"] for summary in summaries]
   positions = [
     {"from": part["from"], "to": part["to"]}
-    | {name: _mean([table[i][name] for table in tables]) for name in ("loss", "loss_updates_off")}
+    | _over_seeds([table[i]["loss"] for table in tables])
+    | {"loss_updates_off": _mean([table[i]["loss_updates_off"] for table in tables])}
     for i, part in enumerate(tables[0])
   ]
   losses = [summary["heldout_loss"] for summary in summaries]
@@ -61,6 +69,33 @@ def _row(ablation: Ablation, variant: Variant) -> dict[str, Any]:
     "state_numbers": _state_numbers(done[0]),
     "tokens_per_second": _mean([summary["tokens_per_second"] for summary in summaries]),
   }
+
+
+def _compare(rows: list[dict[str, Any]], reference: str) -> None:
+  """Adds the differences to every row but the reference's own, and to the rows of its tables."""
+  (base,) = (row for row in rows if row["variant"] == reference)
+  for row in rows:
+    pairs = [
+      (i, base["seeds"].index(seed)) for i, seed in enumerate(row["seeds"]) if seed in base["seeds"]
+    ]
+    if row is base or not pairs:
+      continue
+    row |= _difference(row, base, pairs)
+    for name, place in (("by_position", ("from", "to")), ("by_context", ("context",))):
+      of_base = {tuple(part[p] for p in place): part for part in base[name] or ()}
+      for part in row[name] or ():
+        if (same := of_base.get(tuple(part[p] for p in place))) is not None:
+          part |= _difference(part, same, pairs)
+
+
+def _difference(
+  mine: dict[str, Any], its: dict[str, Any], pairs: list[tuple[int, int]]
+) -> dict[str, Any]:
+  """Of losses by seed, those of `mine` less those of `its`."""
+  losses = [(mine["losses"][i], its["losses"][j]) for i, j in pairs]
+  differences = [None if None in both else both[0] - both[1] for both in losses]
+  low, high = interval(differences)
+  return {"difference": _mean(differences), "difference_low": low, "difference_high": high}
 
 
 def _by_context(probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
