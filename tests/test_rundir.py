@@ -7,7 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from ttt_jax.config import Config, EvalConfig, MeshConfig, RuntimeConfig, TrainConfig, TTTConfig
+from ttt_jax.config import (
+  Config,
+  EvalConfig,
+  MeshConfig,
+  ModelConfig,
+  RopeScaling,
+  RuntimeConfig,
+  TrainConfig,
+  TTTConfig,
+)
 from ttt_jax.load_config import load_config
 from ttt_jax.rundir import MetricsLog, open_run, read_metrics, write_json
 
@@ -95,6 +104,26 @@ def test_damaged_config_is_named(tmp_path, damage):
   with pytest.raises(ValueError, match=r"config\.yaml"):
     open_run(tmp_path, CONFIG)
   assert contents(tmp_path) == before
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+  """A field that it did not have is its default; one that we do not have is refused."""
+  config = dataclasses.replace(
+    CONFIG, model=ModelConfig(rope_theta=5e5, rope_scaling=RopeScaling("linear", 2.0))
+  )
+  file = open_run(tmp_path, config) / "config.yaml"
+  text = file.read_text()
+  earlier = text.replace("  short_conv: null\n", "").replace("    mscale: null\n", "")
+  assert len(earlier.splitlines()) == len(text.splitlines()) - 2
+  file.write_text(earlier)
+  open_run(tmp_path, config)
+  assert load_config(file) == config
+  file.write_text(earlier.replace("  rope_theta: 500000.0\n", ""))
+  with pytest.raises(ValueError, match=r"model\.rope_theta: 10000\.0 -> 500000\.0"):
+    open_run(tmp_path, config)
+  file.write_text(earlier.replace("attention:\n", "attention:\n  sinks: 4\n"))
+  with pytest.raises(ValueError, match=r"unknown field attention\.sinks in .*config\.yaml"):
+    open_run(tmp_path, config)
 
 
 def write_steps(path, steps, resume_step=0):

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from ttt_jax.config import Config
-from ttt_jax.load_config import config_difference, dump_config, flatten, read_yaml
+from ttt_jax.load_config import config_difference, dump_config, flatten, load_config
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+# The last line of a config that was written whole: what it lacks, its version of ttt_jax did not have.
+_END = "# end of the config\n"
 
 # They say where a run goes on, not what it computes: never compared.
 _NOT_COMPARED = ("run_dir", "runtime", "plan")
@@ -59,7 +61,7 @@ def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = 
       path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise ValueError(f"run_dir={str(path)!r} cannot be made: {error.strerror}") from error
-    write_whole(file, dump_config(config))
+    write_whole(file, dump_config(config) + _END)
     return path
 
   recorded, current = _read_config(file), dataclasses.asdict(config)
@@ -71,7 +73,7 @@ def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = 
       + f"\nto resume it use its own config, {file}; to start this one give another --run_dir"
     )
   if config_difference(_without(recorded, ()), _without(current, ())):
-    write_whole(file, dump_config(config))
+    write_whole(file, dump_config(config) + _END)
   return path
 
 
@@ -141,24 +143,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-  """The recorded config, with every field there: a file cut short must not pass for defaults."""
-  tree = read_yaml(file)
-  missing = [name for name, _ in flatten(dataclasses.asdict(Config())) if not _has(tree, name)]
-  if missing:
-    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    raise ValueError(
-      f"{file} is damaged or of another version of ttt_jax, it lacks {', '.join(missing[:3])}{more}: "
-      "give another --run_dir"
+  """The recorded config; what an earlier version of ttt_jax did not have is its default."""
+  if not file.read_text(encoding="utf-8", errors="replace").endswith(_END):
+    raise ValueError(  # cut short: what it lacks must not pass for defaults
+      f"{file} is damaged, its last line is not {_END.strip()!r}: give another --run_dir, or add that "
+      "line if all the rest is there"
     )
-  return tree
-
-
-def _has(tree: Any, name: str) -> bool:
-  for key in name.split("."):
-    if not isinstance(tree, dict) or key not in tree:
-      return False
-    tree = tree[key]
-  return True
+  return dataclasses.asdict(load_config(file))
 
 
 def _without(tree: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
