@@ -61,7 +61,7 @@ def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = 
       path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise ValueError(f"run_dir={str(path)!r} cannot be made: {error.strerror}") from error
-    write_whole(file, dump_config(config) + _END)
+    _write_config(file, config)
     return path
 
   recorded, current = _read_config(file), dataclasses.asdict(config)
@@ -73,7 +73,7 @@ def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = 
       + f"\nto resume it use its own config, {file}; to start this one give another --run_dir"
     )
   if config_difference(_without(recorded, ()), _without(current, ())):
-    write_whole(file, dump_config(config) + _END)
+    _write_config(file, config)
   return path
 
 
@@ -140,6 +140,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     elif number < len(lines):
       raise ValueError(f"{path}, line {number} is not a record of metrics: {line[:80]!r}")
   return records
+
+
+def _write_config(file: Path, config: Config) -> None:
+  write_whole(file, dump_config(config) + _END)
 
 
 def _read_config(file: Path) -> dict[str, Any]:

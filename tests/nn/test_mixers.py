@@ -43,7 +43,7 @@ EACH = pytest.mark.parametrize("mixer", MIXERS)
 SMALL = dataclasses.replace(MODEL, num_layers=2, vocab_size=18)
 SOME = {mixer: AttentionConfig(window=5, mixer=mixer, mixer_layers=(0,)) for mixer in MIXERS}
 FAST = dataclasses.replace(TTT, layers=(0,), inner_lr=3.0)
-# Each as published, and with the short convolution that the other one has.
+# Each as published, and the other way round: gla with a short convolution, delta_net without.
 SWAPPED = {"gla": 3, "delta_net": 1}
 EACH_CONV = pytest.mark.parametrize(
   ("mixer", "short_conv"), [*((m, None) for m in MIXERS), *SWAPPED.items()]
