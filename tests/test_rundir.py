@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from ttt_jax.config import (
   TTTConfig,
 )
 from ttt_jax.load_config import load_config
-from ttt_jax.rundir import MetricsLog, open_run, read_metrics, write_json
+from ttt_jax.rundir import MetricsLog, hold_run, open_run, read_metrics, write_json
 
 CONFIG = Config(ttt=TTTConfig(layers=(1,)))
 
@@ -124,6 +126,49 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
   file.write_text(earlier.replace("attention:\n", "attention:\n  sinks: 4\n"))
   with pytest.raises(ValueError, match=r"unknown field attention\.sinks in .*config\.yaml"):
     open_run(tmp_path, config)
+
+
+HOLDS = """
+import sys
+from ttt_jax.load_config import load_config
+from ttt_jax.rundir import hold_run
+with hold_run(sys.argv[1], load_config(sys.argv[2])):
+  print("held", flush=True)
+  sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
+  """Also by being killed; what the second would have recorded is not."""
+  file = open_run(tmp_path / "run", CONFIG) / "config.yaml"
+  longer = dataclasses.replace(CONFIG, train=TrainConfig(steps=500))
+  with subprocess.Popen(
+    [sys.executable, "-c", HOLDS, str(file.parent), str(file)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as first:
+    assert first.stdout.readline() == "held\n"
+    before = contents(tmp_path)
+    with (
+      pytest.raises(ValueError, match=r"run' is in use.*--run_dir"),
+      hold_run(file.parent, longer),
+    ):
+      raise AssertionError("two hold it")
+    assert contents(tmp_path) == before
+    first.kill()
+  with hold_run(file.parent, longer):
+    assert load_config(file) == longer
+
+
+def test_a_run_is_held_where_files_cannot_be_locked(tmp_path, monkeypatch):
+  def no_locks(self, *args):
+    raise OSError("no locks here")
+
+  monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+  with hold_run(tmp_path / "run", CONFIG):
+    assert load_config(tmp_path / "run" / "config.yaml") == CONFIG
+  assert not (tmp_path / "run" / ".lock").exists()
 
 
 def write_steps(path, steps, resume_step=0):

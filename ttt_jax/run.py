@@ -1,6 +1,7 @@
 """A whole run: corpus, mesh, training, its twin, evaluation, and what they leave in the run directory."""
 
 import statistics
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ttt_jax.initial import initial_model, resolve
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.plots import plot_by_position, plot_training
 from ttt_jax.pretrained.tokenizer import load_tokenizer
-from ttt_jax.rundir import METRICS_FILE, open_run, read_metrics, write_json
+from ttt_jax.rundir import METRICS_FILE, hold_run, open_run, read_metrics, write_json
 from ttt_jax.sharding import make_mesh
 from ttt_jax.step import abstract_state
 from ttt_jax.train import model_summary, train
@@ -30,13 +31,22 @@ def run_training(config: Config, console: Console | None = None) -> dict[str, An
   """Trains the model of a config (and its twin), evaluates, draws; returns the summary.
 
   The same call again goes on from the last checkpoint. Returns None if it was interrupted.
+
+  Raises:
+    ValueError: the run directory is another config's, or another process trains there; as `resolve`,
+      `make_mesh`, `load_data` and `train`.
   """
   console = Console(quiet=not is_main()) if console is None else console
   config = resolve(config)
   mesh = make_mesh(config.mesh)
   corpus = together(lambda: load_data(config))
   run_dir = Path(config.resolved_run_dir)
-  on_main(lambda: open_run(run_dir, config))
+  with ExitStack() as held:
+    on_main(lambda: held.enter_context(hold_run(run_dir, config)))
+    return _train_and_report(config, corpus, mesh, run_dir, console)
+
+
+def _train_and_report(config, corpus, mesh, run_dir, console) -> dict[str, Any] | None:
   console.print(corpus.report(), highlight=False)
   console.print(f"{_devices(mesh)}; run directory {run_dir}", highlight=False)
 

@@ -8,16 +8,20 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ttt_jax.config import Config
 from ttt_jax.load_config import config_difference, dump_config, flatten, load_config
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+_LOCK_FILE = ".lock"
 # The last line of a config that was written whole: what it lacks, its version of ttt_jax did not have.
 _END = "# end of the config\n"
 
@@ -47,34 +51,38 @@ def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = 
     ValueError: the directory is not a run's, or is another config's. Nothing has been changed.
   """
   path = Path(path)
-  file = path / CONFIG_FILE
-  if path.exists() and not path.is_dir():
-    raise ValueError(f"run_dir={str(path)!r} is a file: give another --run_dir")
-  if not file.exists():
-    # A start killed at once leaves at most the unfinished config.
-    if path.is_dir() and {p.name for p in path.iterdir()} - {_tmp(file).name}:
-      raise ValueError(
-        f"run_dir={str(path)!r} is not empty and not a run of ttt_jax (it has no {CONFIG_FILE}): "
-        "give another --run_dir"
-      )
-    try:
-      path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise ValueError(f"run_dir={str(path)!r} cannot be made: {error.strerror}") from error
-    _write_config(file, config)
-    return path
-
-  recorded, current = _read_config(file), dataclasses.asdict(config)
-  refused = config_difference(_without(recorded, may_change), _without(current, may_change))
-  if refused:
-    raise ValueError(
-      f"run_dir={str(path)!r} holds a run of another config:\n  "
-      + "\n  ".join(refused)
-      + f"\nto resume it use its own config, {file}; to start this one give another --run_dir"
-    )
-  if config_difference(_without(recorded, ()), _without(current, ())):
-    _write_config(file, config)
+  changed = _check_run(path, config, may_change)
+  _make_directory(path)
+  if changed:
+    _write_config(path / CONFIG_FILE, config)
   return path
+
+
+@contextmanager
+def hold_run(path: str | Path, config: Config) -> Iterator[None]:
+  """`open_run` to write there: no second process can, from here to the end of the `with`.
+
+  The system lets go of the directory when the process ends, however it ends. Where files cannot be
+  locked, nothing holds it.
+
+  Raises:
+    ValueError: another process is at it; as `open_run`. Nothing has been changed.
+  """
+  path = Path(path)
+  _check_run(path, config, MAY_CHANGE)
+  _make_directory(path)
+  with ExitStack() as held:
+    try:
+      held.enter_context(FileLock(path / _LOCK_FILE, timeout=0))
+    except Timeout as error:
+      raise ValueError(
+        f"run_dir={str(path)!r} is in use, another process trains there: wait for its end, or give "
+        "another --run_dir"
+      ) from error
+    except OSError:  # not every file system has locks
+      pass
+    open_run(path, config)
+    yield
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -140,6 +148,37 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     elif number < len(lines):
       raise ValueError(f"{path}, line {number} is not a record of metrics: {line[:80]!r}")
   return records
+
+
+def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> bool:
+  """Refuses a directory that is not this config's; whether its recorded config has to be written."""
+  file = path / CONFIG_FILE
+  if path.exists() and not path.is_dir():
+    raise ValueError(f"run_dir={str(path)!r} is a file: give another --run_dir")
+  if not file.exists():
+    # A start killed at once leaves at most the lock and the unfinished config.
+    if path.is_dir() and {p.name for p in path.iterdir()} - {_tmp(file).name, _LOCK_FILE}:
+      raise ValueError(
+        f"run_dir={str(path)!r} is not empty and not a run of ttt_jax (it has no {CONFIG_FILE}): "
+        "give another --run_dir"
+      )
+    return True
+  recorded, current = _read_config(file), dataclasses.asdict(config)
+  refused = config_difference(_without(recorded, may_change), _without(current, may_change))
+  if refused:
+    raise ValueError(
+      f"run_dir={str(path)!r} holds a run of another config:\n  "
+      + "\n  ".join(refused)
+      + f"\nto resume it use its own config, {file}; to start this one give another --run_dir"
+    )
+  return bool(config_difference(_without(recorded, ()), _without(current, ())))
+
+
+def _make_directory(path: Path) -> None:
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(f"run_dir={str(path)!r} cannot be made: {error.strerror}") from error
 
 
 def _write_config(file: Path, config: Config) -> None:
