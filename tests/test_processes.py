@@ -1,5 +1,6 @@
 """Runs of several processes, and runs that are killed: the steps are those of one undisturbed process."""
 
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.data import prepare
+from ttt_jax.evaluation.recall import write_documents
 from ttt_jax.rundir import read_metrics
 
 CONFIG = """
@@ -50,32 +52,35 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory):
-  """The losses of one process with so many devices."""
+  """The run of one process with so many devices."""
   known = {}
 
-  def losses(devices: int) -> list[float]:
+  def run(devices: int) -> Path:
     if devices not in known:
-      run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-      finish(start(config, run_dir, 1, devices))
-      known[devices] = losses_of(run_dir)
+      known[devices] = tmp_path_factory.mktemp("undisturbed") / "run"
+      finish(start(config, known[devices], 1, devices))
     return known[devices]
 
-  return losses
+  return run
 
 
 def start(config, run_dir, processes: int, devices: int, *words) -> list[subprocess.Popen]:
   """A run of so many processes, which have so many devices together."""
+  return launch(["train", config, "--run_dir", run_dir, *words], processes, devices)
+
+
+def launch(words: list, processes: int, devices: int) -> list[subprocess.Popen]:
+  """A command of `ttt-jax` in so many processes."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  words = [*MESHES[devices], "--runtime.cpu_devices", str(devices // processes), *words]
+  words = [*words, *MESHES[devices], "--runtime.cpu_devices", devices // processes]
   if processes > 1:
     words += ["--runtime.distributed", "true", "--runtime.coordinator", f"localhost:{port}"]
-    words += ["--runtime.num_processes", str(processes), "--runtime.process_id"]
+    words += ["--runtime.num_processes", processes, "--runtime.process_id"]
   return [
     subprocess.Popen(
-      [sys.executable, "-m", "ttt_jax.cli", "train", str(config), "--run_dir", str(run_dir)]
-      + ([*words, str(i)] if processes > 1 else words),
+      [sys.executable, "-m", "ttt_jax.cli", *map(str, [*words, i] if processes > 1 else words)],
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
@@ -115,7 +120,7 @@ def logged(run_dir) -> int:
 def test_four_processes_take_the_steps_of_one(config, tmp_path, undisturbed):
   """With parameters and context split over them; only the first one speaks and writes."""
   outputs = finish(start(config, tmp_path / "run", 4, 8))
-  np.testing.assert_allclose(losses_of(tmp_path / "run"), undisturbed(8), rtol=1e-5)
+  np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(undisturbed(8)), rtol=1e-5)
   assert "step 8/8" in outputs[0]
   assert "held-out loss by position" in outputs[0]
   assert all("step" not in output and "held-out" not in output for output in outputs[1:])
@@ -128,6 +133,37 @@ def test_four_processes_take_the_steps_of_one(config, tmp_path, undisturbed):
     "loss_by_position.png",
     "training_loss.png",
   }
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(tmp_path, undisturbed):
+  """Perplexity, gone on with where one process stopped, and recall: the results are one process's."""
+  run_dir = undisturbed(4)
+  words = ["eval", "perplexity", run_dir, "--documents", "3", "--lengths", "16", "40"]
+  words += ["--block", "24", "--buckets", "2", "--reset-every", "8"]
+  outs = [tmp_path / "one", tmp_path / "two"]
+  finish(launch([*words, "--out", outs[0]], 1, 4))
+  half = (outs[0] / "cells.jsonl").read_text().splitlines(keepends=True)[:10]
+  outs[1].mkdir()
+  (outs[1] / "cells.jsonl").write_text("".join(half))
+  printed = finish(launch([*words, "--out", outs[1]], 2, 4))
+  assert "nats per token in the last 24" in printed[0]
+  assert "nats per token" not in printed[1]
+  one, two = (json.loads((out / "perplexity.json").read_text()) for out in outs)
+  assert [row["mode"] for row in one["by_context"]] == 2 * ["updating", "frozen", "reset 8"]
+  losses = [[row["loss"] for row in report["by_context"]] for report in (one, two)]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+  cells = [(out / "cells.jsonl").read_text().splitlines() for out in outs]
+  assert len(cells[0]) == len(cells[1]) == 1 + 2 * 3 * 3
+  assert (outs[1] / "perplexity.png").exists()
+
+  write_documents(tmp_path / "pairs", documents=12, tokens=128, seed=0)
+  words = ["eval", "recall", run_dir, "--data.mixture", "[]", "--data.path", tmp_path / "pairs"]
+  finish(launch([*words, "--out", outs[0]], 1, 4))
+  finish(launch([*words, "--out", outs[1]], 2, 4))
+  one, two = ((out / "recall.json").read_text() for out in outs)
+  assert one == two
+  assert (outs[1] / "recall.png").exists()
 
 
 @pytest.mark.slow
@@ -149,7 +185,7 @@ def test_sigterm_to_one_process_saves_them_all(config, tmp_path, undisturbed):
   outputs = finish(start(config, run_dir, 2, 4, "--model.d_ff", "32"), code=2)
   assert all("model.d_ff: 24 -> 32" in output for output in outputs)
   finish(start(config, run_dir, 1, 4, *words))
-  np.testing.assert_allclose(losses_of(run_dir), undisturbed(4), rtol=1e-5)
+  np.testing.assert_allclose(losses_of(run_dir), losses_of(undisturbed(4)), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -176,4 +212,4 @@ def test_killed_again_and_again_the_losses_are_bit_identical(config, tmp_path, u
   assert saved() >= first
 
   finish(start(config, run_dir, 1, 4))
-  assert losses_of(run_dir) == undisturbed(4)
+  assert losses_of(run_dir) == losses_of(undisturbed(4))

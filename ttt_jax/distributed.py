@@ -75,6 +75,11 @@ def on_main(function: Callable[[], T]) -> T | None:
   return together(function if is_main() else lambda: None)
 
 
+def from_main(function: Callable[[], T]) -> T:
+  """`function()` of the first process, of what JSON has, on every process; errors as `together`."""
+  return gather(on_main(function))[0]
+
+
 def gather(value: Any) -> list[Any]:
   """A JSON-able value of every process, by process; all of them call it."""
   if jax.process_count() == 1:

@@ -5,6 +5,7 @@ same model with its updates off is not a fair opponent if its slow weights were 
 fast ones and rely on them; a twin trained without fast weights on the same batches is.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from ttt_jax.config import Config
 from ttt_jax.data import Corpus, heldout_rows
 from ttt_jax.generation.generate import generate
+from ttt_jax.generation.segments import row_shards
 from ttt_jax.loss import IGNORE, model_losses
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.sharding import put
@@ -33,18 +35,27 @@ def _losses(model: Transformer, tokens: Int[Array, "B T"], *, update: bool) -> F
 def losses_by_token(
   model: Transformer, rows: Int[np.ndarray, "B T"], mesh: Mesh, *, update: bool = True
 ) -> Float[np.ndarray, "B S"]:
-  """Nats per token: entry t of a row is the loss of predicting its token t + 1 from those up to t.
+  """Nats per token: entry t of a row is the loss of predicting its token t + 1 from those up to t."""
+  return over_rows(partial(_losses, model, update=update), rows, mesh)[:, :-1]
 
-  Rows are read as many at a time as the mesh has places for, their length split over `context`.
+
+def over_rows(
+  function: Callable[[Int[Array, "b T"]], Shaped[Array, "b ..."]],
+  rows: Int[np.ndarray, "B T"],
+  mesh: Mesh,
+) -> Shaped[np.ndarray, "B ..."]:
+  """`function` of all rows, on every process.
+
+  It is given as many at a time as the mesh has places for, their length split over `context`.
   """
-  at_once = mesh.shape["data"] * mesh.shape["fsdp"]
+  at_once = row_shards(mesh)
   results = []
   with jax.set_mesh(mesh):
     for start in range(0, len(rows), at_once):
       batch = rows[start : start + at_once]
       filled = np.concatenate([batch, np.repeat(batch[:1], at_once - len(batch), axis=0)])
-      losses = _losses(model, put(filled, mesh, "batch", "sequence"), update=update)
-      results.append(process_allgather(losses, tiled=True)[: len(batch), :-1])
+      result = function(put(filled, mesh, "batch", "sequence"))
+      results.append(process_allgather(result, tiled=True)[: len(batch)])
   return np.concatenate(results)
 
 

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers import random_model
+from helpers import MESHES, mesh_of, random_model
 
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig
 from ttt_jax.evaluation.recall import (
@@ -56,19 +56,22 @@ def test_by_distance_counts_the_values_of_keys_that_came_before():
   assert [row["right"] for row in table] == [None, 0.5, 0.5]
 
 
-def test_recalled_is_the_argmax_of_the_logits():
+@pytest.mark.parametrize("mesh", MESHES)
+def test_recalled_is_the_argmax_of_the_logits(mesh):
+  mesh = mesh_of(*MESHES[mesh])
   model = random_model(
     ModelConfig(vocab_size=256, num_layers=2, d_model=12, d_ff=20, num_heads=2, num_kv_heads=2),
     AttentionConfig(window=5),
     TTTConfig(layers=(1,), chunk_size=4, inner_lr=3.0),
   )
   rows = np.stack([_row(make_document(32, seed=0, index=i)) for i in range(3)])
-  right = recalled(model, rows)
+  right = recalled(model, rows, mesh)
   guesses = np.argmax(np.asarray(model(rows)), axis=-1)
   np.testing.assert_array_equal(right, guesses[:, :-1] == rows[:, 1:])
   frozen = np.argmax(np.asarray(model(rows, update=False)), axis=-1)
   assert not np.array_equal(frozen, guesses)  # updates count
-  np.testing.assert_array_equal(recalled(model, rows, update=False), frozen[:, :-1] == rows[:, 1:])
+  right = recalled(model, rows, mesh, update=False)
+  np.testing.assert_array_equal(right, frozen[:, :-1] == rows[:, 1:])
 
 
 def test_documents_are_written_once(tmp_path):

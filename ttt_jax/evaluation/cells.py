@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ttt_jax.distributed import from_main, is_main
 from ttt_jax.rundir import jsonable, write_whole
 
 
@@ -12,11 +13,12 @@ class Cells:
   """A file of results by key: `settings` on the first line, then one result per line, written at once.
 
   A result stands there whole or not at all, and once: a line that a killed process left torn is dropped,
-  and a key that has a result is not given another.
+  and a key that has a result is not given another. Many processes have the same results, and the first
+  one the file.
   """
 
   def __init__(self, path: str | Path, settings: dict[str, Any]):
-    """Opens the file or makes it.
+    """Opens the file or makes it; all processes call it.
 
     Args:
       path: the file.
@@ -26,23 +28,26 @@ class Cells:
       ValueError: the file holds results of other settings, or is no such file. Nothing was changed.
     """
     self._path = Path(path)
-    self._results: dict[str, Any] = {}
     settings = jsonable(settings)
-    lines = []
+    self._results: dict[str, Any] = from_main(lambda: self._open(settings))
+
+  def _open(self, settings: dict[str, Any]) -> dict[str, Any]:
+    lines, results = [], {}
     if self._path.exists():
       text = self._path.read_text(encoding="utf-8")
       lines = text.splitlines()[: None if text.endswith("\n") else -1]
     if lines:
-      self._read(lines, settings)
+      results = self._read(lines, settings)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     lines = lines or [json.dumps({"settings": settings})]
     write_whole(self._path, "".join(line + "\n" for line in lines))
+    return results
 
-  def _read(self, lines: list[str], settings: dict[str, Any]) -> None:
+  def _read(self, lines: list[str], settings: dict[str, Any]) -> dict[str, Any]:
     try:
       first, *records = map(json.loads, lines)
       recorded = first["settings"]
-      self._results = {_name(record["key"]): record["result"] for record in records}
+      results = {_name(record["key"]): record["result"] for record in records}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
       raise ValueError(f"{self._path} is no file of results: give another --out") from error
     names = sorted(recorded.keys() | settings.keys())
@@ -53,6 +58,7 @@ class Cells:
         + ", ".join(f"{n} was {recorded.get(n)!r}, is {settings.get(n)!r}" for n in changed)
         + ". Give another --out, or delete it"
       )
+    return results
 
   def __contains__(self, key: tuple) -> bool:
     return _name(key) in self._results
@@ -72,8 +78,9 @@ class Cells:
     if key in self:
       raise ValueError(f"{self._path} has a result for {key} already")
     result = jsonable(result)
-    with self._path.open("a", encoding="utf-8") as file:
-      file.write(json.dumps({"key": list(key), "result": result}, allow_nan=False) + "\n")
+    if is_main():
+      with self._path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"key": list(key), "result": result}, allow_nan=False) + "\n")
     self._results[_name(key)] = result
 
 

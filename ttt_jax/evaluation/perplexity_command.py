@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.config import Config
 from ttt_jax.data import heldout_rows
+from ttt_jax.distributed import is_main, on_main, together
 from ttt_jax.evaluation.cells import Cells
 from ttt_jax.evaluation.perplexity import (
   PerplexityConfig,
@@ -44,17 +44,12 @@ def run_perplexity(
     out: directory, made if it is not there; None: `runs/perplexity_NAME`.
 
   Raises:
-    ValueError: no document is long enough; `out` holds results of other settings; several processes.
+    ValueError: no document is long enough; `out` holds results of other settings.
   """
-  if jax.process_count() > 1:
-    raise ValueError(
-      f"eval perplexity runs in one process, here are {jax.process_count()}: run it on one host, over all "
-      "of its devices"
-    )
   config = resolve(config)
   out = Path("runs") / f"perplexity_{config.name}" if out is None else out
-  console = Console() if console is None else console
-  corpus = load_data(config)
+  console = Console(quiet=not is_main()) if console is None else console
+  corpus = together(lambda: load_data(config))
   console.print(corpus.report(), highlight=False)
   rows = heldout_rows(
     corpus.sources,
@@ -70,11 +65,15 @@ def run_perplexity(
   with EvaluationProgress("reading", tokens_to_read(model, len(rows), how)) as progress:
     report = evaluate_perplexity(model, rows, how, cells, on_read=progress.advance)
   report = {"name": config.name, "layers": list(model.ttt.layers), **report}
+  on_main(lambda: _write(report, out, console))
+  return report
+
+
+def _write(report: dict[str, Any], out: Path, console: Console) -> None:
   write_json(out / "perplexity.json", report)
   plot_perplexity(report, out / "perplexity.png")
   _print(report, console)
   console.print(f"written: {out / 'perplexity.json'}, {out / 'perplexity.png'}", highlight=False)
-  return report
 
 
 def _print(report: dict[str, Any], console: Console) -> None:

@@ -7,6 +7,7 @@ a key that came before, the value is known to whoever remembers it; nothing else
 """
 
 import json
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
+from ttt_jax.evaluate import over_rows
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.rundir import write_whole
 
@@ -79,16 +82,15 @@ def distances(row: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
 
 
 def recalled(
-  model: Transformer, rows: Int[np.ndarray, "B T"], *, update: bool = True
+  model: Transformer, rows: Int[np.ndarray, "B T"], mesh: Mesh, *, update: bool = True
 ) -> Bool[np.ndarray, "B S"]:
   """Whether the likeliest token after each token but the last is the one that comes."""
-  return np.asarray(_right(model, rows, update))
+  return over_rows(partial(_likeliest, model, update=update), rows, mesh)[:, :-1] == rows[:, 1:]
 
 
-@jax.jit(static_argnums=2)
-def _right(model: Transformer, rows: Int[Array, "B T"], update: bool) -> Bool[Array, "B S"]:
-  logits = model(rows, update=update)
-  return jnp.argmax(logits[:, :-1], axis=-1) == rows[:, 1:]
+@partial(jax.jit, static_argnames="update")
+def _likeliest(model: Transformer, rows: Int[Array, "B T"], *, update: bool) -> Int[Array, "B T"]:
+  return jnp.argmax(model(rows, update=update), axis=-1)
 
 
 def by_distance(

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.config import Config
 from ttt_jax.data import heldout_rows
+from ttt_jax.distributed import is_main, on_main, together
 from ttt_jax.evaluation.recall import CHANCE, by_distance, recalled
 from ttt_jax.initial import resolve
 from ttt_jax.plots import plot_recall
@@ -36,9 +35,9 @@ def run_recall(
 
   Raises:
     ValueError: no window and none in the config, tokens that are not bytes; documents of another kind;
-      no checkpoint; several processes.
+      no checkpoint.
   """
-  console = Console() if console is None else console
+  console = Console(quiet=not is_main()) if console is None else console
   config = resolve(config)
   window = config.attention.window if window is None else window
   if window is None:
@@ -51,14 +50,11 @@ def run_recall(
     raise ValueError(
       f"data.tokenizer={config.tokenizer!r}: the recall task is written in bytes, use bytes"
     )
-  if jax.process_count() > 1:
-    raise ValueError(f"eval recall runs in one process, here are {jax.process_count()}")
   mesh = make_mesh(config.mesh)
   run_dir = Path(config.resolved_run_dir)
   out = run_dir if out is None else out
-  out.mkdir(parents=True, exist_ok=True)
   rows = heldout_rows(
-    load_data(config).sources,
+    together(lambda: load_data(config)).sources,
     seq_len=config.eval_seq_len,
     max_documents=config.eval.documents,
     seed=config.seed,
@@ -69,11 +65,10 @@ def run_recall(
     readings["updates off"] = (model, False)
   if config.eval.baseline:
     readings["twin"] = (load_model(config.without_ttt(), mesh, run_dir / BASELINE), True)
-  tables = {}
-  with jax.set_mesh(mesh):
-    for name, (reader, update) in readings.items():
-      right = np.concatenate([recalled(reader, row[None], update=update) for row in rows])
-      tables[name] = by_distance(right, rows, window)
+  tables = {
+    name: by_distance(recalled(model, rows, mesh, update=update), rows, window)
+    for name, (model, update) in readings.items()
+  }
   report = {
     "name": config.name,
     "documents": len(rows),
@@ -82,12 +77,17 @@ def run_recall(
     "chance": CHANCE,
     "by_distance": tables,
   }
+  on_main(lambda: _write(report, out, console))
+  return report
+
+
+def _write(report: dict[str, Any], out: Path, console: Console) -> None:
+  out.mkdir(parents=True, exist_ok=True)
   write_json(out / "recall.json", report)
   plot_recall(report, out / "recall.png")
   _print(report, console)
   written = ", ".join(str(out / f"recall.{end}") for end in ("json", "png"))
   console.print(f"written: {written}", highlight=False)
-  return report
 
 
 def _print(report: dict[str, Any], console: Console) -> None:
