@@ -62,6 +62,8 @@ def _print(found: dict[str, Any], console: Console) -> None:
     caption="; ".join(said),
     caption_justify="left",
     box=box.SIMPLE_HEAD,
+    collapse_padding=True,
+    pad_edge=False,
   )
   table.add_column("variant", overflow="fold")
   for title in titles:
