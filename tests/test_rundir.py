@@ -166,7 +166,10 @@ def test_a_run_is_held_where_files_cannot_be_locked(tmp_path, monkeypatch):
     raise OSError("no locks here")
 
   monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
-  with hold_run(tmp_path / "run", CONFIG):
+  with (
+    pytest.warns(UserWarning, match=r"cannot be locked \(no locks here\)"),
+    hold_run(tmp_path / "run", CONFIG),
+  ):
     assert load_config(tmp_path / "run" / "config.yaml") == CONFIG
   assert not (tmp_path / "run" / ".lock").exists()
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -63,7 +64,7 @@ def hold_run(path: str | Path, config: Config) -> Iterator[None]:
   """`open_run` to write there: no second process can, from here to the end of the `with`.
 
   The system lets go of the directory when the process ends, however it ends. Where files cannot be
-  locked, nothing holds it.
+  locked, a warning says that nothing holds it.
 
   Raises:
     ValueError: another process is at it; as `open_run`. Nothing has been changed.
@@ -79,8 +80,11 @@ def hold_run(path: str | Path, config: Config) -> Iterator[None]:
         f"run_dir={str(path)!r} is in use, another process trains there: wait for its end, or give "
         "another --run_dir"
       ) from error
-    except OSError:  # not every file system has locks
-      pass
+    except (OSError, NotImplementedError) as error:  # not every file system has locks
+      warnings.warn(
+        f"run_dir={str(path)!r} cannot be locked ({error}): nothing keeps a second process out",
+        stacklevel=3,
+      )
     open_run(path, config)
     yield
 
