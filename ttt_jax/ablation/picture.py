@@ -26,11 +26,13 @@ def draw_ablation(report: dict[str, Any]) -> Figure:
   loss after more and more context, and what was recalled.
   """
   rows = [row for row in report["variants"] if row.get("loss") is not None]
-  colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(rows)))
-  drawn = [
-    (row, {"color": color, "marker": "o", "markersize": 3, "label": row["variant"]})
-    for row, color in zip(rows, colors)
-  ]
+  colors = iter(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(rows))))
+  drawn = []
+  for row in rows:
+    look = {"color": next(colors), "marker": "o", "markersize": 3, "label": row["variant"]}
+    if row["variant"] == report["reference"]:
+      look |= {"color": "#5c5c5c", "linestyle": "--"}
+    drawn.append((row, look))
   panels = [_losses, _by_position]
   if any("difference" in row for row in rows):
     panels.append(_gain)
@@ -104,6 +106,7 @@ def _by_context(axes: Axes, report: dict[str, Any], drawn: _Drawn) -> None:
       axes.plot(contexts, [part["loss"] for part in row["by_context"]], **look)
   axes.set_xscale("log", base=2)
   axes.set_xticks(contexts, [f"{c:,}" for c in contexts], minor=False)
+  axes.tick_params(axis="x", labelrotation=45)
   axes.set_xlabel("tokens read before the block")
   axes.set_title("loss of the same last block", loc="left", fontsize=11)
 
