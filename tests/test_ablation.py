@@ -292,7 +292,7 @@ def test_groups_of_devices_run_side_by_side(here, monkeypatch):
   )
   busy, seen = set(), []
 
-  def run(variant, config, groups):
+  def run(variant, config, groups, environment):
     group = groups.get()
     assert group not in busy
     busy.add(group)
@@ -324,3 +324,27 @@ def test_what_a_run_beside_others_is_told(here, monkeypatch):
   monkeypatch.setenv("OPENBLAS_NUM_THREADS", "4")
   run_all(ablation, Console(quiet=True), device_groups=("2,3",))
   assert told == [(None, None), ("2,3", "1"), ("2,3", "4")]
+
+
+def test_runs_share_what_they_compile(here, monkeypatch):
+  """In a directory that goes with the last of them, or in the user's, which stays."""
+  ablation = load_ablation(_write("name: q\nbase: base.yaml\nseeds: [0, 1]\nvariants: {a: {}}\n"))
+  told = []
+
+  def start(command, env, **_):
+    where = Path(env["JAX_COMPILATION_CACHE_DIR"])
+    assert where.is_dir()
+    (where / f"program{len(told)}").touch()
+    told.append(where)
+    return SimpleNamespace(returncode=1)
+
+  monkeypatch.setattr(runs.subprocess, "run", start)
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  run_all(ablation, Console(quiet=True))
+  assert len(set(told)) == 1
+  assert len(told) == 2
+  assert not told[0].exists()
+  Path("mine").mkdir()
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
+  run_all(ablation, Console(quiet=True))
+  assert sorted(p.name for p in Path("mine").iterdir()) == ["program2", "program3"]

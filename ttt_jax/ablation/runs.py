@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,9 @@ _RECALL = Path("recall", "recall.json")
 # Of the small triangular systems that DeltaNet has XLA solve on a CPU, with scipy's library: several
 # processes whose threads wait for one another there take ten times as long.
 _SIDE_BY_SIDE = {"OPENBLAS_NUM_THREADS": "1"}
+# Where the runs of one grid find what another has compiled: those of a variant differ in their seed alone.
+_COMPILED = "JAX_COMPILATION_CACHE_DIR"
+_WORTH_KEEPING = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 _LAST_LINES = 5  # of a run that failed, to show
 
 
@@ -34,7 +38,8 @@ def run_all(
   """Trains and evaluates every run that is not finished; returns the last words of those that failed.
 
   A run that was interrupted goes on from its last checkpoint, a finished one is left alone. One run's
-  failure, a variant that diverges for instance, is reported and the others go on.
+  failure, a variant that diverges for instance, is reported and the others go on. They share what they
+  compile, until the last one's end or, where the environment names JAX_COMPILATION_CACHE_DIR, there.
 
   Args:
     device_groups: devices by number, such as `("0,1", "2,3")`: one run at a time on each. None: one
@@ -55,8 +60,12 @@ def run_all(
     groups.put(group)
   started = time.monotonic()
   failed = {}
-  with ThreadPoolExecutor(max(1, len(device_groups))) as pool:
-    results = pool.map(lambda run: _run(ablation, run[1], groups), todo)
+  with (
+    tempfile.TemporaryDirectory(prefix="ttt_jax-compiled-", ignore_cleanup_errors=True) as compiled,
+    ThreadPoolExecutor(max(1, len(device_groups))) as pool,
+  ):
+    environment = _WORTH_KEEPING | {_COMPILED: compiled} | os.environ
+    results = pool.map(lambda run: _run(ablation, run[1], groups, environment), todo)
     for made, ((variant, config), error) in enumerate(zip(todo, results), start=1):
       what = f"{variant.name}, seed {config.seed}"
       if error is None:
@@ -130,11 +139,12 @@ def _log(config: Config) -> Path:
   return Path(config.resolved_run_dir).with_suffix(".log")
 
 
-def _run(ablation: Ablation, config: Config, groups: SimpleQueue) -> str | None:
+def _run(
+  ablation: Ablation, config: Config, groups: SimpleQueue, environment: dict[str, str]
+) -> str | None:
   """A run in processes of its own; None, or the last lines of what it said if it failed."""
   group = groups.get()
   try:
-    environment = dict(os.environ)
     if group is not None:
       environment = _SIDE_BY_SIDE | environment | dict.fromkeys(_VISIBLE, group)
     with _log(config).open("w", encoding="utf-8") as log:
