@@ -188,7 +188,7 @@ def plot_ruler(report: dict[str, Any], path: Path) -> None:
   scores = np.full((len(tasks) + 1, len(lengths)), np.nan)
   for cell in report["cells"]:
     scores[tasks.index(cell["task"]), lengths.index(cell["length"])] = 100 * cell["score"]
-  scores[-1] = [100 * score for score in report["averages"].values()]
+  scores[-1] = 100 * np.array(list(report["averages"].values()), float)  # None is NaN
   figure, ((axes,),) = subplots(1, 1, 3.6 + 0.85 * len(lengths), 1.6 + 0.36 * len(scores))
   image = axes.imshow(scores, cmap="Blues", vmin=0, vmax=100, aspect="auto")
   axes.set_facecolor("0.92")  # where nothing was asked: not the white of a score of 0

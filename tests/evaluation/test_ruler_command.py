@@ -90,6 +90,9 @@ def test_answers_are_the_models_own(checkpoint, model, tmp_path, capsys):
   made = generate(model, prompts, max_new_tokens=50).new_tokens
   assert [x["answer"] for x in answers] == [byte_tokenizer().decode(new.tolist()) for new in made]
   assert [x["expected"] for x in answers] == [[*sample.answers] for sample in samples]
+  words[words.index("ruler_fwe")], words[words.index(LENGTH)] = "niah_single_1", LENGTH + 10
+  assert main([str(word) for word in words]) == 0  # with no task that both lengths have
+  assert not any(map(str.isdigit, capsys.readouterr().out.split("average")[1].split("written")[0]))
 
 
 def test_scores_and_averages(model, oracle, tmp_path):
@@ -132,10 +135,9 @@ def test_goes_on_where_it_was_stopped(model, oracle, tmp_path):
   assert evaluate_ruler(model, byte_tokenizer(), config, tmp_path) == report
   assert oracle.calls == []
   more = dataclasses.replace(config, lengths=(850,), tasks=("ruler_fwe",))
-  assert set(scores(evaluate_ruler(model, byte_tokenizer(), more, tmp_path))) == {
-    *scores(report),
-    ("ruler_fwe", 850),
-  }
+  added = evaluate_ruler(model, byte_tokenizer(), more, tmp_path)
+  assert set(scores(added)) == {*scores(report), ("ruler_fwe", 850)}
+  assert added["averages"] == {**report["averages"], "850": None}  # one task of the two
   assert {call for calls in oracle.calls for call in calls} == {("ruler_fwe", 850)}
 
 

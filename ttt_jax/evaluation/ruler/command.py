@@ -56,10 +56,14 @@ def _table(report: dict[str, Any]) -> Table:
   table.add_column("task")
   for length in lengths:
     table.add_column(str(length), justify="right")
+
+  def add_row(name: str, row: Sequence[float | None], style: str | None = None) -> None:
+    percents = ("" if score is None else f"{100 * score:.1f}" for score in row)
+    table.add_row(name, *percents, style=style)
+
   for task in TASKS:
     row = [scores.get((task, length)) for length in lengths]
     if any(score is not None for score in row):
-      table.add_row(task, *("" if score is None else f"{100 * score:.1f}" for score in row))
-  averages = (f"{100 * score:.1f}" for score in report["averages"].values())
-  table.add_row("average", *averages, style="bold")
+      add_row(task, row)
+  add_row("average", list(report["averages"].values()), "bold")
   return table

@@ -64,8 +64,9 @@ def evaluate_ruler(
   The likeliest token is taken at every step, up to as many as the task asks for, or one that ends a text.
 
   Returns:
-    What `ruler.json` has: `settings`, `cells` (task, length, questions, score, seconds), `averages` by
-    length; of all that is in `out`.
+    What `ruler.json` has, of all that is in `out`: `settings`, `cells` (task, length, questions, score,
+    seconds), `averages` by length. An average is of the same tasks at every length: None where one is
+    missing.
 
   Raises:
     ValueError: as `Ruler.sample`, before anything is read by the model; a tokenizer of another model;
@@ -195,12 +196,16 @@ def _report(name: str, settings: dict[str, Any], cells: Cells) -> dict[str, Any]
   scores: dict[int, list[float]] = {}
   for cell in ordered:
     scores.setdefault(cell["length"], []).append(cell["score"])
+  tasks = len({cell["task"] for cell in ordered})
   return {
     "name": name,
     "settings": settings,
     "device_kind": jax.devices()[0].device_kind,
     "jax_version": jax.__version__,
-    "averages": {str(length): mean(values) for length, values in scores.items()},
+    "averages": {
+      str(length): mean(values) if len(values) == tasks else None
+      for length, values in scores.items()
+    },
     "cells": ordered,
   }
 
