@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ttt_jax.cli import main
+from ttt_jax import cli
+from ttt_jax.cli import main, runs
 from ttt_jax.rundir import read_metrics
 
 CONFIG = """# ttt-jax train {path}
@@ -158,3 +159,13 @@ def test_help(words, capsys):
     main(words)
   assert stop.value.code == 0
   assert "usage: ttt-jax" in capsys.readouterr().out
+
+
+def test_a_bug_keeps_its_traceback(config, tmp_path, monkeypatch):
+  """A ValueError that ttt_jax did not raise as a user's mistake is a bug, wherever it comes from."""
+  code = compile("def broken(*_): a, b = 1, 2, 3", cli.__file__, "exec")
+  namespace = {}
+  exec(code, namespace)
+  monkeypatch.setattr(runs, "load_config", namespace["broken"])
+  with pytest.raises(ValueError, match="too many values"):
+    main(["train", str(config)])

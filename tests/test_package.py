@@ -1,5 +1,7 @@
 """The package from outside: its public names, and what importing it costs."""
 
+import importlib.metadata
+import pathlib
 import subprocess
 import sys
 
@@ -11,6 +13,14 @@ def test_public_names():
     assert getattr(ttt_jax, name).__doc__
   contract = {"ntp_targets", "inplace_ttt", "Update", "combine", "exclusive_prefix"}
   assert contract <= set(ttt_jax.__all__)
+  assert ttt_jax.__version__ == importlib.metadata.version("ttt_jax")
+  assert issubclass(ttt_jax.UserError, ValueError)
+
+
+def test_user_errors_have_a_class_of_their_own():
+  """A bare ValueError would be taken for a bug by the command line."""
+  for path in pathlib.Path(ttt_jax.__file__).parent.rglob("*.py"):
+    assert "raise ValueError" not in path.read_text(), path
 
 
 def test_import_is_light():
@@ -28,8 +38,6 @@ def test_import_is_light():
 
 
 def test_ops_know_no_flax_config_or_mesh():
-  import pathlib
-
   for path in (pathlib.Path(ttt_jax.__file__).parent / "ops").glob("*.py"):
     text = path.read_text()
     for module in ("flax", "ttt_jax.config", "ttt_jax.sharding", "ttt_jax.nn"):

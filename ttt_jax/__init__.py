@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ttt_jax.context_parallel import context_parallel as context_parallel
+from ttt_jax.errors import UnsupportedError as UnsupportedError
+from ttt_jax.errors import UserError as UserError
 from ttt_jax.ops.context import exclusive_prefix as exclusive_prefix
 from ttt_jax.ops.cost import explain as explain
 from ttt_jax.ops.fast_weight import FastWeightState as FastWeightState
@@ -20,16 +22,30 @@ from ttt_jax.ops.update import Update as Update
 from ttt_jax.ops.update import combine as combine
 
 if TYPE_CHECKING:
+  from ttt_jax.config import AttentionConfig as AttentionConfig
+  from ttt_jax.config import Config as Config
+  from ttt_jax.config import ModelConfig as ModelConfig
+  from ttt_jax.config import TTTConfig as TTTConfig
   from ttt_jax.generation.generate import generate as generate
   from ttt_jax.generation.state import load_state as load_state
+  from ttt_jax.nn.transformer import Transformer as Transformer
   from ttt_jax.pretrained.load import load_pretrained as load_pretrained
   from ttt_jax.pretrained.save import save_pretrained as save_pretrained
   from ttt_jax.pretrained.tokenizer import load_tokenizer as load_tokenizer
 
+__version__ = "0.1.0"
+
 __all__ = [
+  "AttentionConfig",
+  "Config",
   "FastWeightState",
   "FastWeightStats",
+  "ModelConfig",
+  "TTTConfig",
+  "Transformer",
+  "UnsupportedError",
   "Update",
+  "UserError",
   "combine",
   "context_parallel",
   "exclusive_prefix",
@@ -43,8 +59,13 @@ __all__ = [
   "save_pretrained",
 ]
 
-# Names whose modules need Flax, by the module that has them.
-_WITH_FLAX = {
+# Names that are imported when they are first used, by the module that has them.
+_LAZY = {
+  "AttentionConfig": "ttt_jax.config",
+  "Config": "ttt_jax.config",
+  "ModelConfig": "ttt_jax.config",
+  "TTTConfig": "ttt_jax.config",
+  "Transformer": "ttt_jax.nn.transformer",
   "generate": "ttt_jax.generation.generate",
   "load_pretrained": "ttt_jax.pretrained.load",
   "load_state": "ttt_jax.generation.state",
@@ -54,6 +75,6 @@ _WITH_FLAX = {
 
 
 def __getattr__(name: str) -> Any:
-  if name not in _WITH_FLAX:
+  if name not in _LAZY:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  return getattr(importlib.import_module(_WITH_FLAX[name]), name)
+  return getattr(importlib.import_module(_LAZY[name]), name)

@@ -21,6 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ttt_jax.context_parallel import context_parallel
+from ttt_jax.errors import UserError
 from ttt_jax.hlo import sent_bytes
 from ttt_jax.ops import cost
 from ttt_jax.ops.collectives import COLLECTIVES
@@ -67,14 +68,14 @@ class BenchConfig:
   def __post_init__(self):
     for field in ("tokens", "chunk_size", "d_model", "d_ff", "batch", "shards"):
       if getattr(self, field) < 1:
-        raise ValueError(f"--{field.replace('_', '-')} {getattr(self, field)} must be at least 1")
+        raise UserError(f"--{field.replace('_', '-')} {getattr(self, field)} must be at least 1")
     if self.repeats < 5:
-      raise ValueError(f"--repeats {self.repeats}: a median of fewer than 5 runs says little")
+      raise UserError(f"--repeats {self.repeats}: a median of fewer than 5 runs says little")
     for way in self.ways or ():
       if way not in WAYS:
-        raise ValueError(f"--ways {way!r} is not one of {', '.join(map(repr, WAYS))}")
+        raise UserError(f"--ways {way!r} is not one of {', '.join(map(repr, WAYS))}")
     if self.tokens % (self.shards * self.chunk_size):
-      raise ValueError(
+      raise UserError(
         f"--tokens {self.tokens} is not a multiple of shards * chunk_size = "
         f"{self.shards * self.chunk_size}: shards hold whole chunks"
       )
@@ -308,9 +309,7 @@ def run_bench(config: BenchConfig, name: str, out: Path) -> dict[str, Any]:
   """Measures, prints tables, and writes `out/NAME.json` and `out/NAME.png`."""
   available = len(jax.devices())
   if config.shards > available:
-    raise ValueError(
-      f"--shards {config.shards}: there are {available} devices ({jax.devices()[0]})"
-    )
+    raise UserError(f"--shards {config.shards}: there are {available} devices ({jax.devices()[0]})")
   console = wide_console()
   where = machine()
   console.print(f"{where['device']} ({where['processor']}), jax {where['jax']}", highlight=False)

@@ -14,6 +14,7 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import SingleDeviceSharding
 
+from ttt_jax.errors import UserError
 from ttt_jax.tree import named_leaves
 
 _FORMAT = "ttt_jax/1"
@@ -115,10 +116,10 @@ class Checkpoints:
     """
     steps = self.steps
     if not steps:
-      raise ValueError(f"there is no checkpoint in {self._shown}")
+      raise UserError(f"there is no checkpoint in {self._shown}")
     step = steps[-1] if step is None else step
     if step not in steps:
-      raise ValueError(
+      raise UserError(
         f"there is no checkpoint of step {step} in {self._shown}, only of {', '.join(map(str, steps))}"
       )
     path = self._directory / str(step)
@@ -132,7 +133,7 @@ class Checkpoints:
     if misfits:
       rest = len(misfits) - _MAX_NAMED
       lines = misfits[:_MAX_NAMED] + ([f"and {rest} more"] if rest > 0 else [])
-      raise ValueError(
+      raise UserError(
         f"checkpoint {step} in {self._shown} is of another model or optimizer: {len(misfits)} "
         f"array{'s do' if len(misfits) > 1 else ' does'} not fit\n  "
         + "\n  ".join(lines)
@@ -163,7 +164,7 @@ class Checkpoints:
       try:
         self._writer.wait()
       except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
           f"checkpoint {self._saving[0]} could not be written to {self._shown}, the earlier ones are "
           f"as they were: {_reason(error)}"
         ) from error
@@ -202,7 +203,7 @@ class Checkpoints:
   def _unreadable(self, step: int, steps: list[int], error: Exception) -> ValueError:
     earlier = [s for s in steps if s < step]
     then = f"to go on from step {earlier[-1]}" if earlier else "to start from step 0"
-    return ValueError(
+    return UserError(
       f"checkpoint {step} in {self._shown} is damaged or was not written by this version of ttt_jax "
       f"({_reason(error)}): delete {self._shown / str(step)} {then}, or choose another run_dir"
     )
@@ -221,19 +222,19 @@ def _read_record(path: Path) -> dict[str, Any]:
   try:
     record = json.loads((path / _RECORD).read_text())
   except FileNotFoundError:
-    raise ValueError(f"it has no {_RECORD}") from None
+    raise UserError(f"it has no {_RECORD}") from None
   except ValueError:
-    raise ValueError(f"{_RECORD} is not JSON") from None
+    raise UserError(f"{_RECORD} is not JSON") from None
   if not isinstance(record, dict) or record.get("format") != _FORMAT:
-    raise ValueError(f"{_RECORD} is not of the format {_FORMAT}")
+    raise UserError(f"{_RECORD} is not of the format {_FORMAT}")
   for name, (size, crc) in record["files"].items():
     file = path / name
     if not file.is_file():
-      raise ValueError(f"{name} is missing")
+      raise UserError(f"{name} is missing")
     if file.stat().st_size != size:
-      raise ValueError(f"{name} has {file.stat().st_size} bytes instead of {size}")
+      raise UserError(f"{name} has {file.stat().st_size} bytes instead of {size}")
     if _crc(file) != crc:
-      raise ValueError(f"{name} has changed")
+      raise UserError(f"{name} has changed")
   return record
 
 

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from ttt_jax.errors import UserError
 from ttt_jax.ops.fast_weight import FastWeightState, inplace_ttt
 from ttt_jax.ops.target import ntp_targets
 
@@ -98,7 +99,7 @@ class ContextParallel:
     lead, t = x.shape[:-2], x.shape[-2]
     self._check_sizes(lead, t, None)
     if t // self.mesh.shape[self.axis] % chunk_size:
-      raise ValueError(
+      raise UserError(
         f"chunk_size={chunk_size} does not divide the {t // self.mesh.shape[self.axis]} tokens of a "
         f"shard ({self.mesh.shape[self.axis]} shards over {self.axis!r}): shards hold whole chunks"
       )
@@ -135,7 +136,7 @@ class ContextParallel:
     for name in self.batch_axes:
       over_rows *= self.mesh.shape[name]
     if over_rows > 1 and not lead:
-      raise ValueError(
+      raise UserError(
         f"z has no batch dimension to split over batch_axes={self.batch_axes}: add one, or pass "
         "batch_axes=()"
       )
@@ -146,7 +147,7 @@ class ContextParallel:
       sizes.append(("F", f, self.tensor_axis, self.mesh.shape[self.tensor_axis]))
     for dim, size, axis, parts in sizes:
       if size % parts:
-        raise ValueError(f"{parts} devices over {axis!r} do not divide {dim}={size}")
+        raise UserError(f"{parts} devices over {axis!r} do not divide {dim}={size}")
 
 
 def context_parallel(
@@ -180,16 +181,16 @@ def context_parallel(
   used = (axis, *batch_axes, *((tensor_axis,) if tensor_axis is not None else ()))
   for name in used:
     if name not in names:
-      raise ValueError(
+      raise UserError(
         f"{name!r} is not an axis of the mesh, which has {', '.join(map(repr, names))}"
       )
   if len(set(used)) < len(used):
-    raise ValueError(
+    raise UserError(
       f"axis={axis!r}, batch_axes={batch_axes}, tensor_axis={tensor_axis!r}: one twice"
     )
   for name in names:
     if name not in used and mesh.shape[name] > 1:
-      raise ValueError(
+      raise UserError(
         f"mesh axis {name!r} of {mesh.shape[name]} devices has no use here: name it in batch_axes, or "
         "use a mesh without it"
       )

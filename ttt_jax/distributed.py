@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ttt_jax.config import RuntimeConfig
+from ttt_jax.errors import UnsupportedError, UserError
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ def start(runtime: RuntimeConfig) -> None:
       process_id=runtime.process_id,
     )
   except (RuntimeError, ValueError) as error:
-    raise ValueError(
+    raise UserError(
       "runtime.distributed=true, but the processes of this program could not be found "
       f"({str(error).splitlines()[0]}): outside of TPU pods, SLURM and MPI give runtime.coordinator, "
       "runtime.num_processes and runtime.process_id"
@@ -51,22 +52,33 @@ def is_main() -> bool:
 
 
 def together(function: Callable[[], T]) -> T:
-  """`function()` on every process; a ValueError of one is raised on all, so that none waits for it."""
+  """`function()` on every process; what one raises ends the call on all, so that none waits for it.
+
+  Raises:
+    UserError: another process raised a `UserError` or an `UnsupportedError`.
+    RuntimeError: another process raised anything else.
+  """
   if jax.process_count() == 1:
     return function()
   result, error = None, None
   try:
     result = function()
-  except ValueError as raised:
+  except Exception as raised:
     error = raised
-  message = b"" if error is None else (str(error) or "unknown").encode()[:_MESSAGE_BYTES]
+  message = b""
+  if error is not None:
+    kind = b"user:" if isinstance(error, UserError | UnsupportedError) else b"bug:"
+    message = (kind + f"{type(error).__name__}: {error}".encode())[:_MESSAGE_BYTES]
   padded = np.frombuffer(message.ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
   messages = [row.tobytes().rstrip(b"\0") for row in multihost_utils.process_allgather(padded)]
   if error is not None:
     raise error
   for process, text in enumerate(messages):
     if text:
-      raise ValueError(f"process {process}: {text.decode(errors='replace')}")
+      kind, _, said = text.decode(errors="replace").partition(":")
+      if kind == "user":
+        raise UserError(f"process {process}: {said.partition(': ')[2]}")
+      raise RuntimeError(f"process {process} failed: {said}")
   return result
 
 

@@ -11,6 +11,8 @@ from collections import Counter
 from functools import cached_property
 from typing import NamedTuple
 
+from ttt_jax.errors import UserError
+
 _NAMES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 _INSTRUCTION = re.compile(rf"^ *(?:ROOT )?%?\S+ = (.*?) ({_NAMES})(-start)?\((.*)$", re.MULTILINE)
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
@@ -99,7 +101,7 @@ class Program:
         root, name, shape, kind, rest = found.groups()
         body.append(Instruction(name, shape, kind, rest, root is not None))
     if entry is None:
-      raise ValueError("the text of a compiled program has no ENTRY computation")
+      raise UserError("the text of a compiled program has no ENTRY computation")
     self.entry = entry
     # Loops whose number of iterations is not in the text; they count once.
     self.unknown_loops: list[str] = []
@@ -319,7 +321,7 @@ def _attribute(rest: str, name: str) -> str:
   groups = rf"{lists}|{iota}|mesh\[.*?\](?:, device_ids=\(.*?\)+)? \{{.*?\}}"
   found = re.search(rf"{name}=({groups})", rest)
   if found is None:
-    raise ValueError(f"a collective without {name}: {rest[:200]}")
+    raise UserError(f"a collective without {name}: {rest[:200]}")
   return found.group(1)
 
 

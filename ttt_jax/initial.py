@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ttt_jax.config import Config, TTTConfig, check_layers, check_mesh, check_trainable
+from ttt_jax.errors import UserError
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.partition import shardings
 from ttt_jax.pretrained.files import local_path
@@ -47,7 +48,7 @@ def resolve_for(config: Config, devices: int) -> Config:
   if config.init_from is None:
     return config
   if config.init_from.endswith(".gguf") and not Path(config.init_from).expanduser().is_file():
-    raise ValueError(f"init_from={config.init_from!r} does not exist")  # nor is it a hub name
+    raise UserError(f"init_from={config.init_from!r} does not exist")  # nor is it a hub name
   checkpoint = open_checkpoint(local_path(config.init_from))
   there = read_config(checkpoint.config, generation=checkpoint.generation)
   ttt = config.ttt
@@ -75,7 +76,7 @@ def _agreed(section: str, given: Any, there: Any, init_from: str) -> Any:
     if field.name in _HOW_COMPUTED or (field.name in _READS_FURTHER and value != field.default):
       computed[field.name] = value
     elif value != field.default and not _equal(value, stored):
-      raise ValueError(
+      raise UserError(
         f"{section}.{field.name}={value!r}, but the model of init_from={init_from!r} has "
         f"{stored!r}: leave the field out"
       )

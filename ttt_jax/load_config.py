@@ -18,6 +18,7 @@ import draccus
 import yaml
 
 from ttt_jax.config import Config
+from ttt_jax.errors import UserError
 
 _INT = re.compile(r"[-+]?[0-9][0-9_]*$")
 _FLOAT = re.compile(
@@ -80,7 +81,7 @@ def load_config(path: str | PathLike | None, overrides: Sequence[str] = ()) -> C
     return draccus.decode(Config, _without_empty_sections(Config, tree))
   except draccus.utils.ParsingError as error:
     # The dataclass's own check, which draccus wraps.
-    raise ValueError(str(error.__cause__ or error)) from error
+    raise UserError(str(error.__cause__ or error)) from error
 
 
 def override_section(section: Any, name: str, overrides: Sequence[str]) -> Any:
@@ -93,14 +94,14 @@ def override_section(section: Any, name: str, overrides: Sequence[str]) -> Any:
   tree[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in tree[name].items()}
   for field, text in _split_overrides(overrides):
     if not field.startswith(f"{name}."):
-      raise ValueError(f"--{field} cannot be given here, only --{name}.FIELD")
+      raise UserError(f"--{field} cannot be given here, only --{name}.FIELD")
     patch = _nested(field, _override_value(field, text))
     _check(Config, patch, (), "on the command line")
     tree = _merge(tree, patch)
   try:
     return draccus.decode(type(section), tree[name])
   except draccus.utils.ParsingError as error:
-    raise ValueError(str(error.__cause__ or error)) from error
+    raise UserError(str(error.__cause__ or error)) from error
 
 
 def dump_config(config: Config) -> str:
@@ -118,17 +119,17 @@ def read_yaml(path: str | PathLike) -> dict[Any, Any]:
   if not path.is_file():
     there = sorted(str(p) for p in path.parent.glob("*.yaml"))
     hint = f": there are {', '.join(there)}" if there else ""
-    raise ValueError(f"no config file {path}{hint}")
+    raise UserError(f"no config file {path}{hint}")
   try:
     tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
   except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is not a text file") from error
+    raise UserError(f"{path} is not a text file") from error
   except yaml.YAMLError as error:
-    raise ValueError(f"{path} is not valid YAML: {_yaml_problem(error)}") from error
+    raise UserError(f"{path} is not valid YAML: {_yaml_problem(error)}") from error
   if tree is None:
     return {}
   if not isinstance(tree, dict):
-    raise ValueError(f"{path} holds no sections but {type(tree).__name__}: {str(tree)[:80]!r}")
+    raise UserError(f"{path} holds no sections but {type(tree).__name__}: {str(tree)[:80]!r}")
   return tree
 
 
@@ -205,7 +206,7 @@ def _suggestion(name: str) -> str:
 
 
 def _unknown(name: str, where: str) -> ValueError:
-  return ValueError(f"unknown field {name} {where}{_suggestion(name)}")
+  return UserError(f"unknown field {name} {where}{_suggestion(name)}")
 
 
 def _check(cls: type, tree: dict, path: tuple[str, ...], where: str) -> None:
@@ -215,7 +216,7 @@ def _check(cls: type, tree: dict, path: tuple[str, ...], where: str) -> None:
     name = ".".join((*path, str(key)))
     if key not in hints:
       if name in _FIELDS:
-        raise ValueError(
+        raise UserError(
           f"{name} {where} is written with a dot: in a file, put it under its section "
           f"{name.partition('.')[0]}"
         )
@@ -225,15 +226,15 @@ def _check(cls: type, tree: dict, path: tuple[str, ...], where: str) -> None:
     if item is not None and isinstance(value, list):
       for i, one in enumerate(value):
         if not isinstance(one, dict):
-          raise ValueError(f"{name}[{i}]={one!r} is not {_describe(item)} ({where})")
+          raise UserError(f"{name}[{i}]={one!r} is not {_describe(item)} ({where})")
         _check_item(item, one, f"{name}[{i}]", where)
     elif section is None:
       if not _fits(value, hint):
-        raise ValueError(f"{name}={value!r} is not {_describe(hint)} ({where})")
+        raise UserError(f"{name}={value!r} is not {_describe(hint)} ({where})")
     elif isinstance(value, dict):
       _check(section, value, (*path, key), where)
     elif value is not None:
-      raise ValueError(f"{name}={value!r} is not a section ({where}): write {name}.FIELD")
+      raise UserError(f"{name}={value!r} is not a section ({where}): write {name}.FIELD")
 
 
 def _check_item(cls: type, tree: dict, name: str, where: str) -> None:
@@ -241,12 +242,12 @@ def _check_item(cls: type, tree: dict, name: str, where: str) -> None:
   hints = typing.get_type_hints(cls)
   for key, value in tree.items():
     if key not in hints:
-      raise ValueError(f"unknown field {name}.{key} {where}: there are {', '.join(hints)}")
+      raise UserError(f"unknown field {name}.{key} {where}: there are {', '.join(hints)}")
     if not _fits(value, hints[key]):
-      raise ValueError(f"{name}.{key}={value!r} is not {_describe(hints[key])} ({where})")
+      raise UserError(f"{name}.{key}={value!r} is not {_describe(hints[key])} ({where})")
   for field in dataclasses.fields(cls):
     if field.default is dataclasses.MISSING and field.name not in tree:
-      raise ValueError(f"{name} lacks {field.name} ({where})")
+      raise UserError(f"{name} lacks {field.name} ({where})")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -280,7 +281,7 @@ def _split_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
   while rest:
     word = rest.pop(0)
     if not word.startswith("--") or word == "--":
-      raise ValueError(
+      raise UserError(
         f"unexpected {word!r} on the command line: overrides look like --train.steps 100"
       )
     name, equals, text = word[2:].partition("=")
@@ -288,7 +289,7 @@ def _split_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
       raise _unknown(name, "on the command line")
     if not equals:
       if not rest or rest[0].startswith("--"):
-        raise ValueError(f"--{name} has no value: write --{name} VALUE")
+        raise UserError(f"--{name} has no value: write --{name} VALUE")
       text = rest.pop(0)
     yield name, text
 
@@ -299,7 +300,7 @@ def _override_value(name: str, text: str) -> Any:
   try:
     return yaml.load(text, Loader=_Loader)
   except yaml.YAMLError as error:
-    raise ValueError(f"--{name} {text!r} is not valid YAML: {_yaml_problem(error)}") from error
+    raise UserError(f"--{name} {text!r} is not valid YAML: {_yaml_problem(error)}") from error
 
 
 def _nested(name: str, value: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax
 
 from ttt_jax.config import Config
 from ttt_jax.distributed import is_main
+from ttt_jax.errors import UserError
 from ttt_jax.rundir import METRICS_FILE, MetricsLog
 
 
@@ -100,7 +101,7 @@ def _extra(package: str, extra: str):
   try:
     return importlib.import_module(package)
   except ModuleNotFoundError as error:
-    raise ValueError(
+    raise UserError(
       f"train.writers names {extra!r}, which needs {package}: pip install 'ttt_jax[{extra}]'"
     ) from error
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from ttt_jax.errors import UserError
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.sharding import FSDP, ambient_mesh, spec
 
@@ -62,7 +63,7 @@ def dimensions(name: str, rank: int) -> tuple[str | None, ...]:
   if dims is None and rank == 0:
     return ()  # a counter
   if dims is None or rank - len(dims) not in (0, 1):
-    raise ValueError(
+    raise UserError(
       f"{name} of rank {rank} is no parameter that can be split: its name in the table has {dims}"
     )
   return (None,) * (rank - len(dims)) + dims
@@ -137,7 +138,7 @@ def _sharding(mesh: Mesh, path: tuple, x: Any) -> NamedSharding:
   partition = spec(*dims, mesh=mesh)
   for dim, size, axis in zip(dims, x.shape, partition):
     if axis is not None and size % mesh.shape[axis]:
-      raise ValueError(
+      raise UserError(
         f"mesh.{axis}={mesh.shape[axis]} does not divide the {size} of dimension {dim!r} of "
         f"{_name(path)} {list(x.shape)}: choose a divisor"
       )

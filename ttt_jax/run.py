@@ -14,6 +14,7 @@ from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import Config
 from ttt_jax.data import VOCAB_SIZE, Corpus, load_corpus
 from ttt_jax.distributed import is_main, on_main, together
+from ttt_jax.errors import UserError
 from ttt_jax.evaluate import evaluate
 from ttt_jax.initial import initial_model, resolve
 from ttt_jax.nn.transformer import Transformer, count_parameters
@@ -109,7 +110,7 @@ def load_data(config: Config) -> Corpus:
   tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
   tokens = VOCAB_SIZE if tokenizer is None else tokenizer.vocab_size
   if tokens > config.model.vocab_size:
-    raise ValueError(
+    raise UserError(
       f"model.vocab_size={config.model.vocab_size} is less than the {tokens} tokens of "
       f"{config.tokenizer or 'bytes'}: "
       + (
@@ -124,7 +125,7 @@ def load_data(config: Config) -> Corpus:
 def load_model(config: Config, mesh: Mesh, run_dir: Path) -> Transformer:
   """The model of a run's newest checkpoint."""
   if not (run_dir / "checkpoints").is_dir():
-    raise ValueError(f"run_dir={str(run_dir)!r} has no checkpoints: train there first")
+    raise UserError(f"run_dir={str(run_dir)!r} has no checkpoints: train there first")
   abstract = {"model": abstract_state(config, mesh).model}
   with Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
     return checkpoints.restore(abstract, partial=True)[1]["model"]

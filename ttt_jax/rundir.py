@@ -18,6 +18,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ttt_jax.config import Config
+from ttt_jax.errors import UserError
 from ttt_jax.load_config import config_difference, dump_config, flatten, load_config
 
 CONFIG_FILE = "config.yaml"
@@ -76,7 +77,7 @@ def hold_run(path: str | Path, config: Config) -> Iterator[None]:
     try:
       held.enter_context(FileLock(path / _LOCK_FILE, timeout=0))
     except Timeout as error:
-      raise ValueError(
+      raise UserError(
         f"run_dir={str(path)!r} is in use, another process trains there: wait for its end, or give "
         "another --run_dir"
       ) from error
@@ -150,7 +151,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if isinstance(record, dict) and isinstance(record.get("step"), int):
       records.append(record)
     elif number < len(lines):
-      raise ValueError(f"{path}, line {number} is not a record of metrics: {line[:80]!r}")
+      raise UserError(f"{path}, line {number} is not a record of metrics: {line[:80]!r}")
   return records
 
 
@@ -158,11 +159,11 @@ def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> bool:
   """Refuses a directory that is not this config's; whether its recorded config has to be written."""
   file = path / CONFIG_FILE
   if path.exists() and not path.is_dir():
-    raise ValueError(f"run_dir={str(path)!r} is a file: give another --run_dir")
+    raise UserError(f"run_dir={str(path)!r} is a file: give another --run_dir")
   if not file.exists():
     # A start killed at once leaves at most the lock and the unfinished config.
     if path.is_dir() and {p.name for p in path.iterdir()} - {_tmp(file).name, _LOCK_FILE}:
-      raise ValueError(
+      raise UserError(
         f"run_dir={str(path)!r} is not empty and not a run of ttt_jax (it has no {CONFIG_FILE}): "
         "give another --run_dir"
       )
@@ -170,7 +171,7 @@ def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> bool:
   recorded, current = _read_config(file), dataclasses.asdict(config)
   refused = config_difference(_without(recorded, may_change), _without(current, may_change))
   if refused:
-    raise ValueError(
+    raise UserError(
       f"run_dir={str(path)!r} holds a run of another config:\n  "
       + "\n  ".join(refused)
       + f"\nto resume it use its own config, {file}; to start this one give another --run_dir"
@@ -182,7 +183,7 @@ def _make_directory(path: Path) -> None:
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise ValueError(f"run_dir={str(path)!r} cannot be made: {error.strerror}") from error
+    raise UserError(f"run_dir={str(path)!r} cannot be made: {error.strerror}") from error
 
 
 def _write_config(file: Path, config: Config) -> None:
@@ -192,7 +193,7 @@ def _write_config(file: Path, config: Config) -> None:
 def _read_config(file: Path) -> dict[str, Any]:
   """The recorded config; what an earlier version of ttt_jax did not have is its default."""
   if not file.read_text(encoding="utf-8", errors="replace").endswith(_END):
-    raise ValueError(  # cut short: what it lacks must not pass for defaults
+    raise UserError(  # cut short: what it lacks must not pass for defaults
       f"{file} is damaged, its last line is not {_END.strip()!r}: give another --run_dir, or add that "
       "line if all the rest is there"
     )

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ttt_jax.config import MeshConfig
+from ttt_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 FSDP, CONTEXT, TENSOR = MESH_AXES[1:]
@@ -51,7 +52,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     remedy = "give one axis the size -1 to take all there are"
     if devices[0].platform == "cpu":
       remedy += f", or set runtime.cpu_devices={config.size}"
-    raise ValueError(
+    raise UserError(
       f"mesh {sizes} needs {config.size} devices, but there are {len(devices)} "
       f"({devices[0].device_kind}): {remedy}"
     )
@@ -70,7 +71,7 @@ def spec(*dims: str | None, mesh: Mesh | AbstractMesh) -> PartitionSpec:
   """
   claimed = [axis for dim in dims for axis in _RULES[dim]]
   if len(set(claimed)) < len(claimed):
-    raise ValueError(f"dimensions {dims} of one array claim mesh axes {claimed}: one twice")
+    raise UserError(f"dimensions {dims} of one array claim mesh axes {claimed}: one twice")
   parts = [tuple(a for a in _RULES[dim] if mesh.shape.get(a, 1) > 1) or None for dim in dims]
   while parts and parts[-1] is None:
     parts.pop()

@@ -15,6 +15,7 @@ from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import Config
 from ttt_jax.data import Corpus, merge_states, training_rows
 from ttt_jax.distributed import gather, stop_requests
+from ttt_jax.errors import UserError
 from ttt_jax.flops import training_flops
 from ttt_jax.metrics import Profile, open_log
 from ttt_jax.nn.transformer import Transformer, count_parameters
@@ -190,7 +191,7 @@ def train(
 def _check_bad(config: Config, step: int, in_a_row: int) -> None:
   """Raises ValueError where too many steps in a row changed nothing."""
   if in_a_row > config.train.max_bad_steps:
-    raise ValueError(
+    raise UserError(
       f"step {step} is the last of {in_a_row} in a row without a finite loss and gradient, more than "
       f"train.max_bad_steps={config.train.max_bad_steps}: they changed no parameter, and the newest "
       "checkpoint is as it was; lower train.learning_rate or ttt.inner_lr, or look at the data there"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax.config import Config
+from ttt_jax.errors import UserError
 from ttt_jax.evaluation.perplexity import PerplexityConfig
 from ttt_jax.load_config import load_config, read_yaml
 
@@ -85,18 +86,18 @@ def load_ablation(
   unknown = [key for key in tree if key not in _KEYS]
   missing = [key for key in _NEEDED if key not in tree]
   if unknown or missing:
-    raise ValueError(
+    raise UserError(
       f"{path} {'has' if unknown else 'lacks'} {', '.join(map(str, unknown or missing))}; an ablation "
       f"has {', '.join(_KEYS)}"
     )
   for key, kind in _KEYS.items():
     if key in tree and type(tree[key]) is not kind:
-      raise ValueError(f"{path}: {key}={tree[key]!r} must be of type {kind.__name__}")
+      raise UserError(f"{path}: {key}={tree[key]!r} must be of type {kind.__name__}")
   if tree.get("recall", 1) < 1:
-    raise ValueError(f"{path}: recall={tree['recall']} must be positive, the tokens of a window")
+    raise UserError(f"{path}: recall={tree['recall']} must be positive, the tokens of a window")
   seeds = tuple(tree["seeds"])
   if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) for s in seeds):
-    raise ValueError(f"{path}: seeds={list(seeds)} must be different integers, at least one")
+    raise UserError(f"{path}: seeds={list(seeds)} must be different integers, at least one")
   directory = Path("runs", tree["name"]) if directory is None else Path(directory)
   variants = []
   for name, fields in _settings(path, tree):
@@ -111,17 +112,17 @@ def load_ablation(
       ]
       try:
         configs.append(load_config(path.parent / tree["base"], words))
-      except ValueError as error:
-        raise ValueError(f"{path}, variant {name!r}: {error}") from error
+      except UserError as error:
+        raise UserError(f"{path}, variant {name!r}: {error}") from error
     variants.append(Variant(name, tuple(configs)))
   if not variants:
-    raise ValueError(f"{path} has no variants: give grid, variants, or both")
+    raise UserError(f"{path} has no variants: give grid, variants, or both")
   names = [_file_name(variant.name) for variant in variants]
   if twice := sorted({name for name in names if names.count(name) > 1}):
-    raise ValueError(f"{path} has several variants named {', '.join(twice)}")
+    raise UserError(f"{path} has several variants named {', '.join(twice)}")
   reference = tree.get("reference")
   if reference is not None and reference not in (known := [variant.name for variant in variants]):
-    raise ValueError(
+    raise UserError(
       f"{path}: reference={reference!r} is no variant; the variants are {', '.join(map(repr, known))}"
     )
   return Ablation(
@@ -141,7 +142,7 @@ def _probe(path: Path, fields: dict[str, Any] | None) -> PerplexityConfig | None
     return None
   known = [field.name for field in dataclasses.fields(PerplexityConfig)]
   if unknown := fields.keys() - set(known):
-    raise ValueError(
+    raise UserError(
       f"{path}: probe has {', '.join(map(str, sorted(unknown)))}; it has {', '.join(known)}"
     )
   lists = ("lengths", "reset_every")
@@ -149,11 +150,11 @@ def _probe(path: Path, fields: dict[str, Any] | None) -> PerplexityConfig | None
     numbers = value if name in lists and isinstance(value, list) else [value]
     if (name in lists) != isinstance(value, list) or not all(type(n) is int for n in numbers):
       what = "a list of integers" if name in lists else "an integer"
-      raise ValueError(f"{path}: probe.{name}={value!r} must be {what}")
+      raise UserError(f"{path}: probe.{name}={value!r} must be {what}")
   try:
     return PerplexityConfig(**{k: tuple(v) if k in lists else v for k, v in fields.items()})
-  except ValueError as error:
-    raise ValueError(f"{path}: probe.{error}") from error
+  except UserError as error:
+    raise UserError(f"{path}: probe.{error}") from error
 
 
 def _settings(path: Path, tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -161,7 +162,7 @@ def _settings(path: Path, tree: dict[str, Any]) -> Iterator[tuple[str, dict[str,
   grid = tree.get("grid", {})
   for field, values in grid.items():
     if not isinstance(values, list) or not values:
-      raise ValueError(f"{path}: grid.{field}={values!r} must be a list of values")
+      raise UserError(f"{path}: grid.{field}={values!r} must be a list of values")
   if grid:
     for values in itertools.product(*grid.values()):
       fields = dict(zip(grid, values))
@@ -169,7 +170,7 @@ def _settings(path: Path, tree: dict[str, Any]) -> Iterator[tuple[str, dict[str,
       yield name, fields
   for name, fields in tree.get("variants", {}).items():
     if not isinstance(fields, dict):
-      raise ValueError(f"{path}: variants.{name}={fields!r} must be fields with values")
+      raise UserError(f"{path}: variants.{name}={fields!r} must be fields with values")
     yield str(name), fields
 
 

@@ -9,6 +9,7 @@ from scipy import stats
 from ttt_jax.ablation.grid import Ablation, Variant
 from ttt_jax.ablation.runs import finished, read_probe, read_recall, read_summary
 from ttt_jax.config import Config
+from ttt_jax.errors import UserError
 
 
 def report(ablation: Ablation, failed: dict[tuple[str, int], str]) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def report(ablation: Ablation, failed: dict[tuple[str, int], str]) -> dict[str, 
   """
   rows = [_row(ablation, variant) for variant in ablation.variants]
   if not any(row["seeds"] for row in rows):
-    raise ValueError(
+    raise UserError(
       f"{ablation.directory} has no finished run: run ttt-jax ablate with this config first"
     )
   if ablation.reference is not None:

@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ttt_jax.cli import bench, data, evaluation, models, runs
+from ttt_jax.errors import UnsupportedError, UserError
 
 
 def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
@@ -37,9 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
       warnings.showwarning = partial(_show_warning, warnings.showwarning)
       return parsed.run(parsed) or 0
-  except (ValueError, NotImplementedError) as error:
-    if not _is_ours(error):
-      raise
+  except (UserError, UnsupportedError) as error:
     print(f"ttt-jax {parsed.command}: {error}", file=sys.stderr)
     return 2
 
@@ -52,9 +49,3 @@ def _show_warning(
     print(f"ttt-jax: {message}", file=sys.stderr)
   else:
     show(message, category, *where, **more)
-
-
-def _is_ours(error: BaseException) -> bool:
-  """Whether ttt_jax itself raised: its message is for the user, another one's wants a traceback."""
-  innermost = traceback.extract_tb(error.__traceback__)[-1]
-  return Path(innermost.filename).is_relative_to(Path(__file__).parents[1])

@@ -1,11 +1,13 @@
 """What a field may be; every mistake is a ValueError that names the field and its value."""
 
+from ttt_jax.errors import UserError
+
 DTYPES = ("float32", "bfloat16", "float64")
 
 
 def require(ok: bool, message: str) -> None:
   if not ok:
-    raise ValueError(message)
+    raise UserError(message)
 
 
 def require_positive(section: str, config, *names: str) -> None:

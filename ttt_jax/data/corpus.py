@@ -19,6 +19,7 @@ from ttt_jax.data.interleave import Interleave
 from ttt_jax.data.prepared import PreparedCorpus, PreparedDocuments
 from ttt_jax.data.skipped import Skipped, stable_hash
 from ttt_jax.data.tokens import decode, tokenized
+from ttt_jax.errors import UserError
 from ttt_jax.pretrained.tokenizer import Tokenizer
 
 
@@ -142,7 +143,7 @@ def _load_source(config, path, weight, name, seed, tokenizer, skipped) -> Source
   documents = [Document(name, tokens) for name, tokens in tokenized(texts, tokenizer)]
   if len(documents) < 2:
     found = "one readable document only" if documents else "no readable document"
-    raise ValueError(
+    raise UserError(
       f"{name}={path!r} holds {found} (skipped: {skipped}): give a "
       f"directory or glob with two documents or more, one to train on and one to hold out, in "
       f"{FORMATS}; a single long text can be cut into several files"
@@ -182,7 +183,7 @@ def heldout_rows(
   """
   lengths = [source.heldout.lengths for source in sources]
   if not any(each.size for each in lengths):
-    raise ValueError("no held-out documents: data.path must hold at least two documents")
+    raise UserError("no held-out documents: data.path must hold at least two documents")
   rows = [_long_rows(source.heldout, seq_len, seed) for source in sources]
   turns = Interleave([source.weight for source in sources])
   turn, ended, found = 0, set(), []
@@ -196,7 +197,7 @@ def heldout_rows(
       found.append(row)
   if not found:
     longest = max(int(each.max(initial=0)) for each in lengths)
-    raise ValueError(
+    raise UserError(
       f"{name}={seq_len} is longer than each of the {sum(each.size for each in lengths)} "
       f"held-out documents, the longest of which has {longest} tokens: use {longest} or "
       "less, or hold out more or longer documents (data.heldout_fraction, data.path)"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ttt_jax.data.skipped import Skipped
+from ttt_jax.errors import UserError
 
 FORMATS = ".txt, .md, .py or .jsonl files (each also .gz), .parquet or .array_record files"
 METADATA = "ttt_jax_data.json"  # what `ttt-jax data prepare` made has it, and says so in it
@@ -44,7 +45,7 @@ def find_files(path: str | None, skipped: Skipped, *, field: str) -> Files:
     version = platform.python_version()
     return Files(f"Python {version} standard library without its tests ({root})", root, paths)
   if not path:
-    raise ValueError(
+    raise UserError(
       f"{field}={path!r} is empty: give a directory or glob of {FORMATS}, or null for the Python "
       "standard library"
     )
@@ -56,14 +57,14 @@ def find_files(path: str | None, skipped: Skipped, *, field: str) -> Files:
   elif _is_pattern(path):
     root, found = _match(path, skipped, field)
   else:
-    raise ValueError(
+    raise UserError(
       f"{field}={path!r} does not exist: give a directory or glob of {FORMATS}, or null for the "
       "Python standard library"
     )
   paths = []
   for file in sorted(found):
     if file.name == METADATA:
-      raise ValueError(
+      raise UserError(
         f"{field}={path!r} holds a prepared corpus among its files: give its directory, "
         f"{str(file.parent)!r}, as data.path or as one of data.mixture"
       )
@@ -110,7 +111,7 @@ def _match(path: str, skipped: Skipped, field: str) -> tuple[Path, list[Path]]:
     # Unlike those of glob.glob, `**` here does not follow links into a loop.
     matches = list(root.glob(pattern))
   except ValueError as error:
-    raise ValueError(
+    raise UserError(
       f"{field}={path!r} is not a valid glob ({error}): write ** as a whole directory, "
       "as in DIR/**/*.py"
     ) from error

@@ -16,6 +16,7 @@ import grain
 
 from ttt_jax.data.files import format_of
 from ttt_jax.data.skipped import Skipped
+from ttt_jax.errors import UserError
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")  # what text does not hold, and protobufs do
 
@@ -76,7 +77,7 @@ def _parquet(path: Path, text_field: str, skipped: Skipped) -> Iterator[tuple[in
     import pyarrow as pa
     import pyarrow.parquet as pq
   except ModuleNotFoundError as error:
-    raise ValueError(
+    raise UserError(
       f"{path} is a parquet file, which needs pyarrow: pip install 'ttt_jax[parquet]'"
     ) from error
   try:
@@ -105,13 +106,13 @@ def _check_column(path: Path, schema: Any, text_field: str) -> None:
   import pyarrow as pa
 
   if schema.get_field_index(text_field) < 0:
-    raise ValueError(
+    raise UserError(
       f"{path} has no column {text_field!r}: set data.text_field to one of {', '.join(schema.names)}"
     )
   kind = schema.field(text_field).type
   kind = kind.value_type if pa.types.is_dictionary(kind) else kind
   if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-    raise ValueError(
+    raise UserError(
       f"{path}: column {text_field!r} holds {kind}, not text: set data.text_field to one of "
       f"{', '.join(schema.names)}"
     )
@@ -149,12 +150,12 @@ def _holds_json(record: bytes, place: str, text_field: str) -> bool:
   if isinstance(fields, dict):
     if isinstance(fields.get(text_field), str):
       return True
-    raise ValueError(
+    raise UserError(
       f"{place} is JSON without a text {text_field!r}: set data.text_field to one of "
       f"{', '.join(fields)}"
     )
   if _CONTROL.search(record) or isinstance(_text(record), _Skip):
-    raise ValueError(
+    raise UserError(
       f"{place} is neither UTF-8 text nor JSON with a field {text_field!r}, the two that are read: "
       "examples of TensorFlow and tokens of other programs have to be written again as one of them"
     )

@@ -30,6 +30,7 @@ from ttt_jax.data.prepared import (
 )
 from ttt_jax.data.skipped import Skipped, stable_hash
 from ttt_jax.data.tokens import fingerprint, token_dtype, tokenized
+from ttt_jax.errors import UserError
 from ttt_jax.pretrained.tokenizer import BYTES, load_tokenizer
 
 _LINE_SECONDS = 10  # between two lines of progress where no bar can be drawn
@@ -61,7 +62,7 @@ def prepare(
       or too many corrupt records.
   """
   if shard_bytes <= 0:
-    raise ValueError(f"the size of a shard must be positive, not {shard_bytes}")
+    raise UserError(f"the size of a shard must be positive, not {shard_bytes}")
   console = Console(stderr=True) if console is None else console
   loaded = None if tokenizer == BYTES else load_tokenizer(tokenizer)
   skipped = Skipped(max_bad_records)
@@ -90,7 +91,7 @@ def prepare(
       writer.add(name, tokens)
       progress.update(writer.documents, writer.tokens)
   if writer.documents < 2:
-    raise ValueError(
+    raise UserError(
       f"source={source!r} holds {writer.documents} readable documents (skipped: {skipped}): two or more "
       "are needed, one to train on and one to hold out"
     )
@@ -114,15 +115,15 @@ def prepare(
 def _clear(directory: Path) -> None:
   """Makes the directory, or empties an unfinished one."""
   if directory.exists() and not directory.is_dir():
-    raise ValueError(f"destination={str(directory)!r} is a file: give another one")
+    raise UserError(f"destination={str(directory)!r} is a file: give another one")
   directory.mkdir(parents=True, exist_ok=True)
   names = {path.name for path in directory.iterdir()} - {_tmp(directory).name}
   if not names:
     return
   if METADATA not in names:
-    raise ValueError(f"destination={str(directory)!r} is not empty: give another one")
+    raise UserError(f"destination={str(directory)!r} is not empty: give another one")
   if read_metadata(directory)["complete"]:
-    raise ValueError(
+    raise UserError(
       f"destination={str(directory)!r} holds a prepared corpus already: delete it, or give another one"
     )
   for path in [*directory.glob(f"*{SHARD_SUFFIX}"), directory / INDEX]:

@@ -24,6 +24,7 @@ from jaxtyping import Integer
 from ttt_jax.data.files import METADATA
 from ttt_jax.data.skipped import Skipped
 from ttt_jax.data.tokens import fingerprint, token_dtype
+from ttt_jax.errors import UserError
 from ttt_jax.pretrained.tokenizer import Tokenizer
 
 FORMAT = "ttt_jax_data/1"
@@ -38,9 +39,9 @@ def read_metadata(directory: Path) -> dict[str, Any]:
   try:
     metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
-    raise ValueError(f"{directory / METADATA} cannot be read: {error}") from error
+    raise UserError(f"{directory / METADATA} cannot be read: {error}") from error
   if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-    raise ValueError(
+    raise UserError(
       f"{directory / METADATA} is not of the format {FORMAT}: it was written by another version of "
       "ttt_jax; prepare the corpus again"
     )
@@ -55,11 +56,11 @@ def _check(
   The index is read once, the shards are not: what is corrupt in them is found when it is read.
   """
   if not metadata["complete"]:
-    raise ValueError(
+    raise UserError(
       f"{given} is unfinished, since `ttt-jax data prepare` was stopped before its end: run it again"
     )
   if metadata["fingerprint"] != fingerprint(tokenizer):
-    raise ValueError(
+    raise UserError(
       f"{given} was prepared with the tokenizer {metadata['tokenizer']!r}, which is not the one of "
       f"this run: set data.tokenizer={metadata['tokenizer']}, or prepare it again with --tokenizer"
     )
@@ -69,9 +70,9 @@ def _check(
     there = file.stat().st_size if file.is_file() else None
     if there != size:
       state = "is missing" if there is None else f"has {there} bytes instead of {size}"
-      raise ValueError(f"{given} is damaged, {name} {state}: restore the file or prepare it again")
+      raise UserError(f"{given} is damaged, {name} {state}: restore the file or prepare it again")
   if zlib.crc32(np.memmap(directory / INDEX, np.uint8, mode="r")) != metadata["index_crc"]:
-    raise ValueError(f"{given} is damaged, {INDEX} has changed: restore it or prepare it again")
+    raise UserError(f"{given} is damaged, {INDEX} has changed: restore it or prepare it again")
 
 
 class PreparedCorpus:

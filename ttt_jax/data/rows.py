@@ -26,6 +26,7 @@ from ttt_jax.data.interleave import Interleave
 from ttt_jax.data.prepared import PreparedDocuments
 from ttt_jax.data.skipped import stable_hash
 from ttt_jax.data.tokens import IGNORE
+from ttt_jax.errors import UserError
 
 _PREFETCHED = 8  # batches made ahead, in a thread
 _MAX_BINS, _MIN_BINS = 64, 8
@@ -72,7 +73,7 @@ class Rows:
       ValueError: the state is that of other data.
     """
     if state["pieces"] != self._pieces:
-      raise ValueError(
+      raise UserError(
         f"the data has changed since the checkpoint: there were {state['pieces']} pieces of documents "
         f"in its sources, now {self._pieces}; restore the files, or give another --run_dir"
       )
@@ -156,9 +157,7 @@ class _Pieces:
     self._ends = np.cumsum(-(-lengths // seq_len))  # one past each document's last piece
     self._count = int(self._ends[-1]) if len(lengths) else 0
     if not self._count:
-      raise ValueError(
-        f"{name}: no training documents: data.path must hold some that are not empty"
-      )
+      raise UserError(f"{name}: no training documents: data.path must hold some that are not empty")
     self.tokens = int(lengths.sum())
     self._orders: dict[int, np.ndarray] = {}
     self._lock = threading.Lock()

@@ -5,6 +5,8 @@ import threading
 import warnings
 from collections import Counter
 
+from ttt_jax.errors import UserError
+
 
 class Skipped:
   """Counts by reason; the reason `corrupt` has a limit and names each place. Threads may share one."""
@@ -33,7 +35,7 @@ class Skipped:
       bad = self._counts["corrupt"]
     reason = (str(problem) or type(problem).__name__).splitlines()[0][:200]
     if bad > self._limit:
-      raise ValueError(
+      raise UserError(
         f"{place} is corrupt ({reason}): {bad} corrupt records are more than data.max_bad_records="
         f"{self._limit}; restore the file, or raise data.max_bad_records to go on without them"
       )

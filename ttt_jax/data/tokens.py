@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Integer
 
+from ttt_jax.errors import UserError
 from ttt_jax.pretrained.tokenizer import Tokenizer
 
 VOCAB_SIZE = 256  # one token per byte
@@ -35,7 +36,7 @@ def decode(tokens: Integer[Any, "T"] | Sequence[int]) -> str:
   tokens = np.asarray(tokens, np.int64)
   foreign = tokens[(tokens < 0) | (tokens >= VOCAB_SIZE)]
   if foreign.size:
-    raise ValueError(f"token {foreign[0]} is not a byte: decode takes 0 to {VOCAB_SIZE - 1}")
+    raise UserError(f"token {foreign[0]} is not a byte: decode takes 0 to {VOCAB_SIZE - 1}")
   return tokens.astype(np.uint8).tobytes().decode(errors="replace")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax.distributed import from_main, is_main
+from ttt_jax.errors import UserError
 from ttt_jax.rundir import jsonable, write_whole
 
 
@@ -49,11 +50,11 @@ class Cells:
       recorded = first["settings"]
       results = {_name(record["key"]): record["result"] for record in records}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-      raise ValueError(f"{self._path} is no file of results: give another --out") from error
+      raise UserError(f"{self._path} is no file of results: give another --out") from error
     names = sorted(recorded.keys() | settings.keys())
     changed = [name for name in names if recorded.get(name) != settings.get(name)]
     if changed:
-      raise ValueError(
+      raise UserError(
         f"{self._path} holds results of other settings: "
         + ", ".join(f"{n} was {recorded.get(n)!r}, is {settings.get(n)!r}" for n in changed)
         + ". Give another --out, or delete it"
@@ -76,7 +77,7 @@ class Cells:
   def add(self, key: tuple, result: Any) -> None:
     """Keeps a result, of what JSON has; NaN and infinities become null."""
     if key in self:
-      raise ValueError(f"{self._path} has a result for {key} already")
+      raise UserError(f"{self._path} has a result for {key} already")
     result = jsonable(result)
     if is_main():
       with self._path.open("a", encoding="utf-8") as file:

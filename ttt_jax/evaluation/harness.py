@@ -9,6 +9,7 @@ line does not look for models in other packages; this module registers its own a
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ttt_jax.errors import UserError
 from ttt_jax.evaluation.scoring import Scorer
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.pretrained.source import open_model, open_tokenizer
@@ -55,12 +56,12 @@ class TTTHarness(LM):
   ):
     super().__init__()
     if (model is None) != (tokenizer is None) or (model is None) == (pretrained is None):
-      raise ValueError("give a model and its tokenizer, or pretrained=PATH")
+      raise UserError("give a model and its tokenizer, or pretrained=PATH")
     if model is None:
       tokenizer, model = open_tokenizer(pretrained), open_model(pretrained, dtype=dtype)
     if isinstance(batch_size, str):
       if not batch_size.isdecimal():
-        raise ValueError(f"batch_size={batch_size!r} must be a number: ttt_jax does not search one")
+        raise UserError(f"batch_size={batch_size!r} must be a number: ttt_jax does not search one")
       batch_size = int(batch_size)
     self._scorer = Scorer(
       model,

@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Float, Int
 
+from ttt_jax.errors import UserError
 from ttt_jax.evaluation.cells import Cells
 from ttt_jax.generation.reader import Cache, Reader
 from ttt_jax.generation.segments import room_for, row_shards, segment_length
@@ -45,11 +46,11 @@ class PerplexityConfig:
   def __post_init__(self):
     for name in ("block", "documents", "buckets", "batch"):
       if getattr(self, name) < 1:
-        raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        raise UserError(f"{name}={getattr(self, name)} must be positive")
     if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
-      raise ValueError(f"lengths={list(self.lengths)} must be different positive numbers of tokens")
+      raise UserError(f"lengths={list(self.lengths)} must be different positive numbers of tokens")
     if any(n < 1 for n in self.reset_every):
-      raise ValueError(f"reset_every={list(self.reset_every)} must be positive numbers of tokens")
+      raise UserError(f"reset_every={list(self.reset_every)} must be positive numbers of tokens")
 
   @property
   def tokens(self) -> int:
@@ -77,7 +78,7 @@ def modes(reader: Reader, config: PerplexityConfig) -> tuple[Mode, ...]:
   chunk = reader.ttt.chunk_size
   for n in config.reset_every:
     if n % chunk:
-      raise ValueError(
+      raise UserError(
         f"reset_every={n} is not a multiple of ttt.chunk_size={chunk}: a chunk is learned whole"
       )
   resets = (Mode(f"reset {n}", update=True, reset_every=n) for n in config.reset_every)

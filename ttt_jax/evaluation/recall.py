@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
+from ttt_jax.errors import UserError
 from ttt_jax.evaluate import over_rows
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.rundir import write_whole
@@ -49,12 +50,12 @@ def write_documents(directory: str | Path, *, documents: int, tokens: int, seed:
     ValueError: sizes out of range, or the file is there already.
   """
   if documents < 2 or tokens < 4 or tokens % 2:
-    raise ValueError(
+    raise UserError(
       f"documents={documents} must be at least 2 and tokens={tokens} an even number from 4 on"
     )
   path = Path(directory) / _FILE
   if path.exists():
-    raise ValueError(f"{path} is there already: delete it, or name another directory")
+    raise UserError(f"{path} is there already: delete it, or name another directory")
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = (json.dumps({"text": make_document(tokens, seed, i)}) + "\n" for i in range(documents))
   write_whole(path, "".join(lines))
@@ -74,7 +75,7 @@ def distances(row: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
     result[t] = t - last[key] if key in last else 0
     last[key] = t
   if not result.any():
-    raise ValueError(
+    raise UserError(
       "the documents hold no pair twice, such as Kx ... Kx: write some with ttt-jax data recall, and "
       "name their directory as data.path"
     )

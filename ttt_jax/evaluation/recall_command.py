@@ -9,6 +9,7 @@ from rich.table import Table
 from ttt_jax.config import Config
 from ttt_jax.data import heldout_rows
 from ttt_jax.distributed import is_main, on_main, together
+from ttt_jax.errors import UserError
 from ttt_jax.evaluation.recall import CHANCE, by_distance, recalled
 from ttt_jax.initial import resolve
 from ttt_jax.plots import plot_recall
@@ -41,13 +42,13 @@ def run_recall(
   config = resolve(config)
   window = config.attention.window if window is None else window
   if window is None:
-    raise ValueError(
+    raise UserError(
       "attention.window=null: say with --window how many tokens distances are counted by"
     )
   if window < 1:
-    raise ValueError(f"--window {window} must be positive: distances are counted by so many tokens")
+    raise UserError(f"--window {window} must be positive: distances are counted by so many tokens")
   if config.tokenizer is not None:
-    raise ValueError(
+    raise UserError(
       f"data.tokenizer={config.tokenizer!r}: the recall task is written in bytes, use bytes"
     )
   mesh = make_mesh(config.mesh)

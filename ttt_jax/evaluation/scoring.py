@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ttt_jax.errors import UserError
 from ttt_jax.generation.generate import Stream
 from ttt_jax.generation.reader import Reader
 from ttt_jax.loss import IGNORE, LOGITS_AT_ONCE, in_pieces, token_losses
@@ -100,7 +101,7 @@ class Scorer:
     sizes = {"batch_size": batch_size, "max_gen_toks": max_gen_toks, "max_length": max_length}
     for name, size in sizes.items():
       if size is not None and (not isinstance(size, int) or size < 1):
-        raise ValueError(f"{name}={size!r} must be a number of at least 1")
+        raise UserError(f"{name}={size!r} must be a number of at least 1")
     tokenizer.check_vocabulary(model.model.vocab_size)
     self._model, self._tokenizer, self._update = model, tokenizer, update
     self._batch_size, self._max_length, self._max_gen_toks = batch_size, max_length, max_gen_toks
@@ -177,11 +178,11 @@ class Scorer:
       read = [self.prefix_id]
       whole = read + self._tokenizer.encode(continuation, add_special_tokens=False)
     if len(whole) <= len(read):
-      raise ValueError(f"the continuation {continuation!r} has no tokens of its own")
+      raise UserError(f"the continuation {continuation!r} has no tokens of its own")
     scored = len(whole) - len(read)
     if self._max_length is not None:
       if scored > self._max_length:
-        raise ValueError(f"a continuation has {scored} tokens, max_length={self._max_length}")
+        raise UserError(f"a continuation has {scored} tokens, max_length={self._max_length}")
       whole = whole[-(self._max_length + 1) :]
     return Window(whole, scored)
 
@@ -206,7 +207,7 @@ class Scorer:
   def _generation(self, options: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(options) - set(_GENERATION))
     if unknown:
-      raise ValueError(f"generation option {unknown[0]!r} is not one of {', '.join(_GENERATION)}")
+      raise UserError(f"generation option {unknown[0]!r} is not one of {', '.join(_GENERATION)}")
     until = options.get("until") or []
     temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
     drawn = {name: options.get(name) for name in ("top_k", "top_p")} if temperature else {}
@@ -226,7 +227,7 @@ class Scorer:
     if self._max_length is not None:
       room = self._max_length - max_new_tokens
       if room < 1:
-        raise ValueError(f"max_length={self._max_length} has no room for {max_new_tokens} tokens")
+        raise UserError(f"max_length={self._max_length} has no room for {max_new_tokens} tokens")
       prompts = [prompt[-room:] for prompt in prompts]
     stream = Stream(
       self._reader, prompts, max_new_tokens=max_new_tokens, update=self._update, **how

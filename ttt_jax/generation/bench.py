@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ttt_jax.bench import machine, wide_console
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig
+from ttt_jax.errors import UserError
 from ttt_jax.generation.generate import generate
 from ttt_jax.generation.reader import Reader
 from ttt_jax.nn.transformer import Transformer, count_parameters
@@ -48,9 +49,9 @@ class GenerationBenchConfig:
 
   def __post_init__(self):
     if self.repeats < 5:
-      raise ValueError(f"--repeats {self.repeats}: a median of fewer than 5 runs says little")
+      raise UserError(f"--repeats {self.repeats}: a median of fewer than 5 runs says little")
     if not 1 <= self.every <= self.layers:
-      raise ValueError(f"--every {self.every} must be between 1 and --layers {self.layers}")
+      raise UserError(f"--every {self.every} must be between 1 and --layers {self.layers}")
 
 
 def run_generation_bench(config: GenerationBenchConfig, name: str, out: Path) -> dict[str, Any]:

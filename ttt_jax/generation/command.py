@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from ttt_jax.errors import UserError
 from ttt_jax.generation.generate import Generation, Stream, generate
 from ttt_jax.generation.reader import Reader
 from ttt_jax.generation.state import GenerationState, load_state
@@ -54,7 +55,7 @@ def _prompts(parsed: argparse.Namespace) -> list[str]:
   if not prompts and not sys.stdin.isatty():
     prompts = [sys.stdin.read()]
   if not prompts:
-    raise ValueError(
+    raise UserError(
       "there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in"
     )
   return prompts
@@ -64,9 +65,9 @@ def _read(path: Path) -> str:
   try:
     return path.read_text(encoding="utf-8")
   except OSError as error:
-    raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    raise UserError(f"cannot read {path}: {error.strerror}") from error
   except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    raise UserError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _start(
@@ -82,7 +83,7 @@ def _start(
   if parsed.learn is None:
     return None
   if not model.ttt.layers:
-    raise ValueError(f"--learn: {parsed.model} has no fast weights to learn with; see --ttt.layers")
+    raise UserError(f"--learn: {parsed.model} has no fast weights to learn with; see --ttt.layers")
   text = _encode(tokenizer, _read(parsed.learn))
   result = generate(model, [text] * rows, max_new_tokens=0)
   _say(console, f"learned {parsed.learn}: {len(text)} tokens in {result.read_seconds:.1f} s")

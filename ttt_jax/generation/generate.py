@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from ttt_jax.errors import UserError
 from ttt_jax.generation.reader import Cache, Reader
 from ttt_jax.generation.sampling import check_sampling, sample
 from ttt_jax.generation.segments import room_for, row_shards, segment_length
@@ -139,7 +140,7 @@ class Stream:
     update: bool = True,
   ):
     if max_new_tokens < 0:
-      raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
+      raise UserError(f"max_new_tokens={max_new_tokens} must not be negative")
     check_sampling(temperature, top_k, top_p)
     self._reader = model = Reader.of(model)
     self._fingerprint = model.fingerprint()
@@ -147,7 +148,7 @@ class Stream:
       check_model(state.model, self._fingerprint)
     stop = model.model.eos_ids if stop is None else tuple(stop)
     if any(not 0 <= token < model.model.vocab_size for token in stop):
-      raise ValueError(f"stop={list(stop)}: the model has tokens 0 to {model.model.vocab_size - 1}")
+      raise UserError(f"stop={list(stop)}: the model has tokens 0 to {model.model.vocab_size - 1}")
     self._prompts = _prompts(tokens, model.model.vocab_size, state)
     _check_positions(model, self._prompts, max_new_tokens, state)
     self._mesh = model.mesh()
@@ -382,23 +383,23 @@ def _prompts(tokens, vocab_size: int, state: GenerationState | None) -> list[lis
   """The prompts as lists; raises ValueError for what cannot be read."""
   if isinstance(tokens, (jax.Array, np.ndarray)):
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-      raise ValueError(
+      raise UserError(
         f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, expected integers [B, T]"
       )
     tokens = np.asarray(tokens).tolist()
   prompts = [list(map(int, prompt)) for prompt in tokens]
   if not prompts:
-    raise ValueError("tokens has no rows: give at least one prompt")
+    raise UserError("tokens has no rows: give at least one prompt")
   if state is not None and len(prompts) != len(state.cache.lengths):
-    raise ValueError(f"tokens has {len(prompts)} rows, the state {len(state.cache.lengths)}")
+    raise UserError(f"tokens has {len(prompts)} rows, the state {len(state.cache.lengths)}")
   for row, prompt in enumerate(prompts):
     if not prompt and (state is None or not state.cache.lengths[row]):
-      raise ValueError(
+      raise UserError(
         f"prompt {row} is empty: give at least one token, the model's bos for instance"
       )
     for token in prompt:
       if not 0 <= token < vocab_size:
-        raise ValueError(
+        raise UserError(
           f"prompt {row} holds token {token}, the model has 0 to {vocab_size - 1}: is it another "
           "model's tokenizer?"
         )

@@ -4,15 +4,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ttt_jax.errors import UserError
+
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
   """Raises ValueError for a value out of range."""
   if not 0 <= temperature < float("inf"):
-    raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
+    raise UserError(f"temperature={temperature} must be 0 (greedy) or positive")
   if top_k is not None and top_k < 1:
-    raise ValueError(f"top_k={top_k} must be at least 1; None for all tokens")
+    raise UserError(f"top_k={top_k} must be at least 1; None for all tokens")
   if top_p is not None and not 0 < top_p <= 1:
-    raise ValueError(f"top_p={top_p} must be in (0, 1]; None for all tokens")
+    raise UserError(f"top_p={top_p} must be in (0, 1]; None for all tokens")
 
 
 def sample(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
+from ttt_jax.errors import UserError
 from ttt_jax.generation.reader import Cache, Reader
 from ttt_jax.nn.attention import KEYS_AND_VALUES
 from ttt_jax.nn.linear_attention import LINEAR_CACHE, LinearCache
@@ -109,17 +110,17 @@ def load_state(path: str | Path, model: Transformer | Reader) -> GenerationState
   """
   path = Path(path)
   if not path.is_file():
-    raise ValueError(f"state {str(path)!r} is not there")
+    raise UserError(f"state {str(path)!r} is not there")
   try:
     with safe_open(path, framework="flax") as file:
       metadata = file.metadata() or {}
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
   except SafetensorError as error:
-    raise ValueError(
+    raise UserError(
       f"state {str(path)!r} cannot be read, it is cut off or no state: {error}"
     ) from error
   if metadata.get("format") != _FORMAT:
-    raise ValueError(f"{str(path)!r} is no saved state of ttt_jax: write one with state.save(path)")
+    raise UserError(f"{str(path)!r} is no saved state of ttt_jax: write one with state.save(path)")
   reader = Reader.of(model)
   check_model(metadata["model"], reader.fingerprint())
   logits = arrays.pop("logits")
@@ -134,7 +135,7 @@ def load_state(path: str | Path, model: Transformer | Reader) -> GenerationState
 def check_model(state_of: str, model: str) -> None:
   """Raises ValueError unless a state's fingerprint is the model's."""
   if state_of != model:
-    raise ValueError(
+    raise UserError(
       f"the state is of a model with fingerprint {state_of}, this one's is {model}: keys, values and "
       "fast weights of one model mean nothing to another"
     )

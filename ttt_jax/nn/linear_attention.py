@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.config import AttentionConfig, ModelConfig
+from ttt_jax.errors import UnsupportedError
 from ttt_jax.nn.layers import PROJECTED, RMSNorm, add_bias, normal_init, project
 from ttt_jax.ops.context import shard_count
 from ttt_jax.ops.linear_attention import delta_rule, gated_linear_attention, short_convolution
@@ -174,7 +175,7 @@ class _LinearAttention(nnx.Module):
 
     def mix(q, k, v, gate, documents, state, *, axes: Axes):
       if axes.context is not None and shard_count(axes.context) > 1:
-        raise NotImplementedError(
+        raise UnsupportedError(
           f"attention.mixer={self.mixer!r} on {shard_count(axes.context)} shards of the sequence: its "
           "state is not exchanged between them; use a mesh with context=1, and data, fsdp or tensor"
         )

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig, check_layers
+from ttt_jax.errors import UserError
 from ttt_jax.nn.attention import Attention
 from ttt_jax.nn.layers import (
   PROJECTED,
@@ -272,7 +273,7 @@ class Transformer(nnx.Module):
     Arguments and errors are those of `__call__`; `ttt_jax.loss.model_losses` reads it piece by piece.
     """
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-      raise ValueError(
+      raise UserError(
         f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, expected integers [B, T]"
       )
     tokens, documents = jnp.asarray(tokens), None

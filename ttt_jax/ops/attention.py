@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from ttt_jax.errors import UnsupportedError, UserError
 from ttt_jax.ops import blockwise, splash
 from ttt_jax.ops.context import is_checked, shard_count, varying_axes
 from ttt_jax.ops.cost import target_platform
@@ -325,7 +326,7 @@ def _choose(implementation, q, k, v, window, segment_ids, context_axis) -> str:
     preferred = _PREFERRED.get(target_platform(), ("xla",))
     return next(name for name in preferred if not refusals(name))
   if reasons := refusals(implementation):
-    raise NotImplementedError(
+    raise UnsupportedError(
       f"attention.implementation={implementation!r} cannot take {', '.join(reasons)}: use 'xla'"
     )
   return implementation
@@ -369,17 +370,17 @@ def _refusals_of_cudnn(q, window, segment_ids, context_axis) -> list[str]:
 
 def _check(q, k, v, window, segment_ids, implementation):
   if q.ndim != 4 or k.ndim != 4:
-    raise ValueError(f"q has shape {q.shape}, k {k.shape}: expected [B, T, H, K] and [B, T, G, K]")
+    raise UserError(f"q has shape {q.shape}, k {k.shape}: expected [B, T, H, K] and [B, T, G, K]")
   if k.shape != v.shape or (k.shape[:2], k.shape[3]) != (q.shape[:2], q.shape[3]):
-    raise ValueError(
+    raise UserError(
       f"k has shape {k.shape} and v {v.shape}, expected [B, T, G, K] to q's [B, T, H, K] = {q.shape}"
     )
   if q.shape[2] % k.shape[2]:
-    raise ValueError(f"{k.shape[2]} key heads do not divide {q.shape[2]} query heads")
+    raise UserError(f"{k.shape[2]} key heads do not divide {q.shape[2]} query heads")
   if window is not None and window < 1:
-    raise ValueError(f"window={window} must be at least 1: a token sees itself")
+    raise UserError(f"window={window} must be at least 1: a token sees itself")
   if segment_ids is not None:
     check_segment_ids(segment_ids, q.shape[:2])
   if implementation not in (None, *IMPLEMENTATIONS):
     known = ", ".join(map(repr, IMPLEMENTATIONS))
-    raise ValueError(f"attention implementation={implementation!r} is not one of {known}")
+    raise UserError(f"attention implementation={implementation!r} is not one of {known}")

@@ -14,6 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Shaped
 
+from ttt_jax.errors import UserError
 from ttt_jax.ops import cost
 from ttt_jax.ops.collectives import COLLECTIVES, Exchange, exchange
 from ttt_jax.ops.update import Update, apply_update
@@ -33,11 +34,11 @@ def plan_exchange(
 ) -> Exchange:
   """Decides how deltas `[B, F, D]` of `dtype` travel along `axis_name`; see `exclusive_prefix`."""
   if collective is not None and collective not in COLLECTIVES:
-    raise ValueError(f"collective={collective!r} is not one of {', '.join(COLLECTIVES)}")
+    raise UserError(f"collective={collective!r} is not one of {', '.join(COLLECTIVES)}")
   if wire_dtype is not None:
     wire_dtype = jnp.dtype(wire_dtype)
     if not jnp.issubdtype(wire_dtype, jnp.floating):
-      raise ValueError(f"wire_dtype={wire_dtype} is not a floating-point dtype")
+      raise UserError(f"wire_dtype={wire_dtype} is not a floating-point dtype")
     if wire_dtype.itemsize >= jnp.dtype(dtype).itemsize:
       wire_dtype = None  # nothing is saved by rounding up
   size = shard_count(axis_name)
@@ -56,7 +57,7 @@ def shard_count(axis: str, *, field: str = "context_axis") -> int:
   try:
     return lax.axis_size(axis)
   except NameError as error:
-    raise ValueError(
+    raise UserError(
       f"{field}={axis!r} is not a mesh axis of an enclosing jax.shard_map: call this inside "
       f"jax.shard_map over that axis, or pass {field}=None where nothing is split over devices"
     ) from error
@@ -163,7 +164,7 @@ def exclusive_prefix(
   size = shard_count(axis_name)
   keep, delta = jnp.asarray(update.keep), jnp.asarray(update.delta)
   if delta.shape[: keep.ndim] != keep.shape:
-    raise ValueError(
+    raise UserError(
       f"update.keep has shape {keep.shape}, which is not the start of update.delta's {delta.shape}"
     )
   lead, rest = keep.shape, delta.shape[keep.ndim :]

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Device:
@@ -98,7 +100,7 @@ def find_device(kind: str | None = None) -> Device:
     if kind.startswith(device.kind):
       return device
   if platform is None:
-    raise ValueError(f"device={kind!r} is not in the table: use one of {', '.join(DEVICES)}")
+    raise UserError(f"device={kind!r} is not in the table: use one of {', '.join(DEVICES)}")
   return DEVICES[_NEAREST.get(platform, "h100")]
 
 
@@ -295,9 +297,9 @@ def explain(
   }
   for name, value in sizes.items():
     if value < 1:
-      raise ValueError(f"{name}={value} must be at least 1")
+      raise UserError(f"{name}={value} must be at least 1")
   if shards > 1 and tokens % (shards * chunk_size):
-    raise ValueError(
+    raise UserError(
       f"tokens={tokens} is not a multiple of shards * chunk_size = {shards * chunk_size}: shards hold "
       "whole chunks"
     )

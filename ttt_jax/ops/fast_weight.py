@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ttt_jax.errors import UnsupportedError, UserError
 from ttt_jax.ops import cost
 from ttt_jax.ops.associative import associative
 from ttt_jax.ops.chunks import Chunks, Options
@@ -315,9 +316,9 @@ def _choose(implementation, merge, work, dtype):
   """The implementation's function, and whether it reads `W + S` in one product."""
   if implementation not in (None, *IMPLEMENTATIONS):
     known = ", ".join(map(repr, IMPLEMENTATIONS))
-    raise ValueError(f"implementation={implementation!r} is not one of {known}")
+    raise UserError(f"implementation={implementation!r} is not one of {known}")
   if merge and implementation not in (None, "sequential"):
-    raise NotImplementedError(
+    raise UnsupportedError(
       f"merge=True: implementation={implementation!r} reads no W + S, use 'sequential' or merge=None"
     )
   lossless = accumulation_dtype(dtype) == dtype
@@ -343,7 +344,7 @@ def _undifferentiated(decay: Float[Array, ""]) -> Float[Array, ""]:
 
 @_undifferentiated.defjvp
 def _undifferentiated_jvp(primals, tangents):
-  raise NotImplementedError(
+  raise UnsupportedError(
     "the gradient of decay with lengths: train on rows of one length, with segment_ids for padding, or "
     "pass decay as a Python float"
   )
@@ -358,37 +359,35 @@ def _check_arguments(
 ) -> None:
   for name, x in (("z", z), ("v", v), ("w_down", w_down)):
     if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise ValueError(f"{name} has dtype {x.dtype}, expected a floating-point one")
+      raise UserError(f"{name} has dtype {x.dtype}, expected a floating-point one")
   if z.ndim < 2:
-    raise ValueError(f"z has shape {z.shape}, expected [..., T, F]")
+    raise UserError(f"z has shape {z.shape}, expected [..., T, F]")
   if v.shape[:-1] != z.shape[:-1]:
-    raise ValueError(f"v has shape {v.shape}, expected [..., T, D] with z's leading {z.shape[:-1]}")
+    raise UserError(f"v has shape {v.shape}, expected [..., T, D] with z's leading {z.shape[:-1]}")
   if w_down.shape != (z.shape[-1], v.shape[-1]):
-    raise ValueError(
+    raise UserError(
       f"w_down has shape {w_down.shape}, expected [F, D] = {(z.shape[-1], v.shape[-1])} "
       "(the transpose of a PyTorch weight)"
     )
   if chunk_size < 1:
-    raise ValueError(f"chunk_size={chunk_size} must be at least 1 token")
+    raise UserError(f"chunk_size={chunk_size} must be at least 1 token")
   for name, x in (("inner_lr", inner_lr), ("decay", decay)):
     if x is not None and jnp.ndim(x) != 0:
-      raise ValueError(f"{name} has shape {jnp.shape(x)}, expected a number or a 0-d array")
+      raise UserError(f"{name} has shape {jnp.shape(x)}, expected a number or a 0-d array")
   if decay is not None and not _is_traced(decay) and not 0 < float(decay) <= 1:
-    raise ValueError(f"decay={decay} must be in (0, 1]: the state's factor per chunk")
+    raise UserError(f"decay={decay} must be in (0, 1]: the state's factor per chunk")
   if clip_norm is not None:
     if isinstance(clip_norm, jax.Array):
-      raise ValueError(
-        f"clip_norm={clip_norm} is an array: it has no gradient, pass a Python float"
-      )
+      raise UserError(f"clip_norm={clip_norm} is an array: it has no gradient, pass a Python float")
     if clip_norm <= 0:
-      raise ValueError(f"clip_norm={clip_norm} must be positive; None for no clip")
+      raise UserError(f"clip_norm={clip_norm} must be positive; None for no clip")
   if segment_ids is not None:
     check_segment_ids(segment_ids, z.shape[:-1])
   t = z.shape[-2]
   if context_axis is not None:
     shards = shard_count(context_axis)
     if t % chunk_size:
-      raise ValueError(
+      raise UserError(
         f"chunk_size={chunk_size} does not divide the {t} tokens of a shard ({shards} shards over "
         f"{context_axis!r}, {t * shards} tokens): shards hold whole chunks"
       )
@@ -398,7 +397,7 @@ def _check_lengths(lengths, lead) -> None:
   if lengths is None:
     return
   if lengths.shape != lead or not jnp.issubdtype(lengths.dtype, jnp.integer):
-    raise ValueError(
+    raise UserError(
       f"lengths has shape {lengths.shape} and dtype {lengths.dtype}, expected integers {lead}: one a row"
     )
 
@@ -407,17 +406,17 @@ def _check_state(state, shape, dtype, context_axis) -> None:
   if state is None:
     return
   if state.S.shape != shape:
-    raise ValueError(f"state.S has shape {state.S.shape}, expected [..., F, D] = {shape}")
+    raise UserError(f"state.S has shape {state.S.shape}, expected [..., F, D] = {shape}")
   if state.S.dtype != dtype:
-    raise ValueError(f"state.S has dtype {state.S.dtype}, expected state_dtype={dtype}")
+    raise UserError(f"state.S has dtype {state.S.dtype}, expected state_dtype={dtype}")
   if state.pending:
-    raise ValueError(
+    raise UserError(
       f"state comes from the middle of a chunk: {state.pending} tokens after its last full chunk were "
       "read but not learned. Read on from that chunk's end: feed these tokens again, with "
       "dataclasses.replace(state, pending=0)"
     )
   if context_axis is not None and context_axis in varying_axes(state.S):
-    raise ValueError(
+    raise UserError(
       f"state.S varies over context_axis={context_axis!r}: every shard must be given the one state "
       "that comes before the whole sequence"
     )

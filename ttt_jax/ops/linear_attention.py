@@ -16,6 +16,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
+from ttt_jax.errors import UserError
 from ttt_jax.ops.context import vary_over, varying_axes
 from ttt_jax.ops.numerics import accumulation_dtype, matmul
 from ttt_jax.ops.segments import check_segment_ids, number_documents
@@ -286,17 +287,17 @@ def _delta_chunk(state, chunk, borders: _Borders):
 
 def _check(q, k, v, gates, segment_ids, state, chunk_size):
   if q.ndim != 4 or not jnp.issubdtype(q.dtype, jnp.floating):
-    raise ValueError(f"q has shape {q.shape} and dtype {q.dtype}, expected floating [B, T, H, K]")
+    raise UserError(f"q has shape {q.shape} and dtype {q.dtype}, expected floating [B, T, H, K]")
   if v.ndim != 4:
-    raise ValueError(f"v has shape {v.shape}, expected [B, T, H, M]")
+    raise UserError(f"v has shape {v.shape}, expected [B, T, H, M]")
   b, t, h, width = q.shape
   expected = {"k": (k, q.shape), "v": (v, (b, t, h, v.shape[-1])), **gates}
   if state is not None:
     expected["state"] = (state, (b, h, width, v.shape[-1]))
   for name, (x, shape) in expected.items():
     if x.shape != shape:
-      raise ValueError(f"{name} has shape {x.shape}, expected {shape} for q of {q.shape}")
+      raise UserError(f"{name} has shape {x.shape}, expected {shape} for q of {q.shape}")
   if segment_ids is not None:
     check_segment_ids(segment_ids, (b, t))
   if chunk_size < 1:
-    raise ValueError(f"chunk_size={chunk_size} must be at least 1 token")
+    raise UserError(f"chunk_size={chunk_size} must be at least 1 token")

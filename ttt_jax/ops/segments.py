@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, Shaped
 
+from ttt_jax.errors import UserError
 from ttt_jax.ops.context import from_left, shard_count
 
 
@@ -32,11 +33,11 @@ class ChunkFacts(NamedTuple):
 def check_segment_ids(segment_ids: Array, shape: tuple[int, ...]) -> None:
   """Raises ValueError unless `segment_ids` are integers of `shape`, one per token."""
   if segment_ids.shape != shape:
-    raise ValueError(
+    raise UserError(
       f"segment_ids has shape {segment_ids.shape}, expected {shape}: one document number per token"
     )
   if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-    raise ValueError(
+    raise UserError(
       f"segment_ids has dtype {segment_ids.dtype}: document numbers are integers, 0 for padding"
     )
 

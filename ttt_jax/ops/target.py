@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ttt_jax.errors import UserError
 from ttt_jax.ops.context import vary_over, varying_axes
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.ops.segments import check_segment_ids, same_document, shift
@@ -75,13 +76,13 @@ def ntp_targets(
 
 def _check(x, conv, projection, chunk_size):
   if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(f"x has shape {x.shape} and dtype {x.dtype}, expected floating [..., T, D]")
+    raise UserError(f"x has shape {x.shape} and dtype {x.dtype}, expected floating [..., T, D]")
   d = x.shape[-1]
   if conv.ndim != 2 or conv.shape[1] != d or conv.shape[0] % 2 == 0:
-    raise ValueError(
+    raise UserError(
       f"conv has shape {conv.shape}, expected [width, D] with an odd width and D = {d} as in x"
     )
   if projection is not None and projection.shape != (d, d):
-    raise ValueError(f"projection has shape {projection.shape}, expected [D, D] with D = {d}")
+    raise UserError(f"projection has shape {projection.shape}, expected [D, D] with D = {d}")
   if chunk_size < 1:
-    raise ValueError(f"chunk_size={chunk_size} must be at least 1 token")
+    raise UserError(f"chunk_size={chunk_size} must be at least 1 token")

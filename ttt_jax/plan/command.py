@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.config import Config, MeshConfig, ModelConfig
+from ttt_jax.errors import UserError
 from ttt_jax.initial import resolve_for
 from ttt_jax.plan.planner import Mode, Plan, plan
 from ttt_jax.plan.topology import open_topology
@@ -34,7 +35,7 @@ def run(
   topology = config.plan.topology if topology is None else topology
   mode = config.plan.mode if mode is None else mode
   if topology is None:
-    raise ValueError(
+    raise UserError(
       "plan.topology is not set: give --topology, such as v5p:4x4x4 (64 chips) or v5e:16x16"
     )
   devices = len(open_topology(topology).devices)
@@ -62,7 +63,7 @@ def _plan(config: Config, topology: str, mode: Mode, devices: int) -> Plan:
   is_here = config.init_from is None or Path(config.init_from).expanduser().exists()
   if not is_here:
     if config.model.d_model == ModelConfig().d_model:
-      raise ValueError(
+      raise UserError(
         f"init_from={config.init_from!r} is not here, and the config's section model does not say what "
         "it is: give its shapes (model.d_model and so on), or fetch it"
       )
@@ -90,7 +91,7 @@ def swept_meshes(config: Config, devices: int) -> list[MeshConfig]:
     fsdp = max(f for f in range(1, others + 1) if others % f == 0 and config.model.d_model % f == 0)
     meshes.append(MeshConfig(data=others // fsdp, fsdp=fsdp, context=context, tensor=tensor))
   if not meshes:
-    raise ValueError(
+    raise UserError(
       f"--sweep finds no mesh: {devices} devices with mesh.tensor={tensor} do not divide "
       f"train.batch_size={config.train.batch_size} rows for any context of {_SWEPT_CONTEXTS}"
     )

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import jax
 
+from ttt_jax.errors import UserError
+
 # Slices that clouds offer. Any whole number of hosts (2 x 2 chips) can be compiled for.
 _SLICES = {
   "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -46,9 +48,9 @@ def open_topology(name: str) -> Topology:
   """
   chip = name.partition(":")[0]
   if chip not in _SLICES or ":" not in name:
-    raise ValueError(f"plan.topology={name!r} is none that is known: {_known()}")
+    raise UserError(f"plan.topology={name!r} is none that is known: {_known()}")
   if importlib.util.find_spec("libtpu") is None:
-    raise ValueError(
+    raise UserError(
       "planning compiles with libtpu, which is not installed: pip install 'ttt_jax[tpu]'"
     )
   from jax.experimental import topologies
@@ -57,7 +59,7 @@ def open_topology(name: str) -> Topology:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
   except (jax.errors.JaxRuntimeError, ValueError) as error:
     reason = str(error).splitlines()[0]
-    raise ValueError(f"plan.topology={name!r} is no slice ({reason}): {_known()}") from error
+    raise UserError(f"plan.topology={name!r} is no slice ({reason}): {_known()}") from error
   return Topology(name, devices, _HBM_GIB[chip])
 
 

@@ -17,6 +17,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ttt_jax.errors import UnsupportedError, UserError
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -51,11 +53,11 @@ def read_json(path: Path) -> dict[str, Any]:
   try:
     data = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise ValueError(f"{path} does not exist") from None
+    raise UserError(f"{path} does not exist") from None
   except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from None
+    raise UserError(f"{path} is not JSON: {error}") from None
   if not isinstance(data, dict):
-    raise ValueError(f"{path} holds no JSON object but {type(data).__name__}")
+    raise UserError(f"{path} holds no JSON object but {type(data).__name__}")
   return data
 
 
@@ -75,19 +77,19 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
         f"; {', '.join(pickled[:3])} is a pickle, which could execute code: load it in transformers "
         "and save it with safe_serialization=True"
       )
-    raise ValueError(f"{directory} has neither {WEIGHTS} nor {INDEX}{remedy}")
+    raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}{remedy}")
   weight_map = read_json(directory / INDEX).get("weight_map")
   if not isinstance(weight_map, dict):
-    raise ValueError(f"{directory / INDEX} has no weight_map: it is not an index of tensors")
+    raise UserError(f"{directory / INDEX} has no weight_map: it is not an index of tensors")
   tensors = {}
   for name in sorted(set(map(str, weight_map.values()))):
     for tensor, stored in open_safetensors(_indexed_file(directory, name)).items():
       if tensor in tensors:
-        raise ValueError(f"{directory / INDEX}: {tensor} is in two of its files, {name} is one")
+        raise UserError(f"{directory / INDEX}: {tensor} is in two of its files, {name} is one")
       tensors[tensor] = stored
   lost = sorted(set(weight_map) - set(tensors))
   if lost:
-    raise ValueError(
+    raise UserError(
       f"{directory / INDEX} names {len(lost)} tensors that are in none of its files, "
       f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}: the download is not complete"
     )
@@ -105,11 +107,11 @@ def _indexed_file(directory: Path, name: str) -> Path:
     )  # a hub cache: snapshots/REVISION/NAME -> blobs/HASH
   inside = any(path.resolve().is_relative_to(place) for place in allowed)
   if Path(name).is_absolute() or ".." in Path(name).parts or not inside:
-    raise ValueError(
+    raise UserError(
       f"{directory / INDEX} names {name!r}, which lies outside of {directory}: it is not read"
     )
   if not path.is_file():
-    raise ValueError(f"{directory / INDEX} names {name!r}, which is not there: download it too")
+    raise UserError(f"{directory / INDEX} names {name!r}, which is not there: download it too")
   return path
 
 
@@ -127,7 +129,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
   header.pop("__metadata__", None)
   foreign = sorted({entry["dtype"] for entry in header.values()} - set(_DTYPES))
   if foreign:
-    raise NotImplementedError(
+    raise UnsupportedError(
       f"{path} holds tensors of dtype {', '.join(foreign)}: there are {', '.join(_DTYPES)}; "
       "load a checkpoint that is not quantised"
     )
@@ -141,7 +143,7 @@ def check_safetensors(path: Path) -> None:
     with safe_open(path, framework="numpy"):
       pass
   except (SafetensorError, OSError) as error:
-    raise ValueError(
+    raise UserError(
       f"{path} is cut short or damaged ({error}): download or write it again"
     ) from error
 
@@ -158,7 +160,7 @@ def _stored(path: Path, start: int, entry: dict[str, Any]) -> StoredTensor:
       while rest:
         count = file.readinto(rest)
         if not count:
-          raise ValueError(f"{path} has been cut short while it was read")
+          raise UserError(f"{path} has been cut short while it was read")
         rest = rest[count:]
     return array
 
@@ -244,7 +246,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
   """
   path = Path(path).expanduser()
   if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-    raise ValueError(f"{path} exists already: nothing is written over it, give another path")
+    raise UserError(f"{path} exists already: nothing is written over it, give another path")
   unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   unfinished.mkdir(parents=True)
   try:
@@ -266,17 +268,17 @@ def local_path(path: str | Path) -> Path:
     return local
   parts = str(path).split("/")
   if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~")):
-    raise ValueError(f"{str(path)!r} does not exist: give a directory, a .gguf file or a hub name")
+    raise UserError(f"{str(path)!r} does not exist: give a directory, a .gguf file or a hub name")
   try:
     from huggingface_hub import snapshot_download
   except ImportError:
-    raise ValueError(
+    raise UserError(
       f"{str(path)!r} does not exist; if it is a model on the hub: pip install huggingface_hub"
     ) from None
   try:
     return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
   except (OSError, ValueError) as error:
-    raise ValueError(
+    raise UserError(
       f"{str(path)!r} does not exist here, and could not be had from the hub: "
       f"{str(error).splitlines()[0]}"
     ) from error

@@ -14,6 +14,7 @@ from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
 from ttt_jax.config import RopeScaling
+from ttt_jax.errors import UnsupportedError, UserError
 from ttt_jax.nn.rope import scaled_frequencies
 from ttt_jax.pretrained.files import StoredTensor
 from ttt_jax.pretrained.tensors import EMBEDDING, HEAD
@@ -43,7 +44,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
     reader = GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
   except (ValueError, IndexError, KeyError, OSError) as error:
-    raise ValueError(
+    raise UserError(
       f"{path} is cut short, damaged or no GGUF file ({error}): download it again"
     ) from error
   return fields, reader.tensors
@@ -59,7 +60,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
   fields, stored = read_gguf(path)
   architecture = fields.get("general.architecture")
   if architecture != "llama":
-    raise NotImplementedError(
+    raise UnsupportedError(
       f"{path}: general.architecture={architecture!r} is not supported, only 'llama'"
     )
   _refuse_features(path, fields)
@@ -92,25 +93,25 @@ def _refuse_features(path: Path, fields: dict[str, Any]) -> None:
   ):
     value = fields.get(f"llama.{key}")
     if value not in supported:
-      raise NotImplementedError(f"{path}: llama.{key}={value!r} is not supported")
+      raise UnsupportedError(f"{path}: llama.{key}={value!r} is not supported")
 
 
 def _config(path: Path, fields: dict[str, Any], tensors: dict[str, ReaderTensor]) -> dict[str, Any]:
   def need(key: str) -> int:
     value = fields.get(f"llama.{key}")
     if not isinstance(value, int):
-      raise ValueError(f"{path}: llama.{key}={value!r} must be one number")
+      raise UserError(f"{path}: llama.{key}={value!r} must be one number")
     return value
 
   d, heads = need("embedding_length"), need("attention.head_count")
   head_dim = fields.get("llama.attention.key_length", d // heads)
   rotated = fields.get("llama.rope.dimension_count", head_dim)
   if rotated != head_dim:
-    raise NotImplementedError(
+    raise UnsupportedError(
       f"{path}: llama.rope.dimension_count={rotated} of {head_dim} channels of a head is not supported"
     )
   if "token_embd.weight" not in tensors:
-    raise ValueError(f"{path} has no token_embd.weight: it is not a whole model")
+    raise UserError(f"{path} has no token_embd.weight: it is not a whole model")
   scaling = None
   if fields.get("llama.rope.scaling.type") == "linear":
     scaling = {"rope_type": "linear", "factor": fields.get("llama.rope.scaling.factor", 1.0)}
@@ -144,7 +145,7 @@ def _llama3_scaling(path: Path, config: dict[str, Any], tensor: ReaderTensor) ->
   plain, _ = scaled_frequencies(k, theta, RopeScaling("linear"))
   guessed, _ = scaled_frequencies(k, theta, guess)
   if divisors.shape != plain.shape or not np.allclose(plain / guessed, divisors, rtol=1e-4):
-    raise NotImplementedError(
+    raise UnsupportedError(
       f"{path}: {_ROPE_FREQUENCIES} is not the rope scaling of Llama 3.1 (low_freq_factor 1, "
       "high_freq_factor 4, trained on 8192 positions), the only one that can be told from its numbers: "
       "use the Hugging Face checkpoint"

@@ -18,6 +18,7 @@ from tokenizers import (
   processors,
 )
 
+from ttt_jax.errors import UnsupportedError, UserError
 from ttt_jax.pretrained.gguf import read_gguf, special_tokens
 from ttt_jax.pretrained.tokenizer import Tokenizer
 
@@ -54,9 +55,9 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
   fields, _ = read_gguf(path)
   kind, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
   if not tokens:
-    raise ValueError(f"{path} has no tokenizer: give the path of another one")
+    raise UserError(f"{path} has no tokenizer: give the path of another one")
   if len(set(tokens)) != len(tokens):
-    raise ValueError(
+    raise UserError(
       f"{path}: tokenizer.ggml.tokens names {len(tokens) - len(set(tokens))} tokens twice"
     )
   if kind == "gpt2":
@@ -64,7 +65,7 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
   elif kind == "llama":
     backend = _sentence_piece(fields)
   else:
-    raise NotImplementedError(
+    raise UnsupportedError(
       f"{path}: tokenizer.ggml.model={kind!r} is not supported: there are 'gpt2' and 'llama'"
     )
   types = fields.get("tokenizer.ggml.token_type", [])
@@ -91,7 +92,7 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
 def _byte_level(path: Path, fields: dict[str, Any]) -> tokenizers.Tokenizer:
   rule = fields.get("tokenizer.ggml.pre", "default")
   if rule not in _RULES:
-    raise NotImplementedError(
+    raise UnsupportedError(
       f"{path}: tokenizer.ggml.pre={rule!r} is not supported: there are {', '.join(_RULES)}"
     )
   vocabulary = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}

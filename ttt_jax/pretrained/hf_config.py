@@ -8,6 +8,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from ttt_jax.config import AttentionConfig, ModelConfig, RopeScaling
+from ttt_jax.errors import UnsupportedError, UserError
 
 # The architectures, by their model_type.
 ARCHITECTURES = {
@@ -155,15 +156,15 @@ def need_integer(config: dict[str, Any], key: str) -> int:
   """A size in config.json; ValueError if it is not there."""
   value = config.get(key)
   if value is None:
-    raise ValueError(f"config.json has no {key}: it is not the config of a whole model")
+    raise UserError(f"config.json has no {key}: it is not the config of a whole model")
   if not isinstance(value, int):
-    raise ValueError(f"config.json: {key}={value!r} must be an integer")
+    raise UserError(f"config.json: {key}={value!r} must be an integer")
   return value
 
 
 def _number(value: Any, key: str) -> float:
   if isinstance(value, bool) or not isinstance(value, int | float):
-    raise ValueError(f"config.json: {key}={value!r} must be a number")
+    raise UserError(f"config.json: {key}={value!r} must be a number")
   return float(value)  # JSON has 32 for 32.0
 
 
@@ -172,7 +173,7 @@ def _model_type(config: dict[str, Any]) -> str:
   for kind, architecture in ARCHITECTURES.items():
     if named == [architecture]:
       return kind
-  raise NotImplementedError(
+  raise UnsupportedError(
     f"config.json: architectures={config.get('architectures')}, "
     f"model_type={config.get('model_type')!r} is not supported: there are "
     + ", ".join(ARCHITECTURES.values())
@@ -190,7 +191,7 @@ def _refuse_features(config: dict[str, Any], kind: str) -> None:
   for key, supported in refused.items():
     value = config.get(key, supported[0])
     if value not in supported:
-      raise NotImplementedError(
+      raise UnsupportedError(
         f"config.json: {key}={value!r} is not supported, only {supported[0]!r}"
       )
   if kind == "llama" and (
@@ -227,22 +228,22 @@ def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
   scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
   theta = _number(scaling.pop("rope_theta", config.get("rope_theta", 10000.0)), "rope_theta")
   if "rope_theta" in config and theta != config["rope_theta"]:
-    raise ValueError(
+    raise UserError(
       f"config.json says rope_theta={config['rope_theta']} and rope_parameters.rope_theta={theta}: "
       "delete one"
     )
   if any(isinstance(value, dict) for value in scaling.values()):
-    raise NotImplementedError(
+    raise UnsupportedError(
       f"config.json: rope_parameters of {', '.join(scaling)}: one for all layers is supported"
     )
   names = [scaling.pop(key) for key in ("rope_type", "type") if key in scaling]
   kind = names[0] if names else "default"
   if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
-    raise NotImplementedError("config.json: partial_rotary_factor is not supported, only 1.0")
+    raise UnsupportedError("config.json: partial_rotary_factor is not supported, only 1.0")
   if kind == "default":
     return theta, None
   if kind not in _ROPE_KINDS:
-    raise NotImplementedError(
+    raise UnsupportedError(
       f"config.json: rope_type={kind!r} is not supported: there are default, "
       + ", ".join(_ROPE_KINDS)
     )
@@ -263,7 +264,7 @@ def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
   required = ("factor",) if kind == "yarn" else _ROPE_KINDS[kind]
   missing = [key for key in required if scaling.get(key) is None]
   if missing:
-    raise ValueError(f"config.json: rope_type={kind!r} needs {', '.join(missing)}")
+    raise UserError(f"config.json: rope_type={kind!r} needs {', '.join(missing)}")
   return theta, RopeScaling(kind=kind, **given)
 
 
@@ -288,14 +289,14 @@ def _read_windows(config: dict[str, Any], kind: str, num_layers: int) -> Attenti
       for layer in range(num_layers)
     ]
   if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
-    raise ValueError(
+    raise UserError(
       f"config.json: layer_types={types} must name full_attention or sliding_attention for each of "
       f"num_hidden_layers={num_layers} layers"
     )
   if "sliding_attention" not in types:
     return AttentionConfig()
   if window is None:
-    raise ValueError(
+    raise UserError(
       "config.json: layer_types has sliding_attention, but there is no window: use_sliding_window="
       f"{config.get('use_sliding_window')}, sliding_window={config.get('sliding_window')}"
     )
@@ -309,7 +310,7 @@ def _is_windowed(attention: AttentionConfig, layer: int) -> bool:
 
 def _architecture_for(model: ModelConfig, attention: AttentionConfig) -> str:
   if attention.mixer != "attention":
-    raise NotImplementedError(
+    raise UnsupportedError(
       f"attention.mixer={attention.mixer!r} is in no architecture of transformers that is written here: "
       "only models with attention in every layer are saved or converted; a run's own checkpoints hold any"
     )
@@ -322,7 +323,7 @@ def _architecture_for(model: ModelConfig, attention: AttentionConfig) -> str:
     return "llama"
   if not model.qk_norm and all(windowed) and model.attention_bias is None:
     return "mistral"
-  raise NotImplementedError(
+  raise UnsupportedError(
     f"no architecture of transformers has model.qk_norm={model.qk_norm}, "
     f"model.attention_bias={model.attention_bias!r}, attention.window={attention.window} and "
     f"attention.full_layers={list(attention.full_layers)} together: Qwen3 has qk_norm and any windows, "

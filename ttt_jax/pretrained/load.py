@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from ttt_jax.config import DTYPES, TTTConfig
+from ttt_jax.errors import UserError
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.partition import shardings
 from ttt_jax.pretrained.files import (
@@ -85,9 +86,9 @@ def load_pretrained(
     )
   for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
     if value is not None and value not in DTYPES:
-      raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, DTYPES))}")
+      raise UserError(f"{name}={value!r} is not one of {', '.join(map(repr, DTYPES))}")
     if value == "float64" and not jax.config.jax_enable_x64:
-      raise ValueError(f"{name}='float64' needs jax_enable_x64: set it, or give dtype='float32'")
+      raise UserError(f"{name}='float64' needs jax_enable_x64: set it, or give dtype='float32'")
   architecture = read_config(checkpoint.config, generation=checkpoint.generation)
   model = dataclasses.replace(
     architecture.model, dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype
@@ -129,7 +130,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     config, tensors = open_gguf(path)
     return Checkpoint(str(path), config, {}, tensors)
-  raise ValueError(
+  raise UserError(
     f"{path} is neither a directory nor a .gguf file: give the directory that holds {CONFIG} and the "
     "safetensors"
   )
@@ -169,7 +170,7 @@ def own_ttt(checkpoint: Checkpoint) -> TTTConfig:
   stored = [name for name in checkpoint.tensors if name.endswith(_TTT_TENSORS)]
   if ttt is None and stored:
     layers = sorted({int(name.split(".")[2]) for name in stored})
-    raise ValueError(
+    raise UserError(
       f"{checkpoint.where} has fast weights ({stored[0]} and {len(stored) - 1} more) but its "
       "config.json does not say how they learn (no ttt_mode): pass ttt=TTTConfig(layers="
       f"{tuple(layers)}, chunk_size=..., inner_lr=..., ...), in a config file the section ttt, or "
@@ -205,7 +206,7 @@ def _check_tensors(checkpoint: Checkpoint, rows: tuple[Row, ...], *, fresh_allow
   if lines:
     rest = len(lines) - _MAX_NAMED
     shown = lines[:_MAX_NAMED] + ([f"and {rest} more"] if rest > 0 else [])
-    raise ValueError(
+    raise UserError(
       f"{checkpoint.where}: {len(lines)} tensor{'s do' if len(lines) > 1 else ' does'} not fit the model "
       "of its config.json\n  " + "\n  ".join(shown)
     )
@@ -215,7 +216,7 @@ def _check_tied(checkpoint: Checkpoint) -> None:
   """Raises ValueError unless the head stored beside a tied embedding is that embedding."""
   head, table = (checkpoint.tensors[name] for name in (HEAD, EMBEDDING))
   if head.shape != table.shape or not np.array_equal(head.read(), table.read()):
-    raise ValueError(
+    raise UserError(
       f"{checkpoint.where} stores a {HEAD} that is not its {EMBEDDING}, but tie_word_embeddings is true: "
       "set it to false in config.json to use the head, or delete the tensor"
     )
@@ -255,7 +256,7 @@ def _fill(
     jax.block_until_ready(values[row.parameter])  # else the next tensor is read beside this one
   broken = [name for name, ok in finite.items() if not ok]
   if broken:
-    raise ValueError(
+    raise UserError(
       f"{checkpoint.where}: {len(broken)} tensors hold NaN or infinities: {', '.join(broken[:_MAX_NAMED])}"
       f"{', ...' if len(broken) > _MAX_NAMED else ''}: the checkpoint is damaged or of a diverged run"
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from ttt_jax.errors import UserError
 from ttt_jax.nn.mlp import LOG_SPEED
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.pretrained.files import CONFIG, new_directory, write_json, write_safetensors
@@ -84,7 +85,7 @@ def _tensors(model: Transformer, rows: tuple[Row, ...]) -> Iterator[np.ndarray]:
   for row in rows:
     tensor, finite = _take(parameters[row.parameter], row.repeat, layout=row.layout)
     if not finite:
-      raise ValueError(
+      raise UserError(
         f"{row.name} holds NaN or infinities: the run has diverged, save an earlier checkpoint"
       )
     yield np.asarray(tensor)

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from ttt_jax.config import MeshConfig, TTTConfig
+from ttt_jax.errors import UserError
 from ttt_jax.load_config import load_config, override_section
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.pretrained.files import local_path
@@ -57,7 +58,7 @@ def _ttt(path: Path, overrides: Sequence[str]) -> TTTConfig | None:
 
 def _from_run(run_dir: Path, dtype: str | None, overrides: Sequence[str]) -> Transformer:
   if overrides:
-    raise ValueError(
+    raise UserError(
       f"{overrides[0]} cannot be given for the run directory {run_dir}: its model has learned with its own "
       "config; convert it, then convert the result"
     )

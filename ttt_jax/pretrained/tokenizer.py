@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from ttt_jax.errors import UserError
 from ttt_jax.pretrained.files import (
   CONFIG,
   GENERATION_CONFIG,
@@ -81,7 +82,7 @@ class Tokenizer:
   def check_vocabulary(self, vocab_size: int, model: str = "the model") -> None:
     """Raises ValueError if a token is beyond a model's vocabulary."""
     if self.vocab_size > vocab_size:
-      raise ValueError(
+      raise UserError(
         f"the tokenizer has {self.vocab_size} tokens, {model} only vocab_size={vocab_size}: they do not "
         "belong together"
       )
@@ -144,14 +145,14 @@ def _byte_characters() -> list[str]:
 def _from_directory(directory: Path, path: Path) -> Tokenizer:
   file = directory / _TOKENIZER if path.is_dir() else path
   if not file.is_file():
-    raise ValueError(
+    raise UserError(
       f"{directory} has no {_TOKENIZER}: save it from a fast tokenizer of transformers, or give another "
       f"path, or {BYTES!r} for a model of bytes"
     )
   try:
     backend = tokenizers.Tokenizer.from_file(str(file))
   except Exception as error:  # the library raises nothing more specific
-    raise ValueError(f"{file} is not a tokenizer: {str(error)[:200]}") from error
+    raise UserError(f"{file} is not a tokenizer: {str(error)[:200]}") from error
   named = _optional_json(directory / _TOKENIZER_CONFIG)
   config = _optional_json(directory / CONFIG)
   generation = _optional_json(directory / GENERATION_CONFIG)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ttt_jax.config import TTTConfig
+from ttt_jax.errors import UserError
 
 SECTION = "ttt_jax"  # of config.json
 PUBLISHED_KEYS = ("ttt_mode", "ttt_layers", "ttt_chunk", "ttt_lr", "ttt_proj", "ttt_target")
@@ -27,7 +28,7 @@ def read_published(config: dict[str, Any], num_layers: int) -> tuple[TTTConfig |
   known = (*PUBLISHED_KEYS, SECTION)
   unknown = [key for key in config if key.startswith("ttt_") and key not in known]
   if missing or unknown:
-    raise ValueError(
+    raise UserError(
       f"config.json has ttt_mode but {'lacks' if missing else 'also'} "
       f"{', '.join(missing or unknown)}, which ttt_jax "
       f"{'does not guess' if missing else 'does not know'}: "
@@ -36,7 +37,7 @@ def read_published(config: dict[str, Any], num_layers: int) -> tuple[TTTConfig |
   if not isinstance(config["ttt_layers"], list) or not all(
     isinstance(layer, int) for layer in config["ttt_layers"]
   ):
-    raise ValueError(f"config.json: ttt_layers={config['ttt_layers']!r} must be a list of integers")
+    raise UserError(f"config.json: ttt_layers={config['ttt_layers']!r} must be a list of integers")
   named = sorted(set(config["ttt_layers"]))
   ttt = TTTConfig(
     layers=tuple(layer for layer in named if 0 <= layer < num_layers),
@@ -104,7 +105,7 @@ def read_section(config: dict[str, Any]) -> TTTConfig | None:
     return None
   published = {key: config[key] for key in config if key.startswith("ttt_") and key != SECTION}
   if published != section.get("published_as"):
-    raise ValueError(
+    raise UserError(
       f"config.json says two things: its keys {published} are not those that its section {SECTION} "
       f"was written with, {section.get('published_as')}: delete the section or restore the keys, or "
       "pass ttt=TTTConfig(...)"
@@ -112,7 +113,7 @@ def read_section(config: dict[str, Any]) -> TTTConfig | None:
   fields = section["ttt"]
   known = {field.name for field in dataclasses.fields(TTTConfig)}
   if unknown := sorted(set(fields) - known):
-    raise ValueError(
+    raise UserError(
       f"config.json: {SECTION}.ttt has {', '.join(unknown)}, unknown to this version of ttt_jax: "
       "pass ttt=TTTConfig(...), or use the version that wrote it"
     )

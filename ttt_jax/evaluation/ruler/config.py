@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from ttt_jax.errors import UserError
 from ttt_jax.evaluation.ruler.generate import Ruler
 from ttt_jax.evaluation.ruler.tasks import TASKS, task_named
 from ttt_jax.pretrained.tokenizer import Tokenizer
@@ -35,9 +36,9 @@ class SamplesConfig:
     for task in self.chosen:
       task_named(task)
     if self.samples < 1:
-      raise ValueError(f"samples={self.samples} must be at least 1")
+      raise UserError(f"samples={self.samples} must be at least 1")
     if not self.lengths or not self.chosen:
-      raise ValueError(f"tasks={self.tasks} and lengths={self.lengths}: give at least one of each")
+      raise UserError(f"tasks={self.tasks} and lengths={self.lengths}: give at least one of each")
 
   @property
   def chosen(self) -> tuple[str, ...]:
@@ -88,4 +89,4 @@ def _read(path: Path) -> bytes:
   try:
     return Path(path).read_bytes()
   except OSError as error:
-    raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    raise UserError(f"cannot read {path}: {error.strerror}") from error

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from ttt_jax.errors import UserError
 from ttt_jax.evaluation.cells import Cells
 from ttt_jax.evaluation.ruler.config import SamplesConfig
 from ttt_jax.evaluation.ruler.generate import Ruler
@@ -48,7 +49,7 @@ class RulerConfig(SamplesConfig):
   def __post_init__(self):
     super().__post_init__()
     if self.batch_size < 1:
-      raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+      raise UserError(f"batch_size={self.batch_size} must be at least 1")
 
 
 def evaluate_ruler(
@@ -75,7 +76,7 @@ def evaluate_ruler(
   reader, out = Reader.of(model), Path(out)
   tokenizer.check_vocabulary(reader.model.vocab_size)
   if config.strict and not reader.ttt.layers:
-    raise ValueError("strict: the model has no fast weights, so that nothing is left of a document")
+    raise UserError("strict: the model has no fast weights, so that nothing is left of a document")
   ruler = config.ruler(tokenizer)
   config.check(ruler)
   questions = {task: config.questions_digest(task) for task in config.chosen}
@@ -180,7 +181,7 @@ def _check_questions(out: Path, cells: Cells, questions: dict[str, str | None]) 
   """Raises ValueError if there are results of a task with another file of questions."""
   for task, _, asked in cells:
     if questions.get(task, asked) != asked:
-      raise ValueError(
+      raise UserError(
         f"{out} has results of {task} with the questions {asked}, these are {questions[task]}: give the "
         "same file, or another --out"
       )

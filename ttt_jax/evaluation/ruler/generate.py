@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ttt_jax.errors import UserError
 from ttt_jax.evaluation.ruler.fit import TooLong, TooShort, fit
 from ttt_jax.evaluation.ruler.materials import Materials
 from ttt_jax.evaluation.ruler.sample import Draw, Sample
@@ -58,11 +59,11 @@ class Ruler:
       return self._fit(task, length, index)
     except TooLong as error:
       smallest = self._smallest(task, error.tokens, index)
-      raise ValueError(
+      raise UserError(
         f"{task} does not fit a length of {length} tokens: sample {index} takes {smallest} at least"
       ) from None
     except TooShort as error:
-      raise ValueError(
+      raise UserError(
         f"{task} cannot reach a length of {length} tokens: all there is for sample {index} has "
         f"{error.tokens} with this tokenizer"
       ) from None

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Int
 
+from ttt_jax.errors import UserError
 from ttt_jax.evaluation.ruler.fit import TokenCounter
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -24,7 +25,7 @@ class Text:
   def __init__(self, text: str, counter: TokenCounter):
     self._words = text.split()
     if not self._words:
-      raise ValueError("the haystack is empty: give a text with words in it")
+      raise UserError("the haystack is empty: give a text with words in it")
     ends = [i + 1 for i, word in enumerate(self._words) if _SENTENCE_END.search(word)]
     if not ends or ends[-1] != len(self._words):
       ends.append(len(self._words))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from ttt_jax.errors import UserError
 from ttt_jax.evaluation.ruler.fit import TokenCounter
 from ttt_jax.evaluation.ruler.haystack import NOISE, Text
 from ttt_jax.evaluation.ruler.qa import Questions
@@ -42,7 +43,7 @@ class Materials:
     """Of the file `squad` or `hotpot`."""
     if name not in self._questions:
       if self._files[name] is None:
-        raise ValueError(
+        raise UserError(
           f"ruler_qa_{name} needs a file of questions in SQuAD's or HotpotQA's format: --{name} FILE"
         )
       self._questions[name] = Questions(self._files[name], self.counter)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from ttt_jax.errors import UserError
 from ttt_jax.evaluation.ruler.fit import TokenCounter
 from ttt_jax.evaluation.ruler.sample import Draft, Draw
 
@@ -47,7 +48,7 @@ class Questions:
     parse = _squad if isinstance(data, dict) else _hotpot
     questions, documents = parse(partial(_field, self.path), data)
     if not questions:
-      raise ValueError(f"{self.path} has no question that has an answer")
+      raise UserError(f"{self.path} has no question that has an answer")
     self.documents = sorted(set(documents))
     number = {document: i for i, document in enumerate(self.documents)}
     self.questions = [
@@ -71,7 +72,7 @@ class Questions:
 def draft(questions: Questions, draw: Draw) -> Draft:
   """The index-th question; a unit is a document. Those of the same article come before all others."""
   if draw.index >= len(questions.questions):
-    raise ValueError(
+    raise UserError(
       f"{questions.path} has {len(questions.questions)} questions with answers: ask for no more samples"
     )
   question = questions.questions[draw.index]
@@ -101,11 +102,11 @@ def _read(path: Path) -> dict | list:
   try:
     data = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
-    raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    raise UserError(f"cannot read {path}: {error.strerror}") from error
   except ValueError as error:  # of Unicode and of JSON
-    raise ValueError(f"{path} is not JSON: {error}") from error
+    raise UserError(f"{path} is not JSON: {error}") from error
   if not isinstance(data, dict | list):
-    raise ValueError(f"{path} is neither in SQuAD's format (an object) nor in HotpotQA's (a list)")
+    raise UserError(f"{path} is neither in SQuAD's format (an object) nor in HotpotQA's (a list)")
   return data
 
 
@@ -116,9 +117,9 @@ def _field(path: Path, parent: Any, name: str | int, kind: type, where: str) -> 
   else:
     there = isinstance(parent, dict) and name in parent
   if not there:
-    raise ValueError(f"{path}: {where} has no field {name!r}, which the format asks for")
+    raise UserError(f"{path}: {where} has no field {name!r}, which the format asks for")
   if not isinstance(parent[name], kind):
-    raise ValueError(f"{path}: {where}.{name} is not a {_KINDS[kind]}")
+    raise UserError(f"{path}: {where}.{name} is not a {_KINDS[kind]}")
   return parent[name]
 
 

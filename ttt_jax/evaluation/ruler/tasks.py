@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ttt_jax.errors import UserError
 from ttt_jax.evaluation.ruler import counting, qa, tracking
 from ttt_jax.evaluation.ruler.materials import Materials
 from ttt_jax.evaluation.ruler.niah import Needles
@@ -55,5 +56,5 @@ TASKS = {
 def task_named(name: str) -> Task:
   """Raises ValueError, with the names there are, for another one."""
   if name not in TASKS:
-    raise ValueError(f"there is no RULER task {name!r}; there are {', '.join(TASKS)}")
+    raise UserError(f"there is no RULER task {name!r}; there are {', '.join(TASKS)}")
   return TASKS[name]

@@ -2,6 +2,8 @@
 
 from functools import cache
 
+from ttt_jax.errors import UserError
+
 
 @cache
 def word_lists() -> dict[str, list[str]]:
@@ -13,7 +15,7 @@ def word_lists() -> dict[str, list[str]]:
   try:
     import wonderwords
   except ModuleNotFoundError as error:
-    raise ValueError(
+    raise UserError(
       "RULER draws its words from the package wonderwords: pip install 'ttt_jax[eval]'"
     ) from error
   lists = wonderwords.RandomWord()._categories
