@@ -1,12 +1,22 @@
 """Files and overrides become the right `Config`; every mistake is named."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
-from ttt_jax.config import Config, DataConfig, TrainConfig, TTTConfig, WeightedSource
-from ttt_jax.load_config import config_difference, dump_config, load_config
+from ttt_jax.config import Config, DataConfig, ModelConfig, TrainConfig, TTTConfig, WeightedSource
+from ttt_jax.config.given import given_fields
+from ttt_jax.load_config import (
+  config_difference,
+  dump_config,
+  fields_help,
+  flatten,
+  load_config,
+  load_fields,
+  make_config,
+)
 
 CONFIGS = [
   path
@@ -55,12 +65,15 @@ def test_mixtures(load, tmp_path):
   [
     (
       "[{path: a, wieght: 1}]",
-      r"unknown field data\.mixture\[0\]\.wieght .*: there are path, weight",
+      r"data\.mixture: .*Option 'wieght' is not accepted",
     ),
     ("[{path: a}, {weight: 1}]", r"data\.mixture\[1\] lacks path"),
-    ("[{path: a, weight: much}]", r"data\.mixture\[0\]\.weight='much' is not a number"),
-    ("[a, b]", r"data\.mixture\[0\]='a' is not a mapping of path, weight"),
-    ("{a: 1}", r"data\.mixture=.* is not a list, each item a mapping of path, weight"),
+    (
+      "[{path: a, weight: much}]",
+      r"data\.mixture: .*\"weight\": Expected a float. Got value: much",
+    ),
+    ("[a, b]", r"data\.mixture: Expected a .* a \(on the command line\)"),
+    ("{a: 1}", r"data\.mixture: Expected a tuple. Got value: \{'a': 1\}"),
   ],
 )
 def test_mistakes_in_mixtures(load, value, problem):
@@ -125,30 +138,36 @@ def test_numbers_of_a_file(load):
     ("1: 4", [], r"unknown field 1 in"),
     ("data.seq_len: 4", [], "data.seq_len in .* put it under its section data"),
     ("", ["--train.step", "3"], r"unknown field train.step on the command line: .* train.steps\?"),
-    ("", ["--batch-size=3"], "unknown field batch-size on the command line"),
-    ("train: {steps: abc}", [], "train.steps='abc' is not an int"),
-    ("train: {steps: 1.5}", [], "train.steps=1.5 is not an int"),
-    ("train: {steps: 1e3}", [], "train.steps=1000.0 is not an int"),
-    ("train: {steps: true}", [], "train.steps=True is not an int"),
-    ("train: {steps: null}", [], "train.steps=None is not an int"),
-    ("train: {learning_rate: '1'}", [], "train.learning_rate='1' is not a number"),
-    ("train: {learning_rate: true}", [], "train.learning_rate=True is not a number"),
-    ("eval: {baseline: yes}", [], "eval.baseline='yes' is not true or false"),
-    ("eval: {baseline: 1}", [], "eval.baseline=1 is not true or false"),
-    ("name: 3", [], "name=3 is not a text"),
-    ("ttt: {layers: 2}", [], "ttt.layers=2 is not a list of int"),
-    ("ttt: {layers: [1.5]}", [], r"ttt.layers=\[1.5\] is not a list of int"),
-    ("ttt: {decay: x}", [], "ttt.decay='x' is not a number or null"),
+    ("", ["--batch-size=3"], "unknown field batch-size .* did you mean train.batch_size"),
+    ("", ["--train.lr", "3"], r"unknown field train.lr .*: did you mean train.learning_rate\?"),
+    ("", ["--ttt.hl", "3"], r"unknown field ttt.hl .*: did you mean ttt.half_life\?"),
+    ("train: {steps: abc}", [], "train.steps: Expected a int. Got value: abc"),
+    ("train: {steps: 1.5}", [], "train.steps: Expected a int. Got value: 1.5"),
+    ("train: {steps: 1e3}", [], "train.steps: Expected a int. Got value: 1000.0"),
+    ("train: {steps: true}", [], "train.steps: Expected a int. Got value: True"),
+    ("train: {steps: null}", [], r"train.steps=null \(in .*x.yaml\): train.steps cannot be null"),
+    ("train: {learning_rate: one}", [], "train.learning_rate: Expected a float. Got value: one"),
+    ("train: {learning_rate: true}", [], "train.learning_rate: Expected a float. Got value: True"),
+    ("eval: {baseline: maybe}", [], "eval.baseline: Expected a bool. Got value: maybe"),
+    ("eval: {baseline: 1}", [], "eval.baseline: Expected a bool. Got value: 1"),
+    ("name: 3", [], "name: Expected a str. Got value: 3"),
+    ("ttt: {layers: 2}", [], "ttt.layers: Expected a tuple. Got value: 2"),
+    ("ttt: {layers: [1.5]}", [], "ttt.layers: Expected a int. Got value: 1.5"),
+    ("ttt: {decay: x}", [], "ttt.decay: .* Expected a float .* Given value: x"),
     ("ttt: 3", [], "ttt=3 is not a section"),
-    ("", ["--train.steps", "abc"], r"train.steps='abc' is not an int \(on the command line\)"),
+    (
+      "",
+      ["--train.steps", "abc"],
+      r"train.steps: Expected a int. Got value: abc \(on the command line\)",
+    ),
     ("", ["--train.steps", "0"], "train.steps=0 must be positive"),
     ("ttt: {layers: [9]}", [], "model.num_layers=4"),
     ("", ["--train.steps"], "--train.steps has no value"),
     ("", ["--train.steps", "--seed", "3"], "--train.steps has no value"),
     ("", ["train.steps", "3"], "unexpected 'train.steps' on the command line"),
-    ("", ["--ttt.layers", "[2"], r"--ttt.layers '\[2' is not valid YAML"),
-    ("seed: 1\nseed: 2", [], "line 2: seed is given twice"),
-    ("train: {steps: 1, steps: 2}", [], "steps is given twice"),
+    ("", ["--ttt.layers", "[2"], r"ttt.layers: Expected a tuple. Got value: \[2"),
+    ("seed: 1\nseed: 2", [], "line 2: found duplicate key .seed."),
+    ("train: {steps: 1, steps: 2}", [], "found duplicate key .steps."),
     ("- 1", [], "holds no sections but list"),
     ("train: [", [], "x.yaml is not valid YAML: line 1"),
     ("name: !!python/name:os.system x", [], "x.yaml is not valid YAML"),
@@ -175,7 +194,10 @@ def test_binary_file(tmp_path):
 
 @pytest.mark.parametrize("text", ["4e-3", "yes", "null", "010", "a: b", "1:30", "*", "ä #1", " x"])
 def test_strings_survive_the_round_trip(load, text):
-  config = dataclasses.replace(Config(), name=text, run_dir=text)
+  directory = (
+    None if text == "null" else text
+  )  # `null` is none where a text may be none, quoted too
+  config = dataclasses.replace(Config(), name=text, run_dir=directory)
   assert load(dump_config(config)) == config
 
 
@@ -188,3 +210,29 @@ def test_config_difference():
     "train.beta1: 0.9 -> (absent)",
     "ttt.decay: (absent) -> null",
   ]
+
+
+def test_a_default_that_is_written_down_is_given(load):
+  """In a file, on the command line and in a constructor alike."""
+  config = load("ttt: {layers: []}\ntrain:\nmodel: {d_model: 96}", "--model.rope_theta", "10000")
+  assert config == Config()
+  assert given_fields(config.ttt) == {"layers": ()}
+  assert given_fields(config.model) == {"d_model": 96, "rope_theta": 10000.0}
+  assert given_fields(config.train) == given_fields(config.mesh) == {}
+  assert given_fields(ModelConfig(96, d_ff=288)) == {"vocab_size": 96, "d_ff": 288}
+  assert given_fields(ModelConfig()) == {}
+  assert load_fields(None, ["--ttt.layers", "[]"]) == {"ttt": {"layers": []}}
+  assert make_config({"ttt": {"layers": [1]}}) == Config(ttt=TTTConfig(layers=(1,)))
+
+
+def test_every_field_has_a_meaning_in_the_help():
+  text = fields_help()
+  names = [name for name, _ in flatten(dataclasses.asdict(Config()))]
+  assert len(names) > 80
+  for name in names:
+    entry = re.search(rf"--{re.escape(name)}(?: \S+)?\s+(.*?)\(type: ", text, re.S)
+    assert entry, name
+    assert len(entry.group(1).split()) >= 2, name
+  part = fields_help(["ttt"])
+  assert "--ttt.chunk_size" in part
+  assert "--train.steps" not in part

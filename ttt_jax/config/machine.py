@@ -4,19 +4,26 @@ import dataclasses
 from dataclasses import dataclass
 
 from ttt_jax.config.checks import require, require_choice, require_positive
+from ttt_jax.config.given import records_given
 
 
+@records_given
 @dataclass(frozen=True)
 class RuntimeConfig:
   """What JAX must know before it starts."""
 
-  cpu_devices: int | None = None  # split the CPU into this many devices; None leaves JAX's choice
-  # Whether this is one of many processes. On TPU pods, SLURM and MPI they find each other; elsewhere
-  # all are given the first one's address, how many there are, and which one they are.
+  cpu_devices: int | None = None
+  """Devices that the CPU is split into; None leaves JAX's choice."""
   distributed: bool = False
-  coordinator: str | None = None  # HOST:PORT
+  """Whether this is one of many processes. On TPU pods, under SLURM and MPI they find each other;
+  elsewhere give coordinator, num_processes and process_id.
+  """
+  coordinator: str | None = None
+  """HOST:PORT of the first process."""
   num_processes: int | None = None
-  process_id: int | None = None  # from 0
+  """How many processes there are."""
+  process_id: int | None = None
+  """Which of the processes this one is, from 0."""
 
   def __post_init__(self):
     if self.cpu_devices is not None:
@@ -42,6 +49,7 @@ class RuntimeConfig:
       )
 
 
+@records_given
 @dataclass(frozen=True)
 class MeshConfig:
   """Devices along each mesh axis; their product is the number of devices.
@@ -49,10 +57,14 @@ class MeshConfig:
   One axis may be -1: what the others leave, as `filled` computes it.
   """
 
-  data: int = 1  # rows of the batch
-  fsdp: int = 1  # rows of the batch, parameters and optimiser state sharded
-  context: int = 1  # the sequence
-  tensor: int = 1  # heads, MLP hidden and vocabulary
+  data: int = 1
+  """Devices along the rows of the batch."""
+  fsdp: int = 1
+  """Devices along the rows of the batch, over which parameters and optimiser state are sharded."""
+  context: int = 1
+  """Devices along the sequence."""
+  tensor: int = 1
+  """Devices along heads, MLP hidden width and vocabulary."""
 
   def __post_init__(self):
     for field_ in dataclasses.fields(self):
@@ -90,14 +102,17 @@ class MeshConfig:
     return self.data * self.fsdp * self.context * self.tensor
 
 
+@records_given
 @dataclass(frozen=True)
 class PlanConfig:
   """What `ttt-jax plan` compiles for, unless told otherwise."""
 
-  topology: str | None = None  # a TPU slice, such as "v5p:4x4x4"
-  mode: str = (
-    "train"  # "train", or "prefill": prompts of data.seq_len tokens, train.batch_size rows
-  )
+  topology: str | None = None
+  """A TPU slice to plan for, such as "v5p:4x4x4"."""
+  mode: str = "train"
+  """"train", a training step; or "prefill", the reading of train.batch_size prompts of data.seq_len
+  tokens.
+  """
 
   def __post_init__(self):
     require_choice("plan.mode", self.mode, ("train", "prefill"))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ttt_jax.config.checks import DTYPES, require, require_choice, require_positive
+from ttt_jax.config.given import records_given
 
 IMPLEMENTATIONS = ("associative", "dual", "sequential")
 REMAT = ("none", "layer", "minimal")
@@ -10,6 +11,7 @@ MIXERS = ("attention", "gla", "delta_net")
 COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
 
+@records_given
 @dataclass(frozen=True)
 class RopeScaling:
   """How rotary frequencies are stretched beyond the trained length (`ttt_jax.nn.rope`).
@@ -17,17 +19,28 @@ class RopeScaling:
   Kinds, fields and their defaults are those of `rope_scaling` in `transformers`.
   """
 
-  kind: str = "linear"  # "linear", "llama3" or "yarn"
+  kind: str = "linear"
+  """Which formula stretches the frequencies: "linear", "llama3" or "yarn"."""
   factor: float = 1.0
-  original_max_positions: int | None = None  # the trained length, of llama3 and yarn
-  low_freq_factor: float = 1.0  # llama3
-  high_freq_factor: float = 4.0  # llama3
-  beta_fast: float = 32.0  # yarn
-  beta_slow: float = 1.0  # yarn
-  attention_factor: float | None = None  # yarn: of cos and sin; None: from factor and mscale
-  mscale: float | None = None  # yarn
-  mscale_all_dim: float | None = None  # yarn
-  truncate: bool = True  # yarn: whole channels as borders of the ramp
+  """How many times the trained length is read."""
+  original_max_positions: int | None = None
+  """The trained length in tokens; "llama3" and "yarn" need it."""
+  low_freq_factor: float = 1.0
+  """With "llama3", wavelengths above the trained length / this are stretched by the whole factor."""
+  high_freq_factor: float = 4.0
+  """With "llama3", wavelengths below the trained length / this stay as they are."""
+  beta_fast: float = 32.0
+  """With "yarn", channels that turn more often than this in the trained length stay."""
+  beta_slow: float = 1.0
+  """With "yarn", channels that turn less often than this are stretched by the whole factor."""
+  attention_factor: float | None = None
+  """With "yarn", cos and sin are multiplied by this; None computes it from factor and mscale."""
+  mscale: float | None = None
+  """With "yarn", the weight of log(factor) in the attention factor; None is 1."""
+  mscale_all_dim: float | None = None
+  """With "yarn", the same for the denominator, as DeepSeek has it; None leaves it out."""
+  truncate: bool = True
+  """With "yarn", whether the ramp between both kinds of channel begins and ends at whole ones."""
 
   def check(self) -> None:
     """Raises ValueError for a field out of range; `ModelConfig` calls it."""
@@ -54,32 +67,57 @@ class RopeScaling:
         require_positive(section, self, "attention_factor")
 
 
+@records_given
 @dataclass(frozen=True)
 class ModelConfig:
   """A decoder of the Llama / Qwen3 kind."""
 
   vocab_size: int = 256
+  """Tokens that the model knows; 256 for bytes."""
   num_layers: int = 4
+  """Decoder layers, each with attention and a gated MLP."""
   d_model: int = 96
+  """Width D of the residual stream."""
   d_ff: int = 288
+  """Hidden width F of the gated MLPs."""
   num_heads: int = 4
+  """Query heads."""
   num_kv_heads: int = 4
-  head_dim: int | None = None  # None: d_model // num_heads
+  """Key and value heads; a divisor of num_heads (grouped-query attention)."""
+  head_dim: int | None = None
+  """Width of a head; None is d_model // num_heads."""
   rope_theta: float = 10000.0
+  """Base of the rotary frequencies."""
   rope_scaling: RopeScaling | None = None
-  max_positions: int | None = None  # the length it was trained for; longer rows are not refused
+  """How rotary frequencies are stretched beyond the trained length; None leaves them as they are.
+  How rotary frequencies are stretched beyond the trained length; None leaves them as they are.
+  """
+  max_positions: int | None = None
+  """The length the model was trained for; longer rows are read with a warning."""
   norm_eps: float = 1e-6
-  qk_norm: bool = False  # RMSNorm on every query and key head, as Qwen3 has it
-  attention_bias: str | None = None  # "qkv" as Qwen2 has it, "qkvo" on the output projection too
+  """Added to the mean square in RMSNorm."""
+  qk_norm: bool = False
+  """Whether every query and key head is RMS-normalised, as in Qwen3."""
+  attention_bias: str | None = None
+  """Biases of the attention projections: "qkv" as in Qwen2, "qkvo" on the output projection too,
+  None for none.
+  """
   tie_embeddings: bool = True
-  bos_id: int | None = None  # the token that begins a text
-  eos_ids: tuple[int, ...] = ()  # the tokens that end one
+  """Whether the head is the token embedding."""
+  bos_id: int | None = None
+  """The token that begins a text, if there is one."""
+  eos_ids: tuple[int, ...] = ()
+  """The tokens that end a text: generation stops there."""
   param_dtype: str = "float32"
-  dtype: str = "float32"  # of the computation
-  state_dtype: str = "float32"  # of fast weights and their prefix sums
-  # What the backward pass computes again: "layer" everything but a layer's input; "minimal" the cheap
-  # part, as the results of the projections are kept; "none" nothing.
+  """Dtype of the parameters."""
+  dtype: str = "float32"
+  """Dtype of the computation."""
+  state_dtype: str = "float32"
+  """Dtype of the fast weights and their prefix sums."""
   remat: str = "layer"
+  """What the backward pass recomputes: "layer" everything but the input of each layer, "minimal"
+  all but the results of the projections, "none" nothing.
+  """
 
   def __post_init__(self):
     require_positive(
@@ -120,25 +158,34 @@ class ModelConfig:
     return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
 
+@records_given
 @dataclass(frozen=True)
 class AttentionConfig:
   """Which tokens a token sees: the last `window` ones, or in `full_layers` all earlier ones."""
 
-  window: int | None = None  # None: full attention in every layer
-  full_layers: tuple[int, ...] = ()  # layers with full attention although `window` is set
-  # "xla" anywhere, "splash" on TPU, "cudnn" on GPU; None: the best that can express the call.
+  window: int | None = None
+  """Tokens that a token attends to, itself included; None is full attention in every layer."""
+  full_layers: tuple[int, ...] = ()
+  """Layers with full attention although window is set."""
   implementation: str | None = None
-  # Full attention on several shards: swap half of the queries with the mirror shard, so that all
-  # devices have equal work. None does; false saves two exchanges of queries and outputs.
+  """"xla" (anywhere), "splash" (TPU) or "cudnn" (GPU); None takes the best one that can express the
+  call.
+  """
   balance: bool | None = None
-  # What mixes the tokens in `mixer_layers`: "attention"; or a baseline with a state of fixed size in its
-  # place, of as many parameters: "gla", gated linear attention; "delta_net", the delta rule
-  # (`ttt_jax.nn.linear_attention`). These see their whole document, and have no window.
+  """Whether full attention over several shards swaps half of each shard's queries with its mirror
+  shard, so that all devices have equal work; None does, false saves two exchanges.
+  """
   mixer: str = "attention"
-  mixer_layers: tuple[int, ...] | None = None  # None: all but `full_layers`
-  # Tokens that the short convolution of a baseline's queries, keys and values sees; 1: none. None: as
-  # published, 4 in delta_net and none in gla.
+  """What mixes the tokens in mixer_layers: "attention", or a baseline with a state of fixed size
+  and as many parameters: "gla" (gated linear attention) or "delta_net" (the delta rule).
+  Baselines see their whole document and have no window.
+  """
+  mixer_layers: tuple[int, ...] | None = None
+  """Layers of the baseline; None is all but full_layers."""
   short_conv: int | None = None
+  """Tokens that the short convolution of a baseline's queries, keys and values spans, 1 for no
+  convolution; None is as published: 4 in delta_net, 1 in gla.
+  """
 
   def __post_init__(self):
     if self.window is not None:
@@ -175,36 +222,63 @@ class AttentionConfig:
     return self.mixer if layer in self.mixer_layers else "attention"
 
 
+@records_given
 @dataclass(frozen=True)
 class TTTConfig:
   """Which MLPs have fast weights, and how these learn (docs of `ttt_jax.inplace_ttt`)."""
 
-  layers: tuple[int, ...] = ()  # layers whose down projection is a fast weight
+  layers: tuple[int, ...] = ()
+  """Layers whose down projection is a fast weight, counted from 0."""
   chunk_size: int = 512
-  target: str = "input_embed"  # "input_embed": token embeddings; "hidden_states": the MLP's input
-  normalize_target: bool = True  # RMS-normalise the target's source over the model width
-  conv_width: int = 5  # centred; looks (conv_width - 1) / 2 tokens ahead
+  """Tokens C per chunk: all are read with one fast weight, then update it."""
+  target: str = "input_embed"
+  """What the target is made of: "input_embed", the token embeddings (training from scratch), or
+  "hidden_states", the input of the MLP (pretrained models).
+  """
+  normalize_target: bool = True
+  """Whether the source of the target is RMS-normalised over the model width."""
+  conv_width: int = 5
+  """Width of the target's centred convolution; it looks (conv_width - 1) / 2 tokens ahead."""
   projection: bool = True
-  # "next_token": convolution 1 at t+1, projection the identity, learns from the first step.
-  # "identity": convolution 0, projection the identity: the model starts exactly as without TTT.
-  # "current_token": convolution 1 at t, the target of reconstruction; of conv_width 1 it stays that.
-  # None: "next_token" in a new model, "identity" in one that `load_pretrained` gives fast weights.
+  """Whether the target has a learned projection [D, D]."""
   init: str | None = None
+  """How the target starts. "next_token": convolution 1 at t+1, projection the identity; it learns
+  from the first step. "identity": convolution 0, projection the identity; the model starts
+  exactly as without fast weights. "current_token": convolution 1 at t, the target of
+  reconstruction. None: "next_token" in a new model, "identity" in a pretrained one.
+  """
   inner_lr: float = 0.05
-  inner_lr_scale: str = "1/F"  # "fixed": inner_lr as it is; "1/F": inner_lr / d_ff
-  learn_inner_lr: bool = True  # multiply by exp(10 s), s learned per layer from 0
-  decay: float | None = None  # the state's factor per chunk, in (0, 1]; None: 1, as in the paper
-  # Tokens after which what was learned counts half: a decay of 2^(-chunk_size / half_life), which holds
-  # when the chunk is changed; instead of `decay`.
+  """Step size of the update."""
+  inner_lr_scale: str = "1/F"
+  """"1/F" divides inner_lr by d_ff, "fixed" takes it as it is."""
+  learn_inner_lr: bool = True
+  """Whether the step size is multiplied by exp(10 s), s learned per layer from 0."""
+  decay: float | None = None
+  """The factor of the state per chunk, in (0, 1]; None is 1, the paper's plain sum."""
   half_life: float | None = None
-  # Multiply it by exp(10 s), s learned per layer from 0: recommended from scratch, with a half_life of 400.
+  """Tokens after which what was learned counts half, instead of decay: a decay of 2^(-chunk_size /
+  half_life), whatever the chunk.
+  """
   learn_half_life: bool = False
-  clip_norm: float | None = None  # Frobenius norm a chunk's update is rescaled to; None: no clip
-  implementation: str | None = None  # None: by the cost model
-  # Read a chunk in one product, Z (W + S), rounded to model.dtype; None: where that loses nothing.
+  """Whether the half-life is multiplied by exp(10 s), s learned per layer from 0; recommended from
+  scratch, with half_life 400.
+  """
+  clip_norm: float | None = None
+  """Frobenius norm to which the update of a chunk is rescaled where it is larger; None never
+  rescales.
+  """
+  implementation: str | None = None
+  """"sequential", "dual" or "associative"; None lets the cost model choose."""
   merge: bool | None = None
-  collective: str | None = None  # how shards exchange their states; None: by the cost model
-  wire_dtype: str | None = None  # what states are rounded to for that; None: not at all
+  """Whether a chunk is read in one product Z (W + S), rounded to model.dtype, instead of two; None
+  does where that loses nothing.
+  """
+  collective: str | None = None
+  """How shards exchange their states: "all_gather", "doubling", "all_to_all" or "ring"; None lets
+  the cost model choose.
+  """
+  wire_dtype: str | None = None
+  """Dtype to which states are rounded for the exchange; None sends them as they are."""
 
   def __post_init__(self):
     require_positive("ttt", self, "chunk_size", "conv_width", "inner_lr")

@@ -4,31 +4,47 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from ttt_jax.config.checks import require
+from ttt_jax.config.given import records_given
 from ttt_jax.config.machine import MeshConfig, PlanConfig, RuntimeConfig
 from ttt_jax.config.model import AttentionConfig, ModelConfig, TTTConfig
 from ttt_jax.config.training import CheckpointConfig, DataConfig, EvalConfig, TrainConfig
 
 
+@records_given
 @dataclass(frozen=True)
 class Config:
   """Everything a run needs; `ttt-jax train FILE` reads one."""
 
   name: str = "run"
-  run_dir: str | None = None  # None: runs/NAME
-  # A model to start from: whatever `ttt_jax.load_pretrained` reads. The sections model and attention
-  # are then the checkpoint's (`ttt_jax.initial`) but for dtypes, remat and how things are computed.
+  """Name of the run."""
+  run_dir: str | None = None
+  """Directory of the run; None is runs/NAME."""
   init_from: str | None = None
+  """A model to start from: whatever ttt_jax.load_pretrained reads. It decides the sections model,
+  attention and ttt; fields that are given there count over it, and may not contradict it.
+  """
   seed: int = 0
+  """Seed of parameters, data order and samples."""
   runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+  """What JAX must know before it starts."""
   mesh: MeshConfig = field(default_factory=MeshConfig)
+  """Devices along each mesh axis."""
   model: ModelConfig = field(default_factory=ModelConfig)
+  """The decoder."""
   attention: AttentionConfig = field(default_factory=AttentionConfig)
+  """Which tokens a token sees."""
   ttt: TTTConfig = field(default_factory=TTTConfig)
+  """Which MLPs have fast weights, and how they learn."""
   data: DataConfig = field(default_factory=DataConfig)
+  """Where the text comes from."""
   train: TrainConfig = field(default_factory=TrainConfig)
+  """The optimiser and the training loop."""
   checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+  """When a run is saved, and what is kept."""
   eval: EvalConfig = field(default_factory=EvalConfig)
+  """The evaluation after training."""
   plan: PlanConfig = field(default_factory=PlanConfig)
+  """What `ttt-jax plan` compiles for."""
 
   def __post_init__(self):
     if self.init_from is None:  # else `ttt_jax.initial.resolve` has the model to check against

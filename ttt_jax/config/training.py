@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass
 
 from ttt_jax.config.checks import DTYPES, require, require_choice, require_positive
+from ttt_jax.config.given import records_given
 
 TRAINABLE = ("all", "ttt", "ttt+down")
 WRITERS = ("tensorboard", "wandb")
 
 
+@records_given
 @dataclass(frozen=True)
 class WeightedSource:
   """One of several sources of text."""
@@ -17,6 +19,7 @@ class WeightedSource:
   weight: float = 1.0  # its part of the tokens, against the weights of the others; 0 leaves it out
 
 
+@records_given
 @dataclass(frozen=True)
 class DataConfig:
   """Where the text comes from. Every row holds `seq_len` tokens of one or more documents."""
@@ -73,6 +76,7 @@ class DataConfig:
     )
 
 
+@records_given
 @dataclass(frozen=True)
 class TrainConfig:
   """AdamW with warm-up and cosine decay to `learning_rate * final_lr_ratio`."""
@@ -130,6 +134,7 @@ class TrainConfig:
     )
 
 
+@records_given
 @dataclass(frozen=True)
 class CheckpointConfig:
   every: int = 100  # steps
@@ -146,6 +151,7 @@ class CheckpointConfig:
       )
 
 
+@records_given
 @dataclass(frozen=True)
 class EvalConfig:
   """Loss by position on held-out documents of at least `seq_len` tokens."""
