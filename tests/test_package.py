@@ -25,7 +25,7 @@ def test_user_errors_have_a_class_of_their_own():
 
 def test_import_is_light():
   """The ops need jax and jaxtyping; nothing for training, drawing or reading configs is imported."""
-  heavy = ("flax", "optax", "orbax", "grain", "matplotlib", "rich", "draccus", "yaml")
+  heavy = ("flax", "optax", "orbax", "grain", "matplotlib", "rich", "jsonargparse", "ruamel")
   code = (
     "import sys, ttt_jax; "
     f"print([m for m in {heavy!r} if m in sys.modules]); "

@@ -16,7 +16,7 @@ from ttt_jax.data import VOCAB_SIZE, Corpus, load_corpus
 from ttt_jax.distributed import is_main, on_main, together
 from ttt_jax.errors import UserError
 from ttt_jax.evaluate import evaluate
-from ttt_jax.initial import initial_model, resolve
+from ttt_jax.initial import initial_model, resolve, resolve_run
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.plots import plot_by_position, plot_training
 from ttt_jax.pretrained.tokenizer import load_tokenizer
@@ -80,7 +80,7 @@ def run_evaluation(
       another run's; as `load_pretrained`.
   """
   console = Console(quiet=not is_main()) if console is None else console
-  config = resolve(config)
+  config = resolve_run(config) if is_run else resolve(config)
   mesh = make_mesh(config.mesh)
   run_dir = Path(config.resolved_run_dir)
   corpus = together(lambda: load_data(config))

@@ -90,6 +90,23 @@ def hold_run(path: str | Path, config: Config) -> Iterator[None]:
     yield
 
 
+def recorded_config(run_dir: str | Path) -> Config:
+  """The config that a run recorded; what an earlier version of ttt_jax did not have is its default.
+
+  Raises:
+    UserError: there is none, or it was cut short.
+  """
+  file = Path(run_dir) / CONFIG_FILE
+  if not file.is_file():
+    raise UserError(f"run_dir={str(run_dir)!r} has no checkpoints: train there first")
+  if not file.read_text(encoding="utf-8", errors="replace").endswith(_END):
+    raise UserError(  # what it lacks must not pass for defaults
+      f"{file} is damaged, its last line is not {_END.strip()!r}: give another --run_dir, or add that "
+      "line if all the rest is there"
+    )
+  return load_config(file)
+
+
 def write_json(path: str | Path, data: Any) -> None:
   """Writes a JSON file whole or not at all; NaN and infinities become null."""
   write_whole(Path(path), json.dumps(jsonable(data), indent=2, allow_nan=False) + "\n")
@@ -192,12 +209,7 @@ def _write_config(file: Path, config: Config) -> None:
 
 def _read_config(file: Path) -> dict[str, Any]:
   """The recorded config; what an earlier version of ttt_jax did not have is its default."""
-  if not file.read_text(encoding="utf-8", errors="replace").endswith(_END):
-    raise UserError(  # cut short: what it lacks must not pass for defaults
-      f"{file} is damaged, its last line is not {_END.strip()!r}: give another --run_dir, or add that "
-      "line if all the rest is there"
-    )
-  return dataclasses.asdict(load_config(file))
+  return dataclasses.asdict(recorded_config(file.parent))
 
 
 def _without(tree: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

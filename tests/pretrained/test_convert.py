@@ -11,8 +11,8 @@ from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.cli import main
 from ttt_jax.config import Config, ModelConfig
 from ttt_jax.initial import make_model
-from ttt_jax.load_config import dump_config
 from ttt_jax.pretrained.tokenizer import byte_tokenizer
+from ttt_jax.rundir import open_run
 
 MODEL = ModelConfig(num_layers=2, d_model=12, d_ff=20, num_heads=2, num_kv_heads=2)
 
@@ -51,8 +51,7 @@ def test_directory_with_dtype_and_fast_weights(tmp_path, capsys):
 def test_run_directory(tmp_path, capsys):
   config = Config(model=MODEL)
   run = tmp_path / "run"
-  run.mkdir()
-  (run / "config.yaml").write_text(dump_config(config))
+  open_run(run, config)
   made = make_model(config)
   with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
     checkpoints.save(3, arrays={"model": made}, data_state={})
@@ -75,7 +74,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     (["nowhere", "b"], "nowhere' does not exist"),
     (["a", "a"], "exists already"),
     (["a", "b", "--ttt.layer", "[1]"], "did you mean ttt.layers"),
-    (["a", "b", "--train.steps", "3"], "only --ttt.FIELD"),
+    (["a", "b", "--train.steps", "3"], "only fields of model, attention, ttt"),
     (["a", "b", "--ttt.layers", "[5]"], "names layer 5"),
     (["a", "b", "--ttt.decay", "2"], "ttt.decay=2"),
   ):

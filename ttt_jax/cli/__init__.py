@@ -1,44 +1,77 @@
 """The command line: parse, build, call."""
 
 import argparse
+import difflib
 import sys
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from ttt_jax import __version__
 from ttt_jax.cli import bench, data, evaluation, models, runs
+from ttt_jax.cli.shared import Command
 from ttt_jax.errors import UnsupportedError, UserError
 
 
-def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
-  """The parser, and the names of its commands, of which some are two words."""
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs a command; a user's mistake is one line on stderr and exit status 2."""
+  parser, commands = _parser()
+  arguments = list(sys.argv[1:] if arguments is None else arguments)
+  if " ".join(arguments[:2]) in commands:  # `eval ruler SRC` is a command, `eval SRC` another
+    arguments[:2] = [" ".join(arguments[:2])]
+  name = arguments[0] if arguments else ""
+  try:
+    overrides = []
+    if name in commands and commands[name].takes_fields:
+      arguments[1:], overrides = _split(arguments[1:], commands[name])
+    parsed = parser.parse_args(arguments)
+    parsed.overrides = overrides
+    with warnings.catch_warnings():
+      warnings.showwarning = partial(_show_warning, warnings.showwarning)
+      return parsed.run(parsed) or 0
+  except (UserError, UnsupportedError) as error:
+    print(f"ttt-jax {name}: {error}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, Command]]:
+  """The parser, and its commands by their names, of which some are two words."""
   parser = argparse.ArgumentParser(
     prog="ttt-jax", description="Language models that learn while they read."
   )
-  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+  parser.add_argument("--version", action="version", version=f"ttt-jax {__version__}")
+  commands = parser.add_subparsers(
+    dest="command", required=True, metavar="COMMAND", parser_class=Command
+  )
   for module in (runs, evaluation, models, data, bench):
     module.add(commands)
   return parser, commands.choices
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs a command; a user's mistake is one line on stderr and exit status 2."""
-  parser, named = _parser()
-  arguments = list(sys.argv[1:] if arguments is None else arguments)
-  if " ".join(arguments[:2]) in named:  # `eval ruler SRC` is a command, `eval SRC` another
-    arguments[:2] = [" ".join(arguments[:2])]
-  parsed, overrides = parser.parse_known_args(arguments)
-  if overrides and not parsed.takes_overrides:
-    parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-  parsed.overrides = [*getattr(parsed, "overrides", []), *overrides]
-  try:
-    with warnings.catch_warnings():
-      warnings.showwarning = partial(_show_warning, warnings.showwarning)
-      return parsed.run(parsed) or 0
-  except (UserError, UnsupportedError) as error:
-    print(f"ttt-jax {parsed.command}: {error}", file=sys.stderr)
-    return 2
+def _split(words: Sequence[str], command: Command) -> tuple[list[str], list[str]]:
+  """The command's own words, and those that give fields of the config, wherever they stand."""
+  own, overrides, rest = [], [], list(words)
+  while rest:
+    word = rest.pop(0)
+    flag, equals, _ = word.partition("=")
+    if not word.startswith("--") or word == "--" or flag in command.flags:
+      own.append(word)
+      continue
+    _check_flag(flag, command)
+    overrides.append(word)
+    if not equals and rest and not rest[0].startswith("--"):
+      overrides.append(rest.pop(0))
+  return own, overrides
+
+
+def _check_flag(flag: str, command: Command) -> None:
+  """Raises UserError if a word is most like a misspelled flag of the command itself."""
+  from ttt_jax.load_config import is_field
+
+  close = difflib.get_close_matches(flag, command.flags, n=1)
+  if close and not is_field(flag):
+    raise UserError(f"unknown option {flag}: did you mean {close[0]}?")
 
 
 def _show_warning(

@@ -33,7 +33,7 @@ def _add_fast_weights(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--op-only", action="store_true", help="the down projection alone")
   parser.add_argument("--name", default="bench_fast_weights", help="of the files written")
   parser.add_argument("--out", type=Path, default=Path("bench"), help="directory (default bench)")
-  parser.set_defaults(run=_run_fast_weights, takes_overrides=False)
+  parser.set_defaults(run=_run_fast_weights)
 
 
 def _run_fast_weights(parsed: argparse.Namespace) -> None:
@@ -64,7 +64,7 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--name", default="bench_generation", help="of the file written")
   parser.add_argument("--out", type=Path, default=Path("bench"), help="directory (default bench)")
-  parser.set_defaults(run=_run_generation, takes_overrides=False)
+  parser.set_defaults(run=_run_generation)
 
 
 def _run_generation(parsed: argparse.Namespace) -> None:

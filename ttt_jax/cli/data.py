@@ -43,7 +43,7 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
   prepare.add_argument(
     "--max-bad-records", type=int, default=0, metavar="N", help="corrupt ones to skip (default 0)"
   )
-  prepare.set_defaults(run=_run_prepare, takes_overrides=False)
+  prepare.set_defaults(run=_run_prepare)
 
 
 def _run_prepare(parsed: argparse.Namespace) -> None:
@@ -65,7 +65,7 @@ def _add_recall(commands: argparse._SubParsersAction) -> None:
   recall.add_argument("destination", help="a directory, for data.path")
   for flag, default in (("documents", 600), ("tokens", 4096), ("seed", 0)):
     recall.add_argument(f"--{flag}", type=int, default=default, help=f"(default {default})")
-  recall.set_defaults(run=_run_recall, takes_overrides=False)
+  recall.set_defaults(run=_run_recall)
 
 
 def _run_recall(parsed: argparse.Namespace) -> None:
@@ -87,7 +87,7 @@ def _add_ruler(commands: argparse._SubParsersAction) -> None:
     help="whose tokens the lengths count, as data.tokenizer in training (default bytes)",
   )
   add_ruler_samples(ruler)
-  ruler.set_defaults(run=_run_ruler, takes_overrides=False)
+  ruler.set_defaults(run=_run_ruler)
 
 
 def _run_ruler(parsed: argparse.Namespace) -> None:

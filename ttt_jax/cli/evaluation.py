@@ -3,8 +3,27 @@
 import argparse
 from pathlib import Path
 
-from ttt_jax.cli.shared import EVALUATED, add_command, add_ruler_samples, evaluated, from_flags
+from ttt_jax.cli.shared import (
+  ALL_FIELDS,
+  EVALUATED,
+  MODEL_FIELDS,
+  add_command,
+  add_ruler_samples,
+  evaluated,
+  from_flags,
+  given_model_fields,
+)
 from ttt_jax.config import DTYPES
+
+_EVAL_EPILOG = """For example:
+  ttt-jax eval runs/quickstart --eval.seq_len 8192 --eval.documents 16
+  ttt-jax eval models/mine --ttt.layers "[]" --data.path "books/*.txt"
+
+Other evaluations are commands of their own, each with --help:
+  ttt-jax eval perplexity   loss on a fixed last block as the context before it grows
+  ttt-jax eval recall       recall accuracy by the distance to the pair that is asked for
+  ttt-jax eval ruler        the thirteen tasks of RULER, at any length
+"""
 
 _PERPLEXITY_EPILOG = """The same command goes on where it stopped. Fields of the config can be overridden:
   ttt-jax eval perplexity runs/mine --lengths 2048 8192 32768 --data.path "books/*.txt" --mesh.context 8
@@ -17,14 +36,31 @@ _RULER_EPILOG = """The same command goes on where it was stopped. For example:
 
 
 def add(commands: argparse._SubParsersAction) -> None:
+  _add_eval(commands)
   _add_perplexity(commands)
   _add_recall(commands)
   _add_ruler(commands)
 
 
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+  text = "evaluate the newest checkpoint of a run again, or a pretrained model as it is"
+  command = add_command(commands, "eval", text, _EVAL_EPILOG, fields=ALL_FIELDS)
+  command.add_argument("config", metavar="run_or_model", help=EVALUATED)
+  command.set_defaults(run=_run_eval)
+
+
+def _run_eval(parsed: argparse.Namespace) -> None:
+  config, is_run = evaluated(parsed)
+  from ttt_jax import distributed
+  from ttt_jax.run import run_evaluation
+
+  distributed.start(config.runtime)
+  run_evaluation(config, is_run=is_run)
+
+
 def _add_perplexity(commands: argparse._SubParsersAction) -> None:
-  text = "the loss of a document's last block, the text before it growing; fast weights on and off"
-  command = add_command(commands, "eval perplexity", text, _PERPLEXITY_EPILOG)
+  text = "loss on a fixed last block as the context before it grows; fast weights on and off"
+  command = add_command(commands, "eval perplexity", text, _PERPLEXITY_EPILOG, fields=ALL_FIELDS)
   command.add_argument("config", help=EVALUATED)
   command.add_argument(
     "--lengths",
@@ -51,7 +87,7 @@ def _add_perplexity(commands: argparse._SubParsersAction) -> None:
   ):
     command.add_argument(f"--{flag}", type=int, default=default, help=f"{text} (default {default})")
   command.add_argument("--out", type=Path, help="directory (default: runs/perplexity_NAME)")
-  command.set_defaults(run=_run_perplexity, takes_overrides=True)
+  command.set_defaults(run=_run_perplexity)
 
 
 def _run_perplexity(parsed: argparse.Namespace) -> None:
@@ -65,14 +101,14 @@ def _run_perplexity(parsed: argparse.Namespace) -> None:
 
 
 def _add_recall(commands: argparse._SubParsersAction) -> None:
-  text = "how often a run's model knows a value again, by how long ago it came (see data recall)"
-  command = commands.add_parser("eval recall", help=text, description=text, allow_abbrev=False)
+  text = "recall accuracy of a run's model by the distance to the pair asked for (see data recall)"
+  command = add_command(commands, "eval recall", text, fields=ALL_FIELDS)
   command.add_argument("config", help="a run's YAML file or directory")
   command.add_argument(
     "--window", type=int, help="count distances by so many tokens (default: attention.window)"
   )
   command.add_argument("--out", type=Path, help="directory (default: the run's)")
-  command.set_defaults(run=_run_recall, takes_overrides=True)
+  command.set_defaults(run=_run_recall)
 
 
 def _run_recall(parsed: argparse.Namespace) -> None:
@@ -88,7 +124,7 @@ def _add_ruler(commands: argparse._SubParsersAction) -> None:
   text = (
     "the thirteen tasks of RULER, on documents of any length; also with the document out of sight"
   )
-  ruler = add_command(commands, "eval ruler", text, _RULER_EPILOG)
+  ruler = add_command(commands, "eval ruler", text, _RULER_EPILOG, fields=MODEL_FIELDS)
   ruler.add_argument("model", help="a Hugging Face directory, a .gguf file, or a run directory")
   add_ruler_samples(ruler)
   ruler.add_argument(
@@ -101,7 +137,7 @@ def _add_ruler(commands: argparse._SubParsersAction) -> None:
   ruler.add_argument(
     "--out", type=Path, metavar="DIR", help="for the results (default: runs/ruler_MODEL)"
   )
-  ruler.set_defaults(run=_run_ruler, takes_overrides=True)
+  ruler.set_defaults(run=_run_ruler)
 
 
 def _run_ruler(parsed: argparse.Namespace) -> int:
@@ -113,5 +149,5 @@ def _run_ruler(parsed: argparse.Namespace) -> int:
     from_flags(RulerConfig, parsed),
     out=parsed.out,
     dtype=parsed.dtype,
-    ttt_overrides=parsed.overrides,
+    fields=given_model_fields(parsed),
   )

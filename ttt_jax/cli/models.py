@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ttt_jax.cli.shared import add_command
+from ttt_jax.cli.shared import MODEL_FIELDS, add_command, given_model_fields
 from ttt_jax.config import DTYPES
 
 _CONVERT_EPILOG = """For example, a GGUF file with fast weights in two of its MLPs that change nothing yet:
@@ -23,25 +23,25 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
   text = "write a model as a Hugging Face directory, with its tokenizer"
-  usage = "%(prog)s [-h] source destination [--dtype DTYPE] [--ttt.field value ...]"
-  convert = add_command(commands, "convert", text, _CONVERT_EPILOG, usage=usage)
+  convert = add_command(commands, "convert", text, _CONVERT_EPILOG, fields=MODEL_FIELDS)
   convert.add_argument("source", help="a Hugging Face directory, a .gguf file, or a run directory")
   convert.add_argument("destination", help="a directory that does not exist yet")
   convert.add_argument(
     "--dtype", choices=DTYPES, default=None, help="of the tensors (default: as they are)"
   )
-  convert.set_defaults(run=_run_convert, takes_overrides=True)
+  convert.set_defaults(run=_run_convert)
 
 
 def _run_convert(parsed: argparse.Namespace) -> None:
   from ttt_jax.pretrained.convert import convert
 
-  convert(parsed.source, parsed.destination, dtype=parsed.dtype, ttt_overrides=parsed.overrides)
+  fields = given_model_fields(parsed)
+  convert(parsed.source, parsed.destination, dtype=parsed.dtype, fields=fields)
 
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:
   text = "continue texts with a model whose fast weights learn on while it reads and writes"
-  generate = add_command(commands, "generate", text, _GENERATE_EPILOG)
+  generate = add_command(commands, "generate", text, _GENERATE_EPILOG, fields=MODEL_FIELDS)
   generate.add_argument("model", help="a Hugging Face directory, a .gguf file, or a run directory")
   generate.add_argument(
     "--prompt", action="append", default=[], help="a text to continue; several are done together"
@@ -63,10 +63,10 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
   )
   start.add_argument("--load-state", type=Path, metavar="FILE", help="go on from a saved state")
   generate.add_argument("--save-state", type=Path, metavar="FILE", help="to go on from later")
-  generate.set_defaults(run=_run_generate, takes_overrides=True)
+  generate.set_defaults(run=_run_generate)
 
 
 def _run_generate(parsed: argparse.Namespace) -> None:
   from ttt_jax.generation import command
 
-  command.run(parsed)
+  command.run(parsed, given_model_fields(parsed))

@@ -1,12 +1,11 @@
-"""Training runs: one, a grid of them, its evaluation, its plan."""
+"""Training runs: one, a grid of them, their plan."""
 
 import argparse
-from collections.abc import Callable
 
-from ttt_jax.cli.shared import EVALUATED, add_command, evaluated
+from ttt_jax.cli.shared import ALL_FIELDS, add_command
 from ttt_jax.load_config import load_config
 
-_EPILOG = """Every field of the config can be overridden, as in
+_TRAIN_EPILOG = """Every field of the config can be overridden, before the file or behind it. For example:
   ttt-jax train configs/quickstart.yaml --train.steps 100 --ttt.layers "[2]" --run_dir runs/short
 """
 
@@ -22,39 +21,12 @@ _ABLATE_EPILOG = """The same command again goes on with what is not finished. Fo
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-  _add_run(
-    commands,
-    "train",
-    "train a model, evaluate it, draw the result; the same command again resumes",
-    "a YAML file, see configs/",
-    _run_train,
-  )
-  _add_run(
-    commands,
-    "eval",
-    "evaluate the newest checkpoint of a run again, or a pretrained model as it is",
-    EVALUATED,
-    _run_eval,
-  )
+  text = "train a model, evaluate it, draw the result; the same command again resumes"
+  train = add_command(commands, "train", text, _TRAIN_EPILOG, fields=ALL_FIELDS)
+  train.add_argument("config", help="a YAML file, see configs/")
+  train.set_defaults(run=_run_train)
   _add_plan(commands)
   _add_ablate(commands)
-
-
-def _add_run(
-  commands: argparse._SubParsersAction, name: str, text: str, positional: str, run: Callable
-) -> None:
-  command = commands.add_parser(
-    name,
-    help=text,
-    description=text,
-    epilog=_EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  command.add_argument("config", help=positional)
-  command.add_argument(
-    "overrides", nargs=argparse.REMAINDER, metavar="--section.field value", help="config overrides"
-  )
-  command.set_defaults(run=run, takes_overrides=False)
 
 
 def _run_train(parsed: argparse.Namespace) -> None:
@@ -66,18 +38,9 @@ def _run_train(parsed: argparse.Namespace) -> None:
   run_training(config)
 
 
-def _run_eval(parsed: argparse.Namespace) -> None:
-  config, is_run = evaluated(parsed)
-  from ttt_jax import distributed
-  from ttt_jax.run import run_evaluation
-
-  distributed.start(config.runtime)
-  run_evaluation(config, is_run=is_run)
-
-
 def _add_plan(commands: argparse._SubParsersAction) -> None:
   text = "compile a run for a TPU slice that is not here: does it fit, and what limits it"
-  command = add_command(commands, "plan", text, _PLAN_EPILOG)
+  command = add_command(commands, "plan", text, _PLAN_EPILOG, fields=ALL_FIELDS)
   command.add_argument("config", help="a YAML file, see configs/")
   command.add_argument("--topology", help="such as v5p:4x4x4 (default: the config's plan.topology)")
   command.add_argument(
@@ -85,7 +48,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
   )
   command.add_argument("--sweep", action="store_true", help="a table over sizes of mesh.context")
   command.add_argument("--json", action="store_true", help="the result as JSON, and nothing else")
-  command.set_defaults(run=_run_plan, takes_overrides=True)
+  command.set_defaults(run=_run_plan)
 
 
 def _run_plan(parsed: argparse.Namespace) -> int:
@@ -106,7 +69,7 @@ def _run_plan(parsed: argparse.Namespace) -> int:
 
 def _add_ablate(commands: argparse._SubParsersAction) -> None:
   text = "train a grid of variants over several seeds; one table, one picture"
-  command = add_command(commands, "ablate", text, _ABLATE_EPILOG)
+  command = add_command(commands, "ablate", text, _ABLATE_EPILOG, fields=ALL_FIELDS)
   command.add_argument("config", help="a YAML file, see configs/ablation_*")
   command.add_argument(
     "--devices",
@@ -121,7 +84,7 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
   command.add_argument(
     "--directory", default=None, help="of the runs and the report (default: runs/NAME)"
   )
-  command.set_defaults(run=_run_ablate, takes_overrides=True)
+  command.set_defaults(run=_run_ablate)
 
 
 def _run_ablate(parsed: argparse.Namespace) -> int:

@@ -2,29 +2,82 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ttt_jax.config import Config
-from ttt_jax.load_config import load_config
+from ttt_jax.errors import UserError
+from ttt_jax.load_config import flatten, load_config, load_fields
 from ttt_jax.rundir import CONFIG_FILE
 
 EVALUATED = "a run's YAML file or directory; or a Hugging Face directory, a .gguf file"
 
 
+ALL_FIELDS = "all"  # of the config
+MODEL_FIELDS = ("model", "attention", "ttt")
+
+
+class Command(argparse.ArgumentParser):
+  """The parser of a command, whose help also lists the fields of the config that it takes."""
+
+  def __init__(self, *args: Any, fields: str | Sequence[str] = (), **options: Any):
+    """Makes the parser.
+
+    Args:
+      fields: sections of the config whose fields the command takes, or `ALL_FIELDS`.
+      options: as `argparse.ArgumentParser`; flags are never abbreviated, since fields may look alike.
+    """
+    super().__init__(*args, **{"allow_abbrev": False, **options})
+    self._fields = fields
+
+  @property
+  def takes_fields(self) -> bool:
+    """Whether `--section.field value` may be given."""
+    return len(self._fields) > 0
+
+  @property
+  def flags(self) -> frozenset[str]:
+    """The command's own options."""
+    return frozenset(self._option_string_actions)
+
+  def format_help(self) -> str:
+    text = super().format_help()
+    if not self.takes_fields:
+      return text
+    from ttt_jax.load_config import fields_help
+
+    fields = fields_help(() if self._fields == ALL_FIELDS else self._fields)
+    text = text.replace("\n\n", " [--section.field value ...]\n\n", 1)  # the end of the usage
+    return f"{text}\nFields of the config, which a YAML file has under their section:\n\n{fields}"
+
+
 def add_command(
-  commands: argparse._SubParsersAction, name: str, text: str, epilog: str, **how: Any
-) -> argparse.ArgumentParser:
-  """A command with examples, whose flags are not abbreviated: overrides of the config may look alike."""
+  commands: argparse._SubParsersAction, name: str, text: str, epilog: str = "", **options: Any
+) -> Command:
+  """Adds a command with examples in its epilog; `options` are those of `Command`."""
   return commands.add_parser(
     name,
     help=text,
     description=text,
     epilog=epilog,
     formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-    **how,
+    **options,
   )
+
+
+def given_model_fields(parsed: argparse.Namespace) -> dict[str, Any]:
+  """The fields of `model`, `attention` and `ttt` on the command line.
+
+  Raises:
+    UserError: as `load_fields`, or a field of another section.
+  """
+  fields = load_fields(None, parsed.overrides)
+  for name in fields:
+    if name not in MODEL_FIELDS:
+      given = next(flatten({name: fields[name]}))[0]
+      raise UserError(f"--{given} cannot be given here, only fields of {', '.join(MODEL_FIELDS)}")
+  return fields
 
 
 def from_flags(config: type, parsed: argparse.Namespace) -> Any:

@@ -4,10 +4,11 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from ttt_jax.config.checks import require
-from ttt_jax.config.given import records_given
+from ttt_jax.config.given import given_fields, records_given
 from ttt_jax.config.machine import MeshConfig, PlanConfig, RuntimeConfig
 from ttt_jax.config.model import AttentionConfig, ModelConfig, TTTConfig
 from ttt_jax.config.training import CheckpointConfig, DataConfig, EvalConfig, TrainConfig
+from ttt_jax.errors import UserError
 
 
 @records_given
@@ -49,6 +50,7 @@ class Config:
   def __post_init__(self):
     if self.init_from is None:  # else `ttt_jax.initial.resolve` has the model to check against
       check_layers(self.model, self.attention, self.ttt)
+      check_given(self.ttt)
       check_trainable(self.ttt, self.train)
       check_mesh(self.model, self.mesh)
     check_mixer(self.attention, self.mesh)
@@ -116,6 +118,17 @@ def check_layers(model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig)
     f"attention.mixer={attention.mixer!r} is in no layer: name some in attention.mixer_layers, or leave "
     "attention.mixer out",
   )
+
+
+def check_given(ttt: TTTConfig) -> None:
+  """Raises UserError if fields of `ttt` were given, but no layer has fast weights and none was denied."""
+  given = given_fields(ttt)
+  if given and "layers" not in given and not ttt.layers:
+    name, value = next(iter(given.items()))
+    raise UserError(
+      f"ttt.{name}={value!r} is given, but ttt.layers names no layer with fast weights: give ttt.layers, "
+      "or leave it out"
+    )
 
 
 def check_trainable(ttt: TTTConfig, train: TrainConfig) -> None:

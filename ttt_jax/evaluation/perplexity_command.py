@@ -17,7 +17,7 @@ from ttt_jax.evaluation.perplexity import (
   tokens_to_read,
 )
 from ttt_jax.generation.reader import Reader
-from ttt_jax.initial import resolve
+from ttt_jax.initial import resolve, resolve_run
 from ttt_jax.plots import plot_perplexity
 from ttt_jax.progress import EvaluationProgress
 from ttt_jax.run import evaluated_model, load_data
@@ -46,7 +46,7 @@ def run_perplexity(
   Raises:
     ValueError: no document is long enough; `out` holds results of other settings.
   """
-  config = resolve(config)
+  config = resolve_run(config) if is_run else resolve(config)
   out = Path("runs") / f"perplexity_{config.name}" if out is None else out
   console = Console(quiet=not is_main()) if console is None else console
   corpus = together(lambda: load_data(config))

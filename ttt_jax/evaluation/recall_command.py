@@ -11,7 +11,7 @@ from ttt_jax.data import heldout_rows
 from ttt_jax.distributed import is_main, on_main, together
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.recall import CHANCE, by_distance, recalled
-from ttt_jax.initial import resolve
+from ttt_jax.initial import resolve, resolve_run
 from ttt_jax.plots import plot_recall
 from ttt_jax.run import BASELINE, evaluated_model, load_data, load_model
 from ttt_jax.rundir import write_json
@@ -39,7 +39,7 @@ def run_recall(
       no checkpoint.
   """
   console = Console(quiet=not is_main()) if console is None else console
-  config = resolve(config)
+  config = resolve_run(config) if is_run else resolve(config)
   window = config.attention.window if window is None else window
   if window is None:
     raise UserError(

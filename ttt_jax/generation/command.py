@@ -11,16 +11,17 @@ from ttt_jax.errors import UserError
 from ttt_jax.generation.generate import Generation, Stream, generate
 from ttt_jax.generation.reader import Reader
 from ttt_jax.generation.state import GenerationState, load_state
+from ttt_jax.pretrained.sections import Fields
 from ttt_jax.pretrained.source import open_model, open_tokenizer
 from ttt_jax.pretrained.tokenizer import Tokenizer
 
 
-def run(parsed: argparse.Namespace) -> None:
+def run(parsed: argparse.Namespace, fields: Fields) -> None:
   """Reads what is to be read, then writes; prints text on stdout, everything else on stderr."""
   console = Console(stderr=True)
   prompts = _prompts(parsed)
   tokenizer = open_tokenizer(parsed.model)
-  model = Reader.of(open_model(parsed.model, dtype=parsed.dtype, ttt_overrides=parsed.overrides))
+  model = Reader.of(open_model(parsed.model, dtype=parsed.dtype, fields=fields))
   tokenizer.check_vocabulary(model.model.vocab_size)
   _say(console, _describe(model))
   state = _start(parsed, model, tokenizer, len(prompts), console)
@@ -63,7 +64,7 @@ def _prompts(parsed: argparse.Namespace) -> list[str]:
 
 def _read(path: Path) -> str:
   try:
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
   except OSError as error:
     raise UserError(f"cannot read {path}: {error.strerror}") from error
   except UnicodeDecodeError as error:

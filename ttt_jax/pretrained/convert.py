@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +9,7 @@ from rich.console import Console
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.pretrained.files import GENERATION_CONFIG, local_path, new_directory
 from ttt_jax.pretrained.save import write_model
+from ttt_jax.pretrained.sections import Fields
 from ttt_jax.pretrained.source import is_run, open_model, open_tokenizer
 from ttt_jax.pretrained.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
@@ -19,7 +19,7 @@ def convert(
   destination: str | Path,
   *,
   dtype: str | None = None,
-  ttt_overrides: Sequence[str] = (),
+  fields: Fields | None = None,
   console: Console | None = None,
 ) -> None:
   """Writes a model and its tokenizer to a new Hugging Face directory, and prints what it did.
@@ -28,7 +28,7 @@ def convert(
     source: a Hugging Face directory, a hub name, a `.gguf` file, or a run directory of `ttt-jax train`.
     destination: a directory that does not exist yet.
     dtype: of the tensors written; None: as in the source.
-    ttt_overrides: words like `--ttt.layers "[2]"`, over what the source says of its fast weights.
+    fields: as `open_model`.
     console: where to print.
 
   Raises:
@@ -38,7 +38,7 @@ def convert(
   started = time.perf_counter()
   path = local_path(source)
   with new_directory(destination) as directory:
-    model = open_model(path, dtype=dtype, ttt_overrides=ttt_overrides)
+    model = open_model(path, dtype=dtype, fields=fields)
     # A Hugging Face directory's tokenizer is copied file by file.
     tokenizer = open_tokenizer(path) if is_run(path) or path.suffix == ".gguf" else None
     write_model(model, directory)

@@ -6,7 +6,7 @@ its sharding, and every tensor is written into it by a donated update. The host 
 
 import dataclasses
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from ttt_jax.config import DTYPES, TTTConfig
+from ttt_jax.config import DTYPES, TTTConfig, check_layers
+from ttt_jax.config.given import given_fields
 from ttt_jax.errors import UserError
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.partition import shardings
@@ -31,6 +32,7 @@ from ttt_jax.pretrained.files import (
   read_json,
 )
 from ttt_jax.pretrained.hf_config import need_integer, read_config
+from ttt_jax.pretrained.sections import Fields, Sections, agreed
 from ttt_jax.pretrained.tensors import EMBEDDING, HEAD, Row, named_parameters, tensor_table
 from ttt_jax.pretrained.ttt_config import read_published, read_section
 
@@ -58,7 +60,7 @@ def load_pretrained(
   dtype: str | None = None,
   param_dtype: str | None = None,
   mesh: Mesh | None = None,
-  ttt: TTTConfig | None = None,
+  ttt: TTTConfig | Mapping[str, Any] | None = None,
 ) -> Transformer:
   """The model of a Hugging Face directory, a GGUF file or a hub name, with its weights.
 
@@ -70,37 +72,87 @@ def load_pretrained(
       stored in, so that nothing is lost (float32 for float16 and GGUF).
     param_dtype: of the parameters; None: `dtype`.
     mesh: where the parameters live, split as `ttt_jax.partition` says; None: on the default device.
-    ttt: which MLPs get fast weights, in place of what the checkpoint says. Tensors of its TTT layers are
-      used where the checkpoint has them; others start as `ttt.init` says, by default so that the logits
-      are bit for bit those of the plain model.
+    ttt: which MLPs get fast weights. A `TTTConfig` takes the place of what the checkpoint says, a mapping
+      of its fields, as `{"chunk_size": 256}`, counts over it. Tensors of the TTT layers are used where the
+      checkpoint has them; others start as `ttt.init` says, by default so that the logits are bit for
+      bit those of the plain model.
 
   Raises:
-    NotImplementedError: an architecture, a rope type, a quantisation or a feature that is not there.
-    ValueError: damaged files; tensors that are missing, unknown, of another shape (all are listed) or
-      not finite; fast weights in the checkpoint that its config does not say how to use.
+    UnsupportedError: an architecture, a rope type, a quantisation or a feature that is not there.
+    UserError: damaged files; tensors that are missing, unknown, of another shape (all are listed) or
+      not finite; fast weights in the checkpoint that its config does not say how to use; an unknown
+      field of `ttt`.
   """
   checkpoint = open_checkpoint(local_path(path))
-  if dtype is None:
-    dtype = _widest(
+  given = {} if ttt is None else given_fields(ttt) if isinstance(ttt, TTTConfig) else ttt
+  sections = resolve_sections(
+    checkpoint,
+    {"model": {"dtype": dtype, "param_dtype": param_dtype}, "ttt": given},
+    merge_ttt=not isinstance(ttt, TTTConfig),
+  )
+  return load_model(checkpoint, sections, mesh=mesh, fresh_allowed=ttt is not None)
+
+
+def resolve_sections(
+  checkpoint: Checkpoint, given: Fields, *, source: str | None = None, merge_ttt: bool = True
+) -> Sections:
+  """What the model of a checkpoint is, with the given fields over it (`ttt_jax.pretrained.sections`).
+
+  Args:
+    given: fields by section; `dtype` and `param_dtype` of `model` may be None, as in `load_pretrained`.
+    source: the checkpoint in messages.
+    merge_ttt: False: the fields of `ttt` and defaults, not the checkpoint's.
+
+  Raises:
+    UserError: as `agreed`; fast weights in the checkpoint that its config does not say how to use.
+  """
+  source = checkpoint.where if source is None else source
+  model = dict(given.get("model", {}))
+  if model.get("dtype") is None:
+    model["dtype"] = _widest(
       stored.dtype for name, stored in checkpoint.tensors.items() if not name.endswith(_DERIVED)
     )
-  for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
-    if value is not None and value not in DTYPES:
-      raise UserError(f"{name}={value!r} is not one of {', '.join(map(repr, DTYPES))}")
-    if value == "float64" and not jax.config.jax_enable_x64:
-      raise UserError(f"{name}='float64' needs jax_enable_x64: set it, or give dtype='float32'")
+  if model.get("param_dtype") is None:
+    model["param_dtype"] = model["dtype"]
+  for name in ("dtype", "param_dtype"):
+    if model[name] not in DTYPES:
+      raise UserError(f"{name}={model[name]!r} is not one of {', '.join(map(repr, DTYPES))}")
+    if model[name] == "float64" and not jax.config.jax_enable_x64:
+      raise UserError(f"{name}='float64' needs jax_enable_x64: set it, or give {name}='float32'")
   architecture = read_config(checkpoint.config, generation=checkpoint.generation)
-  model = dataclasses.replace(
-    architecture.model, dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype
-  )
-  fresh_allowed = ttt is not None
-  if ttt is None:
-    ttt = own_ttt(checkpoint)
-  elif ttt.init is None:
-    ttt = dataclasses.replace(ttt, init="identity")
+  ttt = given.get("ttt", {})
+  if not merge_ttt:
+    sections = Sections(architecture.model, architecture.attention, TTTConfig(**ttt))
+    sections = agreed(sections, {**given, "model": model, "ttt": {}}, source=source)
+  else:
+    own = (stated_ttt(checkpoint) or TTTConfig()) if "layers" in ttt else own_ttt(checkpoint)
+    sections = Sections(architecture.model, architecture.attention, own)
+    sections = agreed(sections, {**given, "model": model}, source=source)
+  check_layers(*sections)
+  if sections.ttt.layers and sections.ttt.init is None and ttt:
+    sections = sections._replace(ttt=dataclasses.replace(sections.ttt, init="identity"))
+  return sections
+
+
+def load_model(
+  checkpoint: Checkpoint,
+  sections: Sections,
+  *,
+  mesh: Mesh | None = None,
+  fresh_allowed: bool = True,
+) -> Transformer:
+  """The model of a checkpoint as resolved sections say, with its weights.
+
+  Args:
+    mesh: as in `load_pretrained`.
+    fresh_allowed: whether parameters of fast weights that the checkpoint does not speak of are new.
+
+  Raises:
+    UserError: as `load_pretrained`.
+  """
 
   def make() -> Transformer:
-    return Transformer(model, architecture.attention, ttt, rngs=nnx.Rngs(0))
+    return Transformer(*sections, rngs=nnx.Rngs(0))
 
   abstract = jax.eval_shape(make)
   rows = tensor_table(abstract)

@@ -1,21 +1,23 @@
 """Any model this library knows, by its path: a Hugging Face directory, a `.gguf` file, a run directory."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
 
-from ttt_jax.config import MeshConfig, TTTConfig
-from ttt_jax.errors import UserError
-from ttt_jax.load_config import load_config, override_section
+from ttt_jax.config import MeshConfig
+from ttt_jax.initial import run_sections
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.pretrained.files import local_path
-from ttt_jax.pretrained.load import load_pretrained, open_checkpoint, stated_ttt
+from ttt_jax.pretrained.load import load_model as load_checkpoint
+from ttt_jax.pretrained.load import open_checkpoint, resolve_sections
+from ttt_jax.pretrained.sections import Fields
 from ttt_jax.pretrained.tokenizer import BYTES, Tokenizer, load_tokenizer
 from ttt_jax.run import load_model
-from ttt_jax.rundir import CONFIG_FILE
+from ttt_jax.rundir import CONFIG_FILE, recorded_config
 from ttt_jax.sharding import make_mesh
 
 
@@ -25,51 +27,64 @@ def is_run(path: Path) -> bool:
 
 
 def open_model(
-  source: str | Path, *, dtype: str | None = None, ttt_overrides: Sequence[str] = ()
+  source: str | Path, *, dtype: str | None = None, fields: Fields | None = None
 ) -> Transformer:
   """The model at a path or of a hub name, on one device.
 
   Args:
     dtype: of parameters and computation; None: as in the source.
-    ttt_overrides: words like `--ttt.layers "[2]"`, over what the source says of its fast weights.
+    fields: by section, fields of `model`, `attention` and `ttt` that count over what the source says, as
+      `{"ttt": {"layers": (2,)}}` (`ttt_jax.pretrained.sections`).
+
+  Raises:
+    UserError, UnsupportedError: a field that contradicts the source; as `load_pretrained`.
   """
   path = local_path(source)
+  fields = {} if fields is None else {name: dict(given) for name, given in fields.items()}
   if is_run(path):
-    return _from_run(path, dtype, ttt_overrides)
-  return load_pretrained(path, dtype=dtype, ttt=_ttt(path, ttt_overrides))
+    return _from_run(path, dtype, fields)
+  if dtype is not None:
+    fields["model"] = _with_dtype(fields.get("model", {}), dtype)
+  checkpoint = open_checkpoint(path)
+  sections = resolve_sections(checkpoint, fields, source=str(source))
+  return load_checkpoint(checkpoint, sections, fresh_allowed=bool(fields.get("ttt")))
 
 
 def open_tokenizer(source: str | Path) -> Tokenizer:
   """The tokenizer of the model there."""
   path = local_path(source)
   if is_run(path):
-    path = load_config(path / CONFIG_FILE).tokenizer or BYTES
+    path = recorded_config(path).tokenizer or BYTES
   return load_tokenizer(path)
 
 
-def _ttt(path: Path, overrides: Sequence[str]) -> TTTConfig | None:
-  """The source's fast weights with overrides; None, as the source says, without any."""
-  if not overrides:
-    return None
-  # A GGUF file says nothing of fast weights, and takes seconds to parse.
-  stated = None if path.suffix == ".gguf" else stated_ttt(open_checkpoint(path))
-  return override_section(TTTConfig() if stated is None else stated, "ttt", overrides)
+def _from_run(run_dir: Path, dtype: str | None, fields: dict[str, dict[str, Any]]) -> Transformer:
+  recorded = recorded_config(run_dir)
+  dtypes = {"dtype": recorded.model.dtype, "param_dtype": recorded.model.param_dtype}
+  stored = {**fields, "model": {**fields.get("model", {}), **dtypes}}
+  config = dataclasses.replace(
+    recorded, mesh=MeshConfig(), **run_sections(run_dir, stored)._asdict()
+  )
+  model = load_model(config, make_mesh(config.mesh), run_dir)
+  wanted = dict(fields.get("model", {}))
+  if dtype is not None:
+    wanted = _with_dtype(wanted, dtype)
+  return _cast(model, wanted.get("dtype"), wanted.get("param_dtype"))
 
 
-def _from_run(run_dir: Path, dtype: str | None, overrides: Sequence[str]) -> Transformer:
-  if overrides:
-    raise UserError(
-      f"{overrides[0]} cannot be given for the run directory {run_dir}: its model has learned with its own "
-      "config; convert it, then convert the result"
-    )
-  config = load_config(run_dir / CONFIG_FILE)
-  model = load_model(config, make_mesh(MeshConfig()), run_dir)
-  return model if dtype is None else _cast(model, dtype)
+def _with_dtype(given: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+  return {"dtype": dtype, "param_dtype": dtype, **given}
 
 
-def _cast(model: Transformer, dtype: str) -> Transformer:
-  """The model with parameters and computation in another dtype."""
-  config = dataclasses.replace(model.model, dtype=dtype, param_dtype=dtype)
+def _cast(model: Transformer, dtype: str | None, param_dtype: str | None) -> Transformer:
+  """The model with computation and parameters in other dtypes; None: as they are."""
+  config = dataclasses.replace(
+    model.model,
+    dtype=model.model.dtype if dtype is None else dtype,
+    param_dtype=model.model.param_dtype if param_dtype is None else param_dtype,
+  )
+  if config == model.model:
+    return model
   target = jax.eval_shape(lambda: Transformer(config, model.attention, model.ttt, rngs=nnx.Rngs(0)))
-  leaves = [x.astype(dtype) for x in jax.tree.leaves(model)]
+  leaves = [x.astype(config.param_dtype) for x in jax.tree.leaves(model)]
   return jax.tree.unflatten(jax.tree.structure(target), leaves)

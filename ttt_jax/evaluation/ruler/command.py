@@ -15,6 +15,7 @@ from ttt_jax.evaluation.ruler.evaluate import (
   evaluate_ruler,
 )
 from ttt_jax.evaluation.ruler.tasks import TASKS
+from ttt_jax.pretrained.sections import Fields
 from ttt_jax.pretrained.source import open_model, open_tokenizer
 
 
@@ -24,7 +25,7 @@ def run(
   *,
   out: Path | None,
   dtype: str | None,
-  ttt_overrides: Sequence[str],
+  fields: Fields,
 ) -> int:
   """Evaluates the model of `source`, or goes on; returns the exit status."""
   console = Console()
@@ -33,7 +34,7 @@ def run(
     out = Path("runs") / f"ruler_{name}{'_strict' if config.strict else ''}"
   tokenizer = open_tokenizer(source)
   config.ruler(tokenizer).sample(config.chosen[0], min(config.lengths), 0)  # before a long loading
-  model = open_model(source, dtype=dtype, ttt_overrides=ttt_overrides)
+  model = open_model(source, dtype=dtype, fields=fields)
   if left_out := config.left_out():
     console.print(left_out)
   try:
