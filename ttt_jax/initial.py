@@ -20,6 +20,7 @@ from ttt_jax.pretrained.files import local_path
 from ttt_jax.pretrained.load import load_model, open_checkpoint, resolve_sections
 from ttt_jax.pretrained.sections import Fields, Sections, agreed, given_sections
 from ttt_jax.rundir import recorded_config
+from ttt_jax.tree import named_leaves
 
 
 def resolve(config: Config) -> Config:
@@ -71,7 +72,26 @@ def run_sections(run_dir: str | Path, given: Fields) -> Sections:
   """
   recorded = recorded_config(run_dir)
   own = Sections(recorded.model, recorded.attention, recorded.ttt)
-  return agreed(own, given, source=f"the run in {run_dir}")
+  sections = agreed(own, given, source=f"the run in {run_dir}")
+  check_layers(*sections)
+  if _parameters(sections) != _parameters(own):
+    changed = [
+      f"ttt.{name}={value!r}"
+      for name, value in given.get("ttt", {}).items()
+      if getattr(sections.ttt, name) != getattr(own.ttt, name)
+    ]
+    raise UserError(
+      f"{', '.join(changed)}: the model has other parameters then, and the run in {run_dir} holds those of "
+      f"ttt.layers={list(own.ttt.layers)}: write it as a model of its own (ttt-jax convert), and give the "
+      "fields there"
+    )
+  return sections
+
+
+def _parameters(sections: Sections) -> dict[str, tuple[int, ...]]:
+  """The shape of every parameter by its path."""
+  model = jax.eval_shape(lambda: Transformer(*sections, rngs=nnx.Rngs(0)))
+  return {name: leaf.shape for name, leaf in named_leaves(model).items()}
 
 
 def _with_mesh(config: Config, devices: int) -> Config:

@@ -312,6 +312,7 @@ def _shown(value: Any) -> str:
 
 def _yaml() -> YAML:
   yaml = YAML(typ="safe", pure=True)  # the C parser reads YAML 1.1
+  yaml.default_flow_style = False
   yaml.sort_base_mapping_type_on_output = False
   yaml.allow_unicode = True
   return yaml

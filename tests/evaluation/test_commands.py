@@ -77,4 +77,4 @@ def test_recall(run, capsys):
   assert main(["eval", "recall", "made", "--attention.window", "null"]) == 2
   said = capsys.readouterr().err
   assert "--window 0 must be positive" in said
-  assert "attention.window=null: say with --window" in said
+  assert "attention.window=None, but the run in made has 8: leave the field out" in said
