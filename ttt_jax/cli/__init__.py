@@ -16,23 +16,38 @@ from ttt_jax.errors import UnsupportedError, UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a command; a user's mistake is one line on stderr and exit status 2."""
-  parser, commands = _parser()
   arguments = list(sys.argv[1:] if arguments is None else arguments)
-  if " ".join(arguments[:2]) in commands:  # `eval ruler SRC` is a command, `eval SRC` another
-    arguments[:2] = [" ".join(arguments[:2])]
-  name = arguments[0] if arguments else ""
   try:
-    overrides = []
-    if name in commands and commands[name].takes_fields:
-      arguments[1:], overrides = _split(arguments[1:], commands[name])
-    parsed = parser.parse_args(arguments)
-    parsed.overrides = overrides
+    parsed = parse(arguments)
     with warnings.catch_warnings():
       warnings.showwarning = partial(_show_warning, warnings.showwarning)
       return parsed.run(parsed) or 0
   except (UserError, UnsupportedError) as error:
-    print(f"ttt-jax {name}: {error}", file=sys.stderr)
+    print(f"ttt-jax {' '.join(_command_name(arguments))}: {error}", file=sys.stderr)
     return 2
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+  """The command, its options, and as `overrides` the words that give fields of the config.
+
+  Raises:
+    UserError: an option that no command has; as argparse, SystemExit for what it refuses or prints.
+  """
+  parser, commands = _parser()
+  first, words = _command_name(arguments), list(arguments)
+  words[: len(first)] = [" ".join(first)] if first else []
+  overrides = []
+  if words and words[0] in commands and commands[words[0]].takes_fields:
+    words[1:], overrides = _split(words[1:], commands[words[0]])
+  parsed = parser.parse_args(words)
+  parsed.overrides = overrides
+  return parsed
+
+
+def _command_name(arguments: Sequence[str]) -> list[str]:
+  """The first word, or two: `eval ruler SRC` is a command, `eval SRC` another."""
+  _, commands = _parser()
+  return list(arguments[: 2 if " ".join(arguments[:2]) in commands else 1])
 
 
 def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, Command]]:

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
+from jaxtyping import Integer
 from tokenizers import decoders, models, pre_tokenizers
 
 from ttt_jax.errors import UserError
@@ -75,7 +77,9 @@ class Tokenizer:
     """How each token is spelled, added ones included."""
     return self._backend.get_vocab(with_added_tokens=True)
 
-  def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+  def decode(
+    self, ids: Sequence[int] | Integer[np.ndarray, "T"], *, skip_special_tokens: bool = False
+  ) -> str:
     """The text of tokens; U+FFFD stands for bytes that are not UTF-8."""
     return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
