@@ -46,7 +46,7 @@ grid: {ttt.chunk_size: [8, 16], ttt.layers: [[0], [0, 1]]}
 variants: {none: {ttt.layers: []}}
 seeds: [3, 5]
 """),
-    ["--data.seq_len", "128"],
+    {"data": {"seq_len": 128}},
   )
   names = [variant.name for variant in ablation.variants]
   assert names == [

@@ -53,7 +53,27 @@ def load_fields(path: str | PathLike | None, overrides: Sequence[str] = ()) -> d
   """
   fields = {} if path is None else checked_fields(read_yaml(path), f"in {path}")
   given = _parsed(_parser().parse_args, _words(overrides), "on the command line")
-  return _merged(fields, _plain(given))
+  return merged_fields(fields, _plain(given))
+
+
+def merged_fields(*fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Nested mappings of fields over one another: the last that gives a field counts."""
+  merged: dict[str, Any] = {}
+  for each in fields:
+    for key, value in each.items():
+      both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+      merged[key] = merged_fields(merged[key], value) if both else value
+  return merged
+
+
+def nested_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Fields by dotted name, as `{"train.steps": 3}`, as nested mappings."""
+  nested: dict[str, Any] = {}
+  for name, value in fields.items():
+    for key in reversed(str(name).split(".")):
+      value = {key: value}
+    nested = merged_fields(nested, value)
+  return nested
 
 
 def checked_fields(fields: Mapping[Any, Any], where: str = "") -> dict[str, Any]:
@@ -287,14 +307,6 @@ def _without_empty_sections(fields: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in fields.items()
     if not (value is None and dataclasses.is_dataclass(_FIELDS[key]))
   }
-
-
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-  merged = dict(old)
-  for key, value in new.items():
-    both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-    merged[key] = _merged(merged[key], value) if both else value
-  return merged
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """`ttt-jax ablate`: all runs of a grid, then one table, one picture, one JSON file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -16,7 +16,7 @@ from ttt_jax.rundir import write_json
 
 def run(
   path: str,
-  overrides: Sequence[str],
+  overrides: Mapping[str, Any],
   *,
   device_groups: Sequence[str],
   report_only: bool,

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from ttt_jax.config import Config
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.perplexity import PerplexityConfig
-from ttt_jax.load_config import load_config, read_yaml
+from ttt_jax.load_config import load_fields, make_config, merged_fields, nested_fields, read_yaml
 
 _KEYS = {
   "name": str,
@@ -59,7 +59,9 @@ class Ablation:
 
 
 def load_ablation(
-  path: str | PathLike, overrides: Sequence[str] = (), directory: str | PathLike | None = None
+  path: str | PathLike,
+  overrides: Mapping[str, Any] | None = None,
+  directory: str | PathLike | None = None,
 ) -> Ablation:
   """The ablation of a YAML file, every config of it checked.
 
@@ -74,7 +76,7 @@ def load_ablation(
 
   Args:
     path: the file.
-    overrides: words like `--train.steps 100`, for all runs, over the file's `set`.
+    overrides: fields by section, as `{"train": {"steps": 100}}`, for all runs, over the file's `set`.
     directory: of the runs and the report; None: runs/NAME.
 
   Raises:
@@ -99,19 +101,16 @@ def load_ablation(
   if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) for s in seeds):
     raise UserError(f"{path}: seeds={list(seeds)} must be different integers, at least one")
   directory = Path("runs", tree["name"]) if directory is None else Path(directory)
+  everywhere = (nested_fields(tree.get("set", {})), {} if overrides is None else overrides)
   variants = []
   for name, fields in _settings(path, tree):
     configs = []
     for seed in seeds:
       where = directory / _file_name(name) / f"seed{seed}"
-      words = [
-        *_words(tree.get("set", {})),
-        *overrides,
-        *_words(fields),
-        *_words({"seed": seed, "name": name, "run_dir": str(where)}),
-      ]
+      own = {"seed": seed, "name": name, "run_dir": str(where)}
       try:
-        configs.append(load_config(path.parent / tree["base"], words))
+        base = load_fields(path.parent / tree["base"])
+        configs.append(make_config(merged_fields(base, *everywhere, nested_fields(fields), own)))
       except UserError as error:
         raise UserError(f"{path}, variant {name!r}: {error}") from error
     variants.append(Variant(name, tuple(configs)))
@@ -172,10 +171,6 @@ def _settings(path: Path, tree: dict[str, Any]) -> Iterator[tuple[str, dict[str,
     if not isinstance(fields, dict):
       raise UserError(f"{path}: variants.{name}={fields!r} must be fields with values")
     yield str(name), fields
-
-
-def _words(fields: dict[str, Any]) -> list[str]:
-  return [word for name, value in fields.items() for word in (f"--{name}", _text(value))]
 
 
 def _text(value: Any) -> str:

@@ -3,7 +3,7 @@
 import argparse
 
 from ttt_jax.cli.shared import ALL_FIELDS, add_command
-from ttt_jax.load_config import load_config
+from ttt_jax.load_config import load_config, load_fields
 
 _TRAIN_EPILOG = """Every field of the config can be overridden, before the file or behind it. For example:
   ttt-jax train configs/quickstart.yaml --train.steps 100 --ttt.layers "[2]" --run_dir runs/short
@@ -92,7 +92,7 @@ def _run_ablate(parsed: argparse.Namespace) -> int:
 
   return command.run(
     parsed.config,
-    parsed.overrides,
+    load_fields(None, parsed.overrides),
     device_groups=parsed.devices,
     report_only=parsed.report_only,
     directory=parsed.directory,
