@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import ttt_jax
 from ttt_jax import cli
-from ttt_jax.cli import main, runs
+from ttt_jax.cli import main, parse, runs
 from ttt_jax.rundir import read_metrics
 
 CONFIG = """# ttt-jax train {path}
@@ -153,12 +154,62 @@ def test_eval_without_a_run(config, tmp_path, capsys):
   assert "has no checkpoints" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["eval", "--help"]])
-def test_help(words, capsys):
+@pytest.mark.parametrize(
+  ("words", "shown"),
+  [
+    (["--help"], ["train", "eval perplexity", "generate"]),
+    (["train", "--help"], ["--ttt.chunk_size", "--train.learning_rate", "default: 0.004"]),
+    (["eval", "--help"], ["ttt-jax eval runs/quickstart", "eval perplexity", "--eval.seq_len"]),
+    (["eval", "ruler", "--help"], ["--strict", "--ttt.layers"]),
+    (["generate", "--help"], ["--prompt", "--ttt.layers", "[--section.field value ...]"]),
+    (["data", "prepare", "--help"], ["--tokenizer"]),
+    (["--version"], [f"ttt-jax {ttt_jax.__version__}"]),
+  ],
+)
+def test_help(words, shown, capsys):
   with pytest.raises(SystemExit) as stop:
     main(words)
   assert stop.value.code == 0
-  assert "usage: ttt-jax" in capsys.readouterr().out
+  output = capsys.readouterr().out
+  assert [text for text in shown if text not in output] == []
+  assert ("--train.steps" in output) == (words[0] in ("train", "eval") and words[1] != "ruler")
+
+
+def test_options_stand_where_they_like():
+  words = ["--train.steps", "3", "configs/test_tiny.yaml", "--seed=-4", "--ttt.layers", "[1]"]
+  parsed = parse(["train", *words])
+  assert parsed.config == "configs/test_tiny.yaml"
+  assert parsed.overrides == ["--train.steps", "3", "--seed=-4", "--ttt.layers", "[1]"]
+  words = ["--ttt.chunk_size", "8", "model", "--prompt", "x y", "--temperature=0.5"]
+  parsed = parse(["generate", *words])
+  assert (parsed.model, parsed.prompt, parsed.temperature) == ("model", ["x y"], 0.5)
+  assert parsed.overrides == ["--ttt.chunk_size", "8"]
+  # A flag of the command's own is not taken for a field of the same name.
+  parsed = parse(["eval", "perplexity", "runs/x", "--seed", "3", "--run_dir", "y"])
+  assert (parsed.seed, parsed.overrides) == (3, ["--run_dir", "y"])
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (["train", "configs/test_tiny.yaml", "--train.lr", "1"], "did you mean train.learning_rate?"),
+    (
+      ["train", "configs/test_tiny.yaml", "--steps", "1"],
+      "unknown field steps on the command line: did you mean",
+    ),
+    (["generate", "x", "--tempature", "1"], "--tempature: did you mean --temperature?"),
+    (["generate", "x", "--prompt", "y", "--seed_", "1"], "unknown option --seed_: did you mean"),
+    (["eval", "ruler", "x", "--lenghts", "1"], "did you mean --lengths?"),
+    (["eval", "ruler", "x", "--train.steps", "1"], "only fields of model, attention, ttt"),
+  ],
+)
+def test_misspelled_options_are_named(words, message, capsys):
+  assert main(words) == 2
+  error = capsys.readouterr().err
+  assert message in error
+  assert error.startswith(
+    "ttt-jax eval ruler: " if words[1] == "ruler" else f"ttt-jax {words[0]}: "
+  )
 
 
 def test_a_bug_keeps_its_traceback(config, tmp_path, monkeypatch):
