@@ -14,7 +14,8 @@ import pytest
 import ttt_jax
 from ttt_jax import cli
 from ttt_jax.cli import main, parse, runs
-from ttt_jax.rundir import read_metrics
+from ttt_jax.load_config import load_config
+from ttt_jax.rundir import open_run, read_metrics
 
 CONFIG = """# ttt-jax train {path}
 name: tiny
@@ -220,3 +221,16 @@ def test_a_bug_keeps_its_traceback(config, tmp_path, monkeypatch):
   monkeypatch.setattr(runs, "load_config", namespace["broken"])
   with pytest.raises(ValueError, match="too many values"):
     main(["train", str(config)])
+
+
+def test_eval_of_two_models_is_refused(config, tmp_path, capsys):
+  """The path and a field must not name different ones."""
+  run = tmp_path / "run"
+  open_run(run, load_config(config))
+  for words, name in (
+    ([str(run), "--run_dir", "other"], "run_dir other"),
+    ([str(run), "--init_from", "other"], "init_from other"),
+    (["models/a", "--init_from", "models/b"], "init_from models/b"),
+  ):
+    assert main(["eval", *words]) == 2
+    assert f"--{name} is given, but {words[0]} is what is evaluated" in capsys.readouterr().err

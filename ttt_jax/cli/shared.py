@@ -8,7 +8,7 @@ from typing import Any
 
 from ttt_jax.config import Config
 from ttt_jax.errors import UserError
-from ttt_jax.load_config import flatten, load_config, load_fields
+from ttt_jax.load_config import flatten, load_config, load_fields, make_config, merged_fields
 from ttt_jax.rundir import CONFIG_FILE
 
 EVALUATED = "a run's YAML file or directory; or a Hugging Face directory, a .gguf file"
@@ -87,15 +87,25 @@ def from_flags(config: type, parsed: argparse.Namespace) -> Any:
 
 
 def evaluated(parsed: argparse.Namespace) -> tuple[Config, bool]:
-  """The config of what is to be evaluated, and whether it is a run, whose model is in its checkpoints."""
+  """The config of what is to be evaluated, and whether it is a run, whose model is in its checkpoints.
+
+  Raises:
+    UserError: as `load_config`; a field that names another model than the command does.
+  """
   path = Path(parsed.config)
   if path.suffix in (".yaml", ".yml"):
     return load_config(path, parsed.overrides), True
-  if (path / CONFIG_FILE).is_file():
-    words = ["--run_dir", str(path), *parsed.overrides]
-    return load_config(path / CONFIG_FILE, words), True
-  given = ["--init_from", parsed.config, "--name", path.stem]
-  return load_config(None, [*given, *parsed.overrides]), False
+  is_run = (path / CONFIG_FILE).is_file()
+  named = {"run_dir": str(path)} if is_run else {"init_from": parsed.config}
+  given = load_fields(None, parsed.overrides)
+  for name in ("run_dir", "init_from") if is_run else ("init_from",):
+    if name in given and given[name] != named.get(name):
+      raise UserError(
+        f"--{name} {given[name]} is given, but {parsed.config} is what is evaluated: leave one out"
+      )
+  if is_run:
+    return make_config(merged_fields(load_fields(path / CONFIG_FILE), given, named)), True
+  return make_config(merged_fields({"name": path.stem}, given, named)), False
 
 
 def add_ruler_samples(command: argparse.ArgumentParser) -> None:
