@@ -25,9 +25,11 @@ def _losses(model, tokens, segment_ids, labels):
   return model_losses(model, tokens, labels, segment_ids)[0]
 
 
-def _mapped(mesh, spec, of_model=PartitionSpec(), **how):
+def _mapped(mesh, spec, **how):
   return jax.jit(
-    jax.shard_map(_losses, mesh=mesh, in_specs=(of_model, spec, spec, spec), out_specs=spec, **how)
+    jax.shard_map(
+      _losses, mesh=mesh, in_specs=(PartitionSpec(), spec, spec, spec), out_specs=spec, **how
+    )
   )
 
 

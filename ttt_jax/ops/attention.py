@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ttt_jax.errors import UnsupportedError, UserError
 from ttt_jax.ops import blockwise, splash
 from ttt_jax.ops.context import is_checked, shard_count, varying_axes
-from ttt_jax.ops.cost import target_platform
+from ttt_jax.ops.cost import cuda_capability, target_platform
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.ops.segments import check_segment_ids
 
@@ -361,8 +361,10 @@ def _refusals_of_cudnn(q, window, segment_ids, context_axis) -> list[str]:
     reasons.append(f"dtype {q.dtype}")
   if target_platform() != "gpu":
     reasons.append(f"the {target_platform()} backend")
+  elif (capability := cuda_capability()) is None or capability < 8:
+    reasons.append("a GPU other than NVIDIA's of compute capability 8.0 and above")
   else:
-    largest = 256 if float(jax.devices()[0].compute_capability) >= 9 else 128
+    largest = 256 if capability >= 9 else 128
     if q.shape[3] % 8 or q.shape[3] > largest:
       reasons.append(f"head size {q.shape[3]} (a multiple of 8 up to {largest})")
   return reasons
