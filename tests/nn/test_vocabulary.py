@@ -84,7 +84,7 @@ def test_the_embedding_of_a_traced_one_is_nan_on_every_mesh(unknown, mesh, model
 
 @pytest.mark.parametrize("mesh", [{}, MESHES[2]], ids=str)
 def test_its_row_shows_it_and_no_other(mesh, model):
-  tokens, segment_ids, labels = random_rows(4, 16)
+  tokens, _, labels = random_rows(4, 16)
 
   def losses(model, *rows):
     return model_losses(model, *rows)[0]

@@ -47,9 +47,9 @@ class RMSNorm(nnx.Module):
 class Embed(nnx.Module):
   """A table of token embeddings, also usable as the output head.
 
-  A token outside of the vocabulary, also a negative one, has an embedding of NaN, on every mesh: JAX's own
-  answer to an index out of bounds (`jnp.take`), which shows in every number made from it. A row of zeros, or
-  that of another token, would not.
+  A token outside of the vocabulary, also a negative one, has an embedding of NaN, on every mesh: JAX's
+  own answer to an index out of bounds (`jnp.take`), which shows in every number made from it. A row of
+  zeros, or that of another token, would not.
   """
 
   def __init__(

@@ -14,10 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.errors import UnsupportedError, UserError
 from ttt_jax.ops import blockwise, splash
-from ttt_jax.ops.context import is_checked, shard_count, varying_axes
+from ttt_jax.ops.context import shard_count
 from ttt_jax.ops.cost import cuda_capability, target_platform
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.ops.segments import check_segment_ids
+from ttt_jax.ops.varying import is_checked, varying_axes
 
 IMPLEMENTATIONS = ("xla", "splash", "cudnn")
 _PREFERRED = {"tpu": ("splash", "xla"), "gpu": ("cudnn", "xla")}

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from ttt_jax.ops.context import vary_over, varying_axes
 from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.ops.varying import vary_over, varying_axes
 
 BLOCK = 512  # tokens, the most a block has
 # The running maximum before the first key: finite, so that exp(-inf - m) is 0 and not NaN.

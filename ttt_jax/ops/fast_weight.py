@@ -14,25 +14,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.errors import UnsupportedError, UserError
-from ttt_jax.ops import cost
+from ttt_jax.ops import cost, linear
 from ttt_jax.ops.associative import associative
 from ttt_jax.ops.chunks import Chunks, Options
-from ttt_jax.ops.context import (
-  is_checked,
-  last_shard,
-  plan_exchange,
-  shard_count,
-  vary_over,
-  varying_axes,
-)
+from ttt_jax.ops.context import last_shard, plan_exchange, shard_count
 from ttt_jax.ops.dual import dual
-from ttt_jax.ops.numerics import accumulation_dtype, matmul
+from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
 from ttt_jax.ops.segments import ChunkFacts, check_segment_ids, chunk_facts
-from ttt_jax.ops.sequential import Base, sequential
+from ttt_jax.ops.sequential import sequential
 from ttt_jax.ops.update import clip_update, sum_over
+from ttt_jax.ops.varying import is_checked, vary_over, varying_axes
 
 IMPLEMENTATIONS = {"associative": associative, "dual": dual, "sequential": sequential}
-_SAMPLED_TOKENS = 256  # of a row, for the sizes of the output's two parts
+_SAMPLED_TOKENS = 256  # of a row on a device, for the sizes of the output's two parts
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["S"], meta_fields=["pending"])
@@ -54,13 +48,13 @@ class FastWeightStats(NamedTuple):
   """How large the fast weight's parts are, as Frobenius norms; without gradient.
 
   RMSNorm hides a blow-up behind a finite loss: compare `update` and `state` with `|W|`, and `fast`
-  with `slow`. They cost a chunk's update and the read of 256 tokens, not passes over all chunks.
+  with `slow`. They cost a chunk's update and the read of about 256 tokens, not passes over all chunks.
 
   Attributes:
     update: of the update of this device's last full chunk, after clipping.
     state: of S after that chunk.
-    fast: of the part of y that S contributes, estimated from at most 256 evenly spaced tokens; to the
-      rounding of y.
+    fast: of the part of y that S contributes, before it is added to the other part and rounded: 0 where S
+      is. Estimated from about 256 evenly spaced tokens, at least one of every chunk.
     slow: of the part of y that W contributes, from the same tokens.
   """
 
@@ -101,6 +95,11 @@ def inplace_ttt(
   updates. With `segment_ids` the fast weight restarts at W in every document, wherever in a chunk it
   begins; padding reads W and updates nothing.
 
+  With `segment_ids` or `lengths`, nothing that a token does not see reaches it, NaN and infinities
+  included: not in y, nor in the state, nor in the gradients of z, v and the state. Those of w_down,
+  inner_lr and decay are sums over all documents, of which one that is NaN makes them NaN; but padding, and
+  in w_down any token whose cotangent is 0, adds nothing.
+
   | here         | paper (Feng et al., arXiv 2604.06169) |
   |--------------|---------------------------------------|
   | z            | Z, the gated activations              |
@@ -132,8 +131,8 @@ def inplace_ttt(
     implementation: `"sequential"` carries one S through the chunks, forward and backward (memory of one
       state). `"dual"` scores every chunk against the earlier ones (no state, work of T^2; cheaper while
       few earlier tokens are visible). `"associative"` is `jax.lax.associative_scan` over all chunks'
-      states (memory of N states). The last two also have forward-mode and higher derivatives. None
-      chooses by `cost.choose_implementation`.
+      states (memory of N states). The last two also have forward-mode and higher derivatives, on shards
+      as on one device. None chooses by `cost.choose_implementation`.
     merge: read a chunk in one product, `Z (W + S)`, instead of two, `Z W + Z S`: 8/6 of the FLOPs of a
       gated MLP instead of 10/6. `W + S` is rounded to z's dtype, which in bfloat16 loses what of S is
       below 1/256 of W. None merges where nothing is lost, float32 and float64.
@@ -151,7 +150,7 @@ def inplace_ttt(
     ValueError: shapes or dtypes that disagree, values out of range, an unbound axis, shards that do not
       hold whole chunks, a state from the middle of a chunk, unknown names.
     NotImplementedError: `merge=True` with an implementation that has no `W + S` to read; the gradient of
-      a decay where there are `lengths`.
+      a decay where there are `lengths`; forward mode through `"sequential"`.
   """
   _check_arguments(z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis)
   _check_lengths(lengths, z.shape[:-2])
@@ -211,38 +210,42 @@ def inplace_ttt(
   else:
     decay = None
 
-  v_full = v[:, : n * chunk_size].reshape(b, n, chunk_size, d)
-  if facts is not None:
-    v_full = _where(facts.writes, v_full)
+  writes = None if facts is None else facts.writes
   if lengths is not None:
     whole = _whole_chunks(localized(lengths, jnp.int32).reshape(b), n, chunk_size, context_axis)
-    v_full = _where(jnp.broadcast_to(whole[..., None], (b, n, chunk_size)), v_full)
+    there = jnp.broadcast_to(whole[..., None], (b, n, chunk_size))
+    writes = there if writes is None else writes & there
     keep = None if keep is None else jnp.where(whole, keep, 1)
   chunks = Chunks(
     z=z[:, : n * chunk_size].reshape(b, n, chunk_size, f),
-    v=v_full,
+    v=where(writes, v[:, : n * chunk_size].reshape(b, n, chunk_size, d)),
     lr=lr,
     s_in=s,
     keep=keep,
     decay=decay,
+    reads=None if facts is None else facts.reads,
+    writes=writes,
   )
   options = Options(
     state_dtype=state_dtype,
     clip_norm=None if clip_norm is None else float(clip_norm),
     tensor_axis=tensor_axis,
     exchange=exchange,
+    samples=_sampled_places(n, chunk_size) if return_stats else None,
   )
-  y, s = _read_chunks(chunks, options, w, facts, implementation, merge)
+  # Where all tokens count, the product with W is a plain one.
+  product = _plain_product if writes is None and facts is None else linear.product
+  y, s, fast = _read_chunks(chunks, options, w, implementation, merge, product)
   if tail:
-    y_tail = matmul("btf,fd->btd", z[:, n * chunk_size :], w.astype(dtype))
+    z_tail, seen = z[:, n * chunk_size :], None if facts is None else facts.tail_reads
+    y_tail = product(z_tail, w.astype(dtype))
     if s is not None:
-      reads = matmul("btf,bfd->btd", z[:, n * chunk_size :], s.astype(dtype))
-      y_tail += reads if facts is None else _where(facts.tail_reads, reads)
+      y_tail += where(seen, matmul("btf,bfd->btd", where(seen, z_tail), s.astype(dtype)))
     y = jnp.concatenate([y, y_tail.astype(dtype)], axis=1)
   y = sum_over(y, tensor_axis)
   if s is None:
     s = _zeros_like_state(z, (b, f, d), state_dtype)
-  stats = _stats(chunks, options, w, y, s) if return_stats else None
+  stats = _stats(chunks, options, w, fast, s) if return_stats else None
 
   if context_axis is not None:
     s = last_shard(s, context_axis)
@@ -253,23 +256,31 @@ def inplace_ttt(
   return y, state, jax.tree.map(lambda x: x.reshape(lead), stats)
 
 
-def _read_chunks(chunks, options, w, facts, implementation, merge):
-  """y of the full chunks, `[B, N C, D]`, and the state after them."""
+def _read_chunks(chunks, options, w, implementation, merge, product):
+  """y of the full chunks, `[B, N C, D]`, the state after them, and R of the tokens at `options.samples`."""
   b, n, c, _ = chunks.z.shape
   dtype, d = chunks.z.dtype, chunks.v.shape[-1]
   if not n:
-    return jnp.zeros((b, 0, d), dtype), chunks.s_in
+    return jnp.zeros((b, 0, d), dtype), chunks.s_in, None
   with jax.named_scope("fast_weight"):
     if merge:
-      y, s = sequential(chunks, options, Base(w, None if facts is None else facts.reads))
-      return y.reshape(b, n * c, d), s
-    reads, s = implementation(chunks, options)
-    if facts is not None:
-      reads = _where(facts.reads, reads)
+      y, s, samples = sequential(chunks, options, w)
+      return y.reshape(b, n * c, d), s, samples
+    reads, s, *_ = implementation(chunks, options)
   with jax.named_scope("slow_weight"):
-    z = chunks.z.reshape(b, n * c, -1)
-    slow = matmul("btf,fd->btd", z, w.astype(dtype))
-  return (slow + reads.reshape(b, n * c, d)).astype(dtype), s
+    slow = product(chunks.z.reshape(b, n * c, -1), w.astype(dtype))
+  samples = None if options.samples is None else reads[:, :, options.samples]
+  return (slow + reads.reshape(b, n * c, d)).astype(dtype), s, samples
+
+
+def _plain_product(z, w):
+  return matmul("btf,fd->btd", z, w)
+
+
+def _sampled_places(n: int, chunk_size: int) -> slice:
+  """Evenly spaced places in each of n chunks, for `_SAMPLED_TOKENS` of a row in all, at least one."""
+  stride = -(-chunk_size // max(1, _SAMPLED_TOKENS // max(1, n)))
+  return slice(stride // 2, None, stride)
 
 
 def _whole_chunks(lengths, n, chunk_size, context_axis) -> Bool[Array, "B N"]:
@@ -279,21 +290,17 @@ def _whole_chunks(lengths, n, chunk_size, context_axis) -> Bool[Array, "B N"]:
   return ends[None] <= lengths[:, None]
 
 
-def _where(mask, x):
-  return jnp.where(mask[..., None], x, jnp.zeros_like(x))
-
-
 def _zeros_like_state(like, shape, dtype):
   return vary_over(jnp.zeros(shape, dtype), varying_axes(like))
 
 
-def _stats(chunks, options, w, y, s) -> FastWeightStats:
-  chunks, w, y, s = jax.lax.stop_gradient((chunks, w, y, s))
-  b, n, c, f = chunks.z.shape
-  wide = accumulation_dtype(y.dtype)
+def _stats(chunks, options, w, fast_part, s) -> FastWeightStats:
+  chunks, w, fast_part, s = jax.lax.stop_gradient((chunks, w, fast_part, s))
+  b, n, c, _ = chunks.z.shape
+  wide = accumulation_dtype(chunks.z.dtype)
 
   def norm(x):
-    return jnp.sqrt(jnp.sum(x * x, axis=(1, 2)))
+    return jnp.sqrt(jnp.sum(x * x, axis=(1, 2, 3)))
 
   def norm_over_f(x):
     return jnp.sqrt(sum_over(jnp.sum(x * x, axis=(1, 2)), options.tensor_axis))
@@ -301,13 +308,13 @@ def _stats(chunks, options, w, y, s) -> FastWeightStats:
   update = jnp.zeros(b, s.dtype)
   fast = slow = jnp.zeros(b, wide)
   if n:
-    u = (chunks.lr * matmul("bcf,bcd->bfd", chunks.z[:, -1], chunks.v[:, -1])).astype(s.dtype)
+    last = where(None if chunks.writes is None else chunks.writes[:, -1], chunks.z[:, -1])
+    u = (chunks.lr * matmul("bcf,bcd->bfd", last, chunks.v[:, -1])).astype(s.dtype)
     update = norm_over_f(clip_update(u, options.clip_norm, options.tensor_axis))
-    stride = -(-n * c // _SAMPLED_TOKENS)
-    z = chunks.z.reshape(b, n * c, f)[:, ::stride]
-    slow_part = sum_over(matmul("btf,fd->btd", z, w.astype(z.dtype)), options.tensor_axis)
-    fast_part = y[:, : n * c : stride].astype(wide) - slow_part
-    whole = (n * c / z.shape[1]) ** 0.5
+    z = chunks.z[:, :, options.samples]
+    slow_part = matmul("bncf,fd->bncd", z, w.astype(z.dtype))
+    slow_part, fast_part = sum_over(jnp.stack([slow_part, fast_part]), options.tensor_axis)
+    whole = (c / z.shape[2]) ** 0.5
     fast, slow = whole * norm(fast_part), whole * norm(slow_part)
   return FastWeightStats(update=update, state=norm_over_f(s), fast=fast, slow=slow)
 

@@ -17,9 +17,9 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.errors import UserError
-from ttt_jax.ops.context import vary_over, varying_axes
 from ttt_jax.ops.numerics import accumulation_dtype, matmul
 from ttt_jax.ops.segments import check_segment_ids, number_documents
+from ttt_jax.ops.varying import vary_over, varying_axes
 
 # Tokens among which `_decayed_scores` forms every pair's decay by itself, at most.
 _SUB_CHUNK = 16

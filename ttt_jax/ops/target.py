@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UserError
-from ttt_jax.ops.context import vary_over, varying_axes
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.ops.segments import check_segment_ids, same_document, shift
+from ttt_jax.ops.varying import vary_over, varying_axes
 
 
 def ntp_targets(
