@@ -7,11 +7,11 @@ masks, the tokens behind the last full chunk, the mesh axes over which arrays va
 import dataclasses
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UnsupportedError, UserError
 from ttt_jax.ops import cost, linear
@@ -20,13 +20,14 @@ from ttt_jax.ops.chunks import Chunks, Options
 from ttt_jax.ops.context import last_shard, plan_exchange, shard_count
 from ttt_jax.ops.dual import dual
 from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
-from ttt_jax.ops.segments import ChunkFacts, check_segment_ids, chunk_facts
+from ttt_jax.ops.segments import ChunkFacts, check_segment_ids, chunk_facts, length_facts
 from ttt_jax.ops.sequential import sequential
-from ttt_jax.ops.update import clip_update, sum_over
+from ttt_jax.ops.stats import FastWeightStats as FastWeightStats
+from ttt_jax.ops.stats import measure, sampled_places
+from ttt_jax.ops.update import sum_over
 from ttt_jax.ops.varying import is_checked, vary_over, varying_axes
 
 IMPLEMENTATIONS = {"associative": associative, "dual": dual, "sequential": sequential}
-_SAMPLED_TOKENS = 256  # of a row on a device, for the sizes of the output's two parts
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["S"], meta_fields=["pending"])
@@ -42,26 +43,6 @@ class FastWeightState:
 
   S: Any
   pending: int = 0
-
-
-class FastWeightStats(NamedTuple):
-  """How large the fast weight's parts are, as Frobenius norms; without gradient.
-
-  RMSNorm hides a blow-up behind a finite loss: compare `update` and `state` with `|W|`, and `fast`
-  with `slow`. They cost a chunk's update and the read of about 256 tokens, not passes over all chunks.
-
-  Attributes:
-    update: of the update of this device's last full chunk, after clipping.
-    state: of S after that chunk.
-    fast: of the part of y that S contributes, before it is added to the other part and rounded: 0 where S
-      is. Estimated from about 256 evenly spaced tokens, at least one of every chunk.
-    slow: of the part of y that W contributes, from the same tokens.
-  """
-
-  update: Float[Array, "*B"]
-  state: Float[Array, "*B"]
-  fast: Float[Array, "*B"]
-  slow: Float[Array, "*B"]
 
 
 def inplace_ttt(
@@ -210,31 +191,31 @@ def inplace_ttt(
   else:
     decay = None
 
-  writes = None if facts is None else facts.writes
   if lengths is not None:
-    whole = _whole_chunks(localized(lengths, jnp.int32).reshape(b), n, chunk_size, context_axis)
-    there = jnp.broadcast_to(whole[..., None], (b, n, chunk_size))
-    writes = there if writes is None else writes & there
-    keep = None if keep is None else jnp.where(whole, keep, 1)
+    of_lengths = length_facts(localized(lengths, jnp.int32).reshape(b), t, chunk_size, context_axis)
+    facts = of_lengths if facts is None else ChunkFacts(*map(jnp.logical_and, facts, of_lengths))
+    keep = None if keep is None else jnp.where(of_lengths.keeps, keep, 1)
   chunks = Chunks(
     z=z[:, : n * chunk_size].reshape(b, n, chunk_size, f),
-    v=where(writes, v[:, : n * chunk_size].reshape(b, n, chunk_size, d)),
+    v=where(
+      None if facts is None else facts.writes, v[:, : n * chunk_size].reshape(b, n, chunk_size, d)
+    ),
     lr=lr,
     s_in=s,
     keep=keep,
     decay=decay,
     reads=None if facts is None else facts.reads,
-    writes=writes,
+    writes=None if facts is None else facts.writes,
   )
   options = Options(
     state_dtype=state_dtype,
     clip_norm=None if clip_norm is None else float(clip_norm),
     tensor_axis=tensor_axis,
     exchange=exchange,
-    samples=_sampled_places(n, chunk_size) if return_stats else None,
+    samples=sampled_places(n, chunk_size) if return_stats else None,
   )
   # Where all tokens count, the product with W is a plain one.
-  product = _plain_product if writes is None and facts is None else linear.product
+  product = _plain_product if facts is None else linear.product
   y, s, fast = _read_chunks(chunks, options, w, implementation, merge, product)
   if tail:
     z_tail, seen = z[:, n * chunk_size :], None if facts is None else facts.tail_reads
@@ -245,7 +226,7 @@ def inplace_ttt(
   y = sum_over(y, tensor_axis)
   if s is None:
     s = _zeros_like_state(z, (b, f, d), state_dtype)
-  stats = _stats(chunks, options, w, fast, s) if return_stats else None
+  stats = measure(chunks, options, w, fast, s) if return_stats else None
 
   if context_axis is not None:
     s = last_shard(s, context_axis)
@@ -277,46 +258,8 @@ def _plain_product(z, w):
   return matmul("btf,fd->btd", z, w)
 
 
-def _sampled_places(n: int, chunk_size: int) -> slice:
-  """Evenly spaced places in each of n chunks, for `_SAMPLED_TOKENS` of a row in all, at least one."""
-  stride = -(-chunk_size // max(1, _SAMPLED_TOKENS // max(1, n)))
-  return slice(stride // 2, None, stride)
-
-
-def _whole_chunks(lengths, n, chunk_size, context_axis) -> Bool[Array, "B N"]:
-  """Which of this device's chunks lie wholly among their row's `lengths` tokens."""
-  first = 0 if context_axis is None else n * jax.lax.axis_index(context_axis)
-  ends = (first + 1 + jnp.arange(n, dtype=jnp.int32)) * chunk_size
-  return ends[None] <= lengths[:, None]
-
-
 def _zeros_like_state(like, shape, dtype):
   return vary_over(jnp.zeros(shape, dtype), varying_axes(like))
-
-
-def _stats(chunks, options, w, fast_part, s) -> FastWeightStats:
-  chunks, w, fast_part, s = jax.lax.stop_gradient((chunks, w, fast_part, s))
-  b, n, c, _ = chunks.z.shape
-  wide = accumulation_dtype(chunks.z.dtype)
-
-  def norm(x):
-    return jnp.sqrt(jnp.sum(x * x, axis=(1, 2, 3)))
-
-  def norm_over_f(x):
-    return jnp.sqrt(sum_over(jnp.sum(x * x, axis=(1, 2)), options.tensor_axis))
-
-  update = jnp.zeros(b, s.dtype)
-  fast = slow = jnp.zeros(b, wide)
-  if n:
-    last = where(None if chunks.writes is None else chunks.writes[:, -1], chunks.z[:, -1])
-    u = (chunks.lr * matmul("bcf,bcd->bfd", last, chunks.v[:, -1])).astype(s.dtype)
-    update = norm_over_f(clip_update(u, options.clip_norm, options.tensor_axis))
-    z = chunks.z[:, :, options.samples]
-    slow_part = matmul("bncf,fd->bncd", z, w.astype(z.dtype))
-    slow_part, fast_part = sum_over(jnp.stack([slow_part, fast_part]), options.tensor_axis)
-    whole = (c / z.shape[2]) ** 0.5
-    fast, slow = whole * norm(fast_part), whole * norm(slow_part)
-  return FastWeightStats(update=update, state=norm_over_f(s), fast=fast, slow=slow)
 
 
 def _choose(implementation, merge, work, dtype):
