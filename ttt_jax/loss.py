@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from ttt_jax.nn.layers import Embed, RMSNorm, check_ids, in_vocabulary, project
 from ttt_jax.nn.transformer import HEAD, Transformer
-from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.ops.numerics import accumulation_dtype, where
 from ttt_jax.sharding import Axes, over_shards
 
 IGNORE = -1  # the label of a token that has no successor in its document
@@ -26,13 +26,14 @@ def token_losses(
   """`-log softmax(logits)[label]` in nats, 0 where the label is IGNORE, and 1 where it is not.
 
   Computed in the logits' dtype, float32 or wider. A label that is neither IGNORE nor in the vocabulary is
-  an error where its value is known; in a traced array its loss is NaN.
+  an error where its value is known; in a traced array its loss is NaN. The logits of a token that is
+  ignored may be anything, also NaN: their gradient is 0.
 
   Raises:
     ValueError: a label outside of the vocabulary.
   """
   check_ids("labels", labels, logits.shape[-1], ignore=IGNORE)
-  return _losses(logits, labels, None, 0.0)
+  return _losses(where(labels != IGNORE, logits), labels, None, 0.0)
 
 
 def mean_loss(losses: Float[Array, "B T"], valid: Float[Array, "..."]) -> Float[Array, ""]:
@@ -108,7 +109,8 @@ def hidden_losses(
 
 
 def _device_losses(x, labels, norm, kernel, *, tied, z_loss, at_once, axes: Axes):
-  """Losses and weights of the tokens of a device."""
+  """Losses and weights of the tokens of a device; what is ignored may be anything, also NaN."""
+  x = where(labels != IGNORE, x)
   if axes.fsdp is not None:
     kernel = _gather(kernel, x.dtype, axes.fsdp, 1 if tied else 0)
 

@@ -86,7 +86,8 @@ def _read(chunks, updates, weights):
   reads = jnp.concatenate(reads, axis=1)
   if bad is None:
     return reads
-  return where(chunks.reads, finite_cotangent(reads) + poison(bad, reads.dtype)[..., None])
+  reads = finite_cotangent(reads, queries.astype(reads.dtype)) + poison(bad, reads.dtype)[..., None]
+  return where(chunks.reads, reads)
 
 
 def _is_finite(x):

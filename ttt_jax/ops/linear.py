@@ -82,9 +82,12 @@ def reverse_only(tree: Any, what: str) -> Any:
 _finite_cotangent = _identity("ttt_finite_cotangent", lambda x: x, finite)
 
 
-def finite_cotangent(x: Float[Array, "*X"]) -> Float[Array, "*X"]:
-  """x, whose cotangent is 0 where it would be NaN or infinite: before a product that other rows share."""
-  return _finite_cotangent.bind(x)
+def finite_cotangent(x: Float[Array, "*B M"], own: Float[Array, "*B K"]) -> Float[Array, "*B M"]:
+  """x, whose cotangent is 0 where it would be NaN or infinite: behind a product that other rows share.
+
+  So that it is not lost, it makes the gradient of `own` NaN, which holds finite numbers of the same rows.
+  """
+  return _finite_cotangent.bind(x) + 0 * own[..., :1]
 
 
 _PRODUCT = "btf,fd->btd"
