@@ -107,7 +107,7 @@ def test_a_broken_cotangent_is_not_lost():
   q, k, v = _draw((4, 6), (2, 6), (2, 6))
   broken = jnp.zeros(q.shape).at[1, 5, 2, 3].set(jnp.nan)
   for kind in ("local", "blockwise"):
-    y, pull_back = jax.vjp(
+    _, pull_back = jax.vjp(
       lambda q, kind=kind: attention(q, k, v, segment_ids=jnp.asarray(IDS), **KINDS[kind]), q
     )
     assert np.isnan(pull_back(broken)[0][1, 5]).any()
@@ -157,11 +157,11 @@ def test_targets_and_short_convolution(where, bad):
   def short(arrays, kernel):
     return short_convolution(arrays["x"], kernel, segment_ids=ids)
 
-  for function, x, weights in ((targets, x, (conv, projection)), (short, heads, (kernel,))):
+  for function, source, weights in ((targets, x, (conv, projection)), (short, heads, (kernel,))):
     if where is PADDING:
-      _check(function, {"x": x}, where, bad, shared=weights)
+      _check(function, {"x": source}, where, bad, shared=weights)
     else:
-      _check(partial(lambda f, w, a: f(a, *w), function, weights), {"x": x}, where, bad)
+      _check(partial(lambda f, w, a: f(a, *w), function, weights), {"x": source}, where, bad)
 
 
 def test_losses():
