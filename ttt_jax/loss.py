@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
-from ttt_jax.nn.layers import Embed, RMSNorm, project
+from ttt_jax.nn.layers import Embed, RMSNorm, check_ids, in_vocabulary, project
 from ttt_jax.nn.transformer import HEAD, Transformer
-from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.ops.numerics import accumulation_dtype, where
 from ttt_jax.sharding import Axes, over_shards
 
 IGNORE = -1  # the label of a token that has no successor in its document
@@ -25,9 +25,15 @@ def token_losses(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
   """`-log softmax(logits)[label]` in nats, 0 where the label is IGNORE, and 1 where it is not.
 
-  Computed in the logits' dtype, float32 or wider.
+  Computed in the logits' dtype, float32 or wider. A label that is neither IGNORE nor in the vocabulary is
+  an error where its value is known; in a traced array its loss is NaN. The logits of a token that is
+  ignored may be anything, also NaN: their gradient is 0.
+
+  Raises:
+    ValueError: a label outside of the vocabulary.
   """
-  return _losses(logits, labels, None, 0.0)
+  check_ids("labels", labels, logits.shape[-1], ignore=IGNORE)
+  return _losses(where(labels != IGNORE, logits), labels, None, 0.0)
 
 
 def mean_loss(losses: Float[Array, "B T"], valid: Float[Array, "..."]) -> Float[Array, ""]:
@@ -52,6 +58,9 @@ def model_losses(
     tokens, labels, segment_ids: packed rows.
     update: whether the fast weights learn.
     z_loss, at_once: as for `hidden_losses`.
+
+  Raises:
+    ValueError: tokens or labels outside of the vocabulary, where their values are known.
   """
   x, stats = model.hidden(tokens, segment_ids, update=update)
   losses, valid = hidden_losses(
@@ -79,9 +88,13 @@ def hidden_losses(
   Args:
     z_loss: weight of `logsumexp(logits)^2`, added to the loss of every token with a label.
     at_once: logits of a device.
+
+  Raises:
+    ValueError: a label outside of the vocabulary, where its value is known; else its loss is NaN.
   """
   rows = ("batch", "sequence")
   tied = head is None
+  check_ids("labels", labels, embed.table.shape[0], ignore=IGNORE)
   return over_shards(
     partial(_device_losses, tied=tied, z_loss=z_loss, at_once=at_once),
     x,
@@ -96,7 +109,8 @@ def hidden_losses(
 
 
 def _device_losses(x, labels, norm, kernel, *, tied, z_loss, at_once, axes: Axes):
-  """Losses and weights of the tokens of a device."""
+  """Losses and weights of the tokens of a device; what is ignored may be anything, also NaN."""
+  x = where(labels != IGNORE, x)
   if axes.fsdp is not None:
     kernel = _gather(kernel, x.dtype, axes.fsdp, 1 if tied else 0)
 
@@ -135,13 +149,14 @@ def in_pieces(
 def _losses(logits, labels, tensor_axis: str | None, z_loss: float):
   """`token_losses` where the logits of a token lie on the devices of `tensor_axis`, if any."""
   valid = labels != IGNORE
-  index = jnp.where(valid, labels, 0)
+  size = logits.shape[-1]
+  known = in_vocabulary(labels, size, tensor_axis)
+  index = jnp.where(known, labels.astype(jnp.int32), 0)
   if tensor_axis is None:
     picked = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
     total = jax.nn.logsumexp(logits, axis=-1)
   else:
-    size = logits.shape[-1]
-    index = index - size * jax.lax.axis_index(tensor_axis)
+    index -= size * jax.lax.axis_index(tensor_axis)
     here = (index >= 0) & (index < size)
     picked = jnp.take_along_axis(logits, jnp.where(here, index, 0)[..., None], axis=-1)[..., 0]
     picked = jax.lax.psum(jnp.where(here, picked, jnp.zeros_like(picked)), tensor_axis)
@@ -149,6 +164,7 @@ def _losses(logits, labels, tensor_axis: str | None, z_loss: float):
     rest = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
     total = largest + jnp.log(jax.lax.psum(rest, tensor_axis))
   losses = total - picked + z_loss * total**2
+  losses = jnp.where(known, losses, jnp.full_like(losses, jnp.nan))
   return jnp.where(valid, losses, jnp.zeros_like(losses)), valid.astype(losses.dtype)
 
 

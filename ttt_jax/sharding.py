@@ -13,14 +13,15 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ttt_jax.config import MeshConfig
-from ttt_jax.errors import UserError
+from ttt_jax.errors import UnsupportedError, UserError
+from ttt_jax.ops.varying import is_checked, varying_axes
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
-FSDP, CONTEXT, TENSOR = MESH_AXES[1:]
+DATA, FSDP, CONTEXT, TENSOR = MESH_AXES
 
 # Logical dimensions of arrays and the mesh axes they are split over.
 _RULES: dict[str | None, tuple[str, ...]] = {
-  "batch": ("data", FSDP),
+  "batch": (DATA, FSDP),
   "sequence": (CONTEXT,),
   "embed": (FSDP,),  # the model width of parameters; that of activations is whole
   "heads": (TENSOR,),
@@ -66,13 +67,16 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 def spec(*dims: str | None, mesh: Mesh | AbstractMesh) -> PartitionSpec:
   """The partition of an array with these logical dimensions, over the axes that split it on `mesh`.
 
+  Manual axes, those of an enclosing `jax.shard_map`, have split it already.
+
   Raises:
     ValueError: two dimensions claim one axis.
   """
   claimed = [axis for dim in dims for axis in _RULES[dim]]
   if len(set(claimed)) < len(claimed):
     raise UserError(f"dimensions {dims} of one array claim mesh axes {claimed}: one twice")
-  parts = [tuple(a for a in _RULES[dim] if mesh.shape.get(a, 1) > 1) or None for dim in dims]
+  splits = {axis for axis, size in mesh.shape.items() if size > 1} - set(_manual_axes(mesh))
+  parts = [tuple(a for a in _RULES[dim] if a in splits) or None for dim in dims]
   while parts and parts[-1] is None:
     parts.pop()
   return PartitionSpec(*(p[0] if p and len(p) == 1 else p for p in parts))
@@ -123,15 +127,42 @@ def ambient_mesh() -> AbstractMesh | None:
   return None if mesh.empty or mesh.are_all_axes_manual or mesh.size == 1 else mesh
 
 
+def _manual_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+  return mesh.manual_axes if isinstance(mesh, AbstractMesh) else ()
+
+
 def _manual_context_axis() -> str | None:
   """The context axis, if we are inside a `jax.shard_map` over it already."""
   return CONTEXT if CONTEXT in jax.sharding.get_abstract_mesh().manual_axes else None
 
 
+def _check_manual_axes(arguments: Any) -> None:
+  """Raises NotImplementedError inside somebody's `jax.shard_map` over an axis of unknown use.
+
+  Rows split over `data` or `fsdp` need nothing of each other, and a sequence split over `context` is
+  exchanged. Over any other axis, `tensor` included, a device would take its part for the whole. Axes of
+  one device, and axes over which nothing varies, split nothing.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  for axis in mesh.manual_axes:
+    if axis in (DATA, FSDP, CONTEXT) or mesh.shape[axis] == 1:
+      continue
+    if is_checked(axis) and axis not in varying_axes(*jax.tree.leaves(arguments)):
+      continue
+    raise UnsupportedError(
+      f"a model inside jax.shard_map over mesh axis {axis!r} of {mesh.shape[axis]} devices: it is not "
+      f"known what that axis splits. Name it {CONTEXT!r} where it splits the sequence into contiguous "
+      f"parts, {DATA!r} or {FSDP!r} where it splits rows (also in jax.pmap); for parameters split over "
+      f"{TENSOR!r} call the model outside of jax.shard_map, under jax.set_mesh"
+    )
+
+
 def context_size() -> int:
   """How many shards of the sequence `over_shards` makes."""
   mesh = ambient_mesh()
-  return 1 if mesh is None else mesh.shape.get(CONTEXT, 1)
+  if mesh is None or CONTEXT in mesh.manual_axes:
+    return 1
+  return mesh.shape.get(CONTEXT, 1)
 
 
 def positions(length: int) -> jax.Array:
@@ -158,8 +189,9 @@ def over_shards(
 ) -> Any:
   """`function(*arguments, axes=...)`, on every shard of the ambient mesh.
 
-  Without a mesh `function` sees whole arrays and no axes; inside somebody's `jax.shard_map` over
-  `context` it is called as it is; else it is mapped, fully manual.
+  Without a mesh `function` sees whole arrays and no axes; inside somebody's `jax.shard_map` over all axes
+  of the mesh it is called as it is, and knows of `context`; else it is mapped over the axes that are not
+  manual yet.
 
   Args:
     function: takes `axes: Axes` as a keyword.
@@ -168,11 +200,20 @@ def over_shards(
     out_dims: a pytree of tuples of logical dimensions, one for each output.
     check_vma: of `jax.shard_map`; False for a function whose kernels cannot say over which axes their
       outputs vary.
+
+  Raises:
+    NotImplementedError: somebody's `jax.shard_map` is over an axis that this library gives no meaning.
   """
+  _check_manual_axes(arguments)
   mesh = ambient_mesh()
   if mesh is None:
     return function(*arguments, axes=Axes(context=_manual_context_axis()))
-  axes = Axes(*(axis if mesh.shape.get(axis, 1) > 1 else None for axis in (FSDP, CONTEXT, TENSOR)))
+  free = {axis for axis in mesh.axis_names if axis not in mesh.manual_axes}
+  axes = Axes(
+    *(axis if axis in free and mesh.shape[axis] > 1 else None for axis in (FSDP, CONTEXT, TENSOR))
+  )
+  if CONTEXT in mesh.manual_axes:
+    axes = axes._replace(context=CONTEXT)
 
   def to_spec(dims):
     return PartitionSpec() if dims is None else spec(*dims, mesh=mesh)
@@ -180,6 +221,7 @@ def over_shards(
   mapped = jax.shard_map(
     lambda *args: function(*args, axes=axes),
     mesh=mesh,
+    axis_names=free,
     in_specs=tuple(to_spec(d) for d in dims),
     out_specs=jax.tree.map(to_spec, out_dims, is_leaf=lambda x: x is None or _is_dims(x)),
     check_vma=check_vma,

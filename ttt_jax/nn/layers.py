@@ -4,11 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.config import RopeScaling
+from ttt_jax.errors import UserError
 from ttt_jax.nn.rope import scaled_frequencies
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.sharding import Axes, over_shards
@@ -43,7 +45,12 @@ class RMSNorm(nnx.Module):
 
 
 class Embed(nnx.Module):
-  """A table of token embeddings, also usable as the output head."""
+  """A table of token embeddings, also usable as the output head.
+
+  A token outside of the vocabulary, also a negative one, has an embedding of NaN, on every mesh: JAX's
+  own answer to an index out of bounds (`jnp.take`), which shows in every number made from it. A row of
+  zeros, or that of another token, would not.
+  """
 
   def __init__(
     self,
@@ -74,18 +81,74 @@ class Embed(nnx.Module):
     table where a device has fewer tokens than there are in the vocabulary. A device without a token's
     row of the table adds zero.
     """
+    known = in_vocabulary(tokens, table.shape[0], axes.tensor)
+    index = jnp.where(known, tokens.astype(jnp.int32), 0)
     if axes.fsdp is not None:
-      tokens = jax.lax.all_gather(tokens, axes.fsdp, axis=0, tiled=True)
+      index = jax.lax.all_gather(index, axes.fsdp, axis=0, tiled=True)
     if axes.tensor is None:
-      x = table[tokens].astype(self.dtype)
+      x = table[index].astype(self.dtype)
     else:
-      index = tokens - table.shape[0] * jax.lax.axis_index(axes.tensor)
+      index -= table.shape[0] * jax.lax.axis_index(axes.tensor)
       here = (index >= 0) & (index < table.shape[0])
       x = table[jnp.where(here, index, 0)].astype(self.dtype)
       x = jnp.where(here[..., None], x, jnp.zeros_like(x))
     if axes.fsdp is not None:
       x = jax.lax.all_to_all(x, axes.fsdp, split_axis=0, concat_axis=2, tiled=True)
-    return x if axes.tensor is None else jax.lax.psum(x, axes.tensor)
+    if axes.tensor is not None:
+      x = jax.lax.psum(x, axes.tensor)
+    return jnp.where(known[..., None], x, jnp.full_like(x, jnp.nan))
+
+
+def in_vocabulary(
+  ids: Int[Array, "B T"], entries: int, tensor_axis: str | None
+) -> Bool[Array, "B T"]:
+  """Whether an id is one of the vocabulary's, of which each device of `tensor_axis` has `entries`."""
+  if ids.dtype.itemsize < 4:
+    ids = ids.astype(jnp.int32)  # a narrow type may not hold the size of the vocabulary
+  size = entries * (1 if tensor_axis is None else jax.lax.axis_size(tensor_axis))
+  return (ids >= 0) & (ids < size)
+
+
+def check_ids(
+  name: str,
+  ids: Array | np.ndarray,
+  vocab_size: int,
+  segment_ids: Array | np.ndarray | None = None,
+  *,
+  ignore: int | None = None,
+) -> None:
+  """Raises ValueError at the first id outside of the vocabulary, where the ids' values are known.
+
+  Not known are those of an array that is traced or that lies on other processes' devices.
+
+  Args:
+    name: what the ids are.
+    ids: of tokens `[B, T]`.
+    segment_ids: 0 where a token is padding, whose id may be any.
+    ignore: an id that is allowed beside those of the vocabulary.
+  """
+  if not _is_known(ids) or not (segment_ids is None or _is_known(segment_ids)):
+    return
+  ids = np.asarray(ids)
+  unknown = (ids < 0) | (ids >= vocab_size)
+  if ignore is not None:
+    unknown &= ids != ignore
+  if segment_ids is not None:
+    unknown &= np.asarray(segment_ids) != 0
+  if unknown.any():
+    place = tuple(int(i) for i in np.argwhere(unknown)[0])
+    also = "" if ignore is None else f", and {ignore} for a token without one"
+    remedy = "" if ignore is not None else "; padding may have any id where its segment_ids are 0"
+    raise UserError(
+      f"{name}[{', '.join(map(str, place))}]={ids[place]} is not in the vocabulary of {vocab_size}: "
+      f"ids are 0 to {vocab_size - 1}{also}{remedy}"
+    )
+
+
+def _is_known(x: Array | np.ndarray) -> bool:
+  if isinstance(x, jax.core.Tracer):
+    return False
+  return not isinstance(x, jax.Array) or x.is_fully_addressable
 
 
 def project(subscripts: str, x: Array, kernel: nnx.Param | Array, out_dtype: DTypeLike) -> Array:

@@ -22,6 +22,8 @@ from ttt_jax.nn.layers import (
   PROJECTED,
   Embed,
   RMSNorm,
+  check_ids,
+  in_vocabulary,
   normal_init,
   project,
   rms_normalize,
@@ -247,15 +249,16 @@ class Transformer(nnx.Module):
     """The logits `[B, T, V]` of every token's successor, in float32 or wider.
 
     Args:
-      tokens: rows of tokens.
+      tokens: rows of tokens. One outside of the vocabulary is an error where its value is known; in a
+        traced array its embedding is NaN, and so are the logits that depend on it.
       segment_ids: documents of packed rows: neighbouring documents differ, 0 is padding. No logit
-        depends on another document.
+        depends on another document. Padding may have any token, also -1.
       update: whether the fast weights learn along the row; False reads with W throughout.
       return_stats: also return the `MlpStats` of the TTT layers, stacked in the order of the layers
         (None where none updates).
 
     Raises:
-      ValueError: tokens or segment_ids of the wrong shape or dtype.
+      ValueError: tokens or segment_ids of the wrong shape or dtype, tokens outside of the vocabulary.
     """
     x, stats = self.hidden(tokens, segment_ids, update=update)
     logits = next_token_logits(x, self.embed, self.norm, self.head)
@@ -276,10 +279,14 @@ class Transformer(nnx.Module):
       raise UserError(
         f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, expected integers [B, T]"
       )
-    tokens, documents = jnp.asarray(tokens), None
+    given, tokens, documents = (tokens, segment_ids), jnp.asarray(tokens), None
     if segment_ids is not None:
       segment_ids = jnp.asarray(segment_ids)
       check_segment_ids(segment_ids, tokens.shape)
+    check_ids("tokens", given[0], self.model.vocab_size, given[1])
+    if segment_ids is not None:
+      known = in_vocabulary(tokens, self.model.vocab_size, None)
+      tokens = jnp.where((segment_ids == 0) & ~known, 0, tokens)
       rows = ("batch", "sequence")
       documents = over_shards(
         lambda ids, *, axes: number_documents(ids, context_axis=axes.context),

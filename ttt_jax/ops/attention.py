@@ -14,10 +14,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.errors import UnsupportedError, UserError
 from ttt_jax.ops import blockwise, splash
-from ttt_jax.ops.context import is_checked, shard_count, varying_axes
-from ttt_jax.ops.cost import target_platform
-from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.ops.context import shard_count
+from ttt_jax.ops.cost import cuda_capability, target_platform
+from ttt_jax.ops.linear import finite_cotangent
+from ttt_jax.ops.numerics import accumulation_dtype, finite, poison
 from ttt_jax.ops.segments import check_segment_ids
+from ttt_jax.ops.varying import is_checked, varying_axes
 
 IMPLEMENTATIONS = ("xla", "splash", "cudnn")
 _PREFERRED = {"tpu": ("splash", "xla"), "gpu": ("cudnn", "xla")}
@@ -42,6 +44,9 @@ def attention(
 
   Token t sees s if `t - window < s <= t` and both are in one segment: itself always. Grouped-query:
   H is a multiple of G. Softmax in float32 or wider; returns q's dtype.
+
+  What a token does not see reaches neither its output nor its gradient, also where it is NaN or infinite;
+  of `"splash"` and `"cudnn"`, which are libraries' kernels, that is not promised.
 
   Memory is `O(T)`; scores are recomputed in the backward pass. With `context_axis`, T is this device's
   contiguous shard. A window fetches the `window - 1` keys and values before the shard from its left
@@ -231,18 +236,30 @@ def _attend(
   k_segments: Int[Array, "B S"],
   window: int,
 ) -> Float[Array, "B L H K"]:
-  """One block of queries against its keys; every query sees one."""
+  """One block of queries against its keys; every query sees one.
+
+  Products are of what is finite, as in `blockwise`: NaN is added to the outputs that saw what was not.
+  """
   b, size, h, width = q.shape
   wide = accumulation_dtype(q.dtype)
   distance = q_position[:, None] - k_position[None, :]
   in_reach: Bool[Array, "L S"] = (distance >= 0) & (distance < window) & (k_position >= 0)[None]
   seen = in_reach[None] & (q_segments[:, :, None] == k_segments[:, None, :])
+  bad_keys = jnp.any(~jnp.isfinite(k) | ~jnp.isfinite(v), axis=(2, 3))
+  bad = jnp.any(seen & bad_keys[:, None], axis=-1) | jnp.any(~jnp.isfinite(q), axis=(2, 3))
+  q, k, v = finite(q), finite(k), finite(v)
   grouped = q.reshape(b, size, k.shape[2], h // k.shape[2], width)
   scores = jnp.einsum("blgrk,bsgk->bgrls", grouped, k, preferred_element_type=wide)
   scores = jnp.where(seen[:, None, None], scores * width**-0.5, -jnp.inf)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  weights = jax.nn.softmax(scores, axis=-1)
+  weights = jnp.where(seen[:, None, None], weights, 0).astype(
+    v.dtype
+  )  # also where a score overflows
   mixed = jnp.einsum("bgrls,bsgk->blgrk", weights, v, preferred_element_type=wide)
-  return mixed.reshape(q.shape).astype(q.dtype)
+  mixed = (
+    finite_cotangent(mixed.reshape(q.shape), q.astype(wide)) + poison(bad, wide)[..., None, None]
+  )
+  return mixed.astype(q.dtype)
 
 
 def _map_blocks(block, inputs, at_once):
@@ -361,8 +378,10 @@ def _refusals_of_cudnn(q, window, segment_ids, context_axis) -> list[str]:
     reasons.append(f"dtype {q.dtype}")
   if target_platform() != "gpu":
     reasons.append(f"the {target_platform()} backend")
+  elif (capability := cuda_capability()) is None or capability < 8:
+    reasons.append("a GPU other than NVIDIA's of compute capability 8.0 and above")
   else:
-    largest = 256 if float(jax.devices()[0].compute_capability) >= 9 else 128
+    largest = 256 if capability >= 9 else 128
     if q.shape[3] % 8 or q.shape[3] > largest:
       reasons.append(f"head size {q.shape[3]} (a multiple of 8 up to {largest})")
   return reasons

@@ -3,6 +3,9 @@
 The softmax is carried from one block of keys to the next, so that no array is queries by keys, and
 blocks of keys that no query of a block sees are not computed. How keys and queries come to be on this
 device is not known here.
+
+A weight of 0 would not keep a NaN of an unseen key out of a product. So products are of what is finite, and
+NaN is added to the scores of a query or a key that was not: it reaches who sees them, and no other.
 """
 
 from functools import partial
@@ -12,8 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from ttt_jax.ops.context import vary_over, varying_axes
-from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.ops.linear import reverse_only
+from ttt_jax.ops.numerics import accumulation_dtype, finite, poison
+from ttt_jax.ops.varying import vary_over, varying_axes
 
 BLOCK = 512  # tokens, the most a block has
 # The running maximum before the first key: finite, so that exp(-inf - m) is 0 and not NaN.
@@ -38,7 +42,8 @@ def attend(
   float32 or wider; returns q's dtype.
 
   The backward pass keeps q, k, v, o and the log of the softmax's denominator, and computes the
-  weights again. First derivatives only, in reverse mode.
+  weights again. First derivatives only, in reverse mode. What a query does not see does not reach its
+  output or gradient, also where it is NaN or infinite.
 
   Args:
     q: queries; k, v: keys and values 0 to S - 1.
@@ -66,7 +71,9 @@ def attend(
       vary_over(cut(k_segments, size_k), axes),
     )
   seen = visible_blocks(positions, segments, keys=(kv[0].shape[0], size_k), window=window)
-  mixed = _attend_blocks(grouped, *kv, positions, segments, bounds(seen), window)
+  bad = _not_finite(grouped), _not_finite(kv[0]) + _not_finite(kv[1])
+  arrays = map(finite, reverse_only((grouped, *kv), "blockwise attention (implementation='xla')"))
+  mixed = _attend_blocks(*arrays, bad, positions, segments, bounds(seen), window)
   joined = jnp.moveaxis(mixed, (0, 4), (1, 2))  # [B, I, L, G, R, K]
   return joined.reshape(b, -1, *q.shape[2:])[:, :t]
 
@@ -126,8 +133,17 @@ def cut(x: Shaped[Array, "B T *S"], size: int) -> Shaped[Array, "N B L *S"]:
   return jnp.moveaxis(padded.reshape(b, -1, size, *x.shape[2:]), 1, 0)
 
 
-def _scores(q, k, j, position, q_segments, k_segments, window):
-  """`[B, G, R, L, S]`: `q k / sqrt(K)` of one block of queries and keys j, -inf where unseen."""
+def _not_finite(x):
+  """NaN where a token's head is not finite, else 0; float32 or wider, without gradient."""
+  bad = jnp.any(~jnp.isfinite(lax.stop_gradient(x)), axis=-1)
+  return poison(bad, accumulation_dtype(x.dtype))
+
+
+def _scores(q, k, bad_q, bad_k, j, position, q_segments, k_segments, window):
+  """`[B, G, R, L, S]`: `q k / sqrt(K)` of one block of queries and keys j, -inf where unseen.
+
+  NaN where it is seen and the query or the key is bad.
+  """
   wide = accumulation_dtype(q.dtype)
   scores = jnp.einsum("bgrlk,bgsk->bgrls", q, k, preferred_element_type=wide)
   key = j * k.shape[2] + jnp.arange(k.shape[2], dtype=position.dtype)
@@ -137,7 +153,13 @@ def _scores(q, k, j, position, q_segments, k_segments, window):
     seen &= (distance < window)[None]
   if q_segments is not None:
     seen = seen & (q_segments[:, :, None] == k_segments[:, None, :])
-  return jnp.where(seen[:, None, None], scores * q.shape[-1] ** -0.5, -jnp.inf)
+  scores = scores * q.shape[-1] ** -0.5 + (bad_q[..., None] + bad_k[:, :, None, None])
+  return jnp.where(seen[:, None, None], scores, -jnp.inf)
+
+
+def _weights(scores, below):
+  """`exp(scores - below)`, 0 where unseen also in a row that is NaN."""
+  return jnp.where(scores == -jnp.inf, 0, jnp.exp(scores - below[..., None]))
 
 
 def _key_block(segments, j):
@@ -149,15 +171,16 @@ def _query_blocks(positions, segments, reach):
   return positions, None if segments is None else segments[0], *reach
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend_blocks(q, k, v, positions, segments, reach, window):
-  return _forward(q, k, v, positions, segments, reach, window)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attend_blocks(q, k, v, bad, positions, segments, reach, window):
+  return _forward(q, k, v, bad, positions, segments, reach, window)[0]
 
 
 def _forward(
   q: Float[Array, "I B G R L K"],
   k: Float[Array, "J B G S K"],
   v: Float[Array, "J B G S K"],
+  bad: tuple[Float[Array, "I B G R L"], Float[Array, "J B G S"]],
   positions: Int[Array, "I L"],
   segments: tuple[Int[Array, "I B L"], Int[Array, "J B S"]] | None,
   reach: tuple[Int[Array, "I"], Int[Array, "I"]],
@@ -167,11 +190,12 @@ def _forward(
   wide = accumulation_dtype(q.dtype)
 
   def block(inputs):
-    q, (position, q_segments, first, last) = inputs
+    q, bad_q, (position, q_segments, first, last) = inputs
 
     def step(j, carry):
       o, top, total = carry
-      scores = _scores(q, k[j], j, position, q_segments, _key_block(segments, j), window)
+      of_keys = _key_block(segments, j)
+      scores = _scores(q, k[j], bad_q, bad[1][j], j, position, q_segments, of_keys, window)
       new_top = jnp.maximum(top, jnp.max(scores, -1))
       weights = jnp.exp(scores - new_top[..., None])
       shrink = jnp.exp(top - new_top)  # of what was summed against the lower maximum
@@ -189,12 +213,12 @@ def _forward(
     return (o / total[..., None]).astype(q.dtype), jnp.where(alone, 0, top + jnp.log(total))
 
   with jax.named_scope("blockwise_attention"):
-    return lax.map(block, (q, _query_blocks(positions, segments, reach)))
+    return lax.map(block, (q, bad[0], _query_blocks(positions, segments, reach)))
 
 
-def _attend_blocks_fwd(q, k, v, positions, segments, reach, window):
-  o, log_total = _forward(q, k, v, positions, segments, reach, window)
-  return o, (q, k, v, positions, segments, reach, o, log_total)
+def _attend_blocks_fwd(q, k, v, bad, positions, segments, reach, window):
+  o, log_total = _forward(q, k, v, bad, positions, segments, reach, window)
+  return o, (q, k, v, bad, positions, segments, reach, o, log_total)
 
 
 def _attend_blocks_bwd(window, saved, cotangent):
@@ -205,20 +229,22 @@ def _attend_blocks_bwd(window, saved, cotangent):
   and `dq_t = sum_s ds_ts k_s`, `dk_s = sum_t ds_ts q_t`, both over sqrt(K), `dv_s = sum_t p_ts do_t`.
   Blocks of queries are taken in order and add to dk and dv.
   """
-  q, k, v, positions, segments, reach, o, log_total = saved
+  q, k, v, bad, positions, segments, reach, o, log_total = saved
   wide = accumulation_dtype(q.dtype)
   along = jnp.sum(cotangent.astype(wide) * o.astype(wide), -1)
 
   def block(carry, inputs):
-    q, do, log_total, along, (position, q_segments, first, last) = inputs
+    q, bad_q, do, log_total, along, (position, q_segments, first, last) = inputs
 
     def step(j, carry):
       dq, dk, dv = carry
-      scores = _scores(q, k[j], j, position, q_segments, _key_block(segments, j), window)
-      weights = jnp.exp(scores - log_total[..., None])
+      of_keys = _key_block(segments, j)
+      scores = _scores(q, k[j], bad_q, bad[1][j], j, position, q_segments, of_keys, window)
+      weights = _weights(scores, log_total)
       product = partial(jnp.einsum, preferred_element_type=wide)
       dv_j = product("bgrls,bgrlk->bgsk", weights.astype(do.dtype), do)
-      dscores = weights * (product("bgrlk,bgsk->bgrls", do, v[j]) - along[..., None])
+      dscores = product("bgrlk,bgsk->bgrls", do, v[j]) - along[..., None]
+      dscores = jnp.where(scores == -jnp.inf, 0, weights * dscores)
       dscores = (q.shape[-1] ** -0.5 * dscores).astype(q.dtype)
       dq += product("bgrls,bgsk->bgrlk", dscores, k[j])
       dk_j = product("bgrls,bgrlk->bgsk", dscores, q)
@@ -231,9 +257,9 @@ def _attend_blocks_bwd(window, saved, cotangent):
     (dk, dv), dq = lax.scan(
       block,
       (_zeros_like(k, wide), _zeros_like(v, wide)),
-      (q, cotangent, log_total, along, _query_blocks(positions, segments, reach)),
+      (q, bad[0], finite(cotangent), log_total, along, _query_blocks(positions, segments, reach)),
     )
-  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None, None, None
 
 
 _attend_blocks.defvjp(_attend_blocks_fwd, _attend_blocks_bwd)

@@ -2,8 +2,8 @@
 
 Each device of a mesh axis holds one (keep, delta); each needs the composition of those before it. The
 P keeps, a few numbers, are gathered everywhere first. Which deltas reach which shard, and with what
-weight, follows from them, so no branch depends on the device. What the ways differ in is the path of
-the deltas, S bytes each:
+weight, follows from them, so no branch depends on the device. A delta of weight 0 is dropped, whatever it
+holds. What the ways differ in is the path of the deltas, S bytes each:
 
 | collective | bytes sent per device | steps |
 |---|---|---|
@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ttt_jax.ops.update import Update, prefix_keeps, prefix_weights, scale
+from ttt_jax.ops.update import prefix_weights, scale
+from ttt_jax.ops.varying import vary_over, varying_axes
 
 COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
@@ -47,23 +48,22 @@ class Exchange:
   wire_dtype: Any = None
 
 
-def exchange(update: Update, how: Exchange, reverse: bool) -> Update:
-  """The exclusive prefix over `how.axis`, or suffix, of keep `[B]` and delta `[B, F, D]`.
-
-  A keep of None is 1 on every shard: then nothing has to be gathered.
-  """
+def exchange_deltas(
+  keeps: Float[Array, "P B"], delta: Float[Array, "B F D"], *, how: Exchange, reverse: bool
+) -> Float[Array, "B F D"]:
+  """The delta of the exclusive prefix over `how.axis`, or suffix, given the keeps of all shards."""
   with jax.named_scope(f"prefix_{how.collective}"):
-    if update.keep is None:
-      shards = lax.axis_size(how.axis)
-      keeps = jnp.ones((shards, update.delta.shape[0]), update.delta.dtype)
-    else:
-      keeps = lax.all_gather(update.keep, how.axis)
-    delta = _PATHS[how.collective](keeps, update.delta, how, reverse)
-    kept = _own(prefix_keeps(keeps, reverse), how.axis)
-    return Update(keep=kept, delta=delta)
+    return _PATHS[how.collective](keeps, delta, how, reverse)
 
 
-def _own(x: Float[Array, "P *S"], axis: str) -> Float[Array, "*S"]:
+def gather_keeps(keep: Float[Array, "B"] | None, like: Array, axis: str) -> Float[Array, "P B"]:
+  """The keeps of all shards. None is 1 on every shard: then nothing has to be gathered."""
+  if keep is None:
+    return jnp.ones((lax.axis_size(axis), like.shape[0]), like.dtype)
+  return lax.all_gather(keep, axis)
+
+
+def own_entry(x: Float[Array, "P *S"], axis: str) -> Float[Array, "*S"]:
   """This device's entry of an array that has one for each."""
   return lax.dynamic_index_in_dim(x, lax.axis_index(axis), keepdims=False)
 
@@ -83,9 +83,9 @@ def _send(x: Array, how: Exchange, transfer: Callable[[Array], Array]) -> Array:
 
 def _all_gather(keeps, delta, how, reverse):
   """Every device receives all P deltas and weighs them."""
-  weights = _own(prefix_weights(keeps, reverse), how.axis)
+  weights = own_entry(prefix_weights(keeps, reverse), how.axis)
   deltas = _send(delta, how, lambda x: lax.all_gather(x, how.axis))
-  return jnp.einsum("qb,qbfd->bfd", weights, deltas, precision="highest")
+  return jnp.sum(scale(weights, deltas), axis=0)
 
 
 def _all_to_all(keeps, delta, how, reverse):
@@ -97,9 +97,13 @@ def _all_to_all(keeps, delta, how, reverse):
   def transpose(x):
     return _send(x, how, lambda x: lax.all_to_all(x, how.axis, 0, 0))
 
-  weights = prefix_weights(keeps, reverse)
-  # transpose(slices): [q: of device q, B, rows, D]
-  prefixes = jnp.einsum("pqb,qbrd->pbrd", weights, transpose(slices), precision="highest")
+  def step(prefix, shard):
+    keep, slice_ = shard
+    return scale(keep, prefix) + slice_, prefix
+
+  received = transpose(slices)  # [q: of device q, B, rows, D]
+  start = vary_over(jnp.zeros(received.shape[1:], delta.dtype), varying_axes(keeps, delta))
+  _, prefixes = lax.scan(step, start, (keeps, received), reverse=reverse)
   return _join(transpose(prefixes), delta.shape[1])
 
 
@@ -107,8 +111,8 @@ def _doubling(keeps, delta, how, reverse):
   """E_p covers the d-1 shards before p. A step receives what covers the d before those:
   `E_p <- (E_{p-d} then own) of the shard d back, then E_p`, and d doubles."""
   size = keeps.shape[0]
-  weights = _own(prefix_weights(keeps, reverse), how.axis)  # [q, B]
-  keep = _own(keeps, how.axis)
+  weights = own_entry(prefix_weights(keeps, reverse), how.axis)  # [q, B]
+  keep = own_entry(keeps, how.axis)
   index = lax.axis_index(how.axis)
   prefix, distance = jnp.zeros_like(delta), 1
   while distance < size:
@@ -133,7 +137,7 @@ def _ring(keeps, delta, how, reverse):
   if reverse:
     place = size - 1 - place
   slices = _cut(delta, k)
-  keep = _own(keeps, how.axis)
+  keep = own_entry(keeps, how.axis)
   incoming = jnp.zeros_like(slices[0])
   received = [incoming]
   for t in range(size + k - 2):

@@ -8,16 +8,19 @@ prefix. `collectives.py` has the ways to get it.
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.interpreters import ad
 from jaxtyping import Array, Float, Shaped
 
 from ttt_jax.errors import UserError
 from ttt_jax.ops import cost
-from ttt_jax.ops.collectives import COLLECTIVES, Exchange, exchange
-from ttt_jax.ops.update import Update, apply_update
+from ttt_jax.ops.collectives import COLLECTIVES, Exchange, exchange_deltas, gather_keeps, own_entry
+from ttt_jax.ops.linear import define
+from ttt_jax.ops.numerics import where
+from ttt_jax.ops.update import Update, apply_update, prefix_keeps, times
+from ttt_jax.ops.varying import is_checked, vary_over, varying_axes
 
 # The name under which `jax.checkpoint` policies can save the state that came in from other shards,
 # so that rematerialisation recomputes the chunks but exchanges nothing again.
@@ -63,17 +66,6 @@ def shard_count(axis: str, *, field: str = "context_axis") -> int:
     ) from error
 
 
-def varying_axes(*arrays: Array) -> frozenset[str]:
-  """The mesh axes over which any of `arrays` differs between devices (under `check_vma=True`)."""
-  return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
-
-
-def vary_over(x: Shaped[Array, "*S"], axes: frozenset[str]) -> Shaped[Array, "*S"]:
-  """`x`, typed as varying over all of `axes`; its transpose sums over the ones that were added."""
-  missing = tuple(sorted(axes - varying_axes(x)))
-  return lax.pcast(x, missing, to="varying") if missing else x
-
-
 def from_left(x: Shaped[Array, "*S"], context_axis: str) -> Shaped[Array, "*S"]:
   """The left neighbour's `x`; zeros on the first shard."""
   size = shard_count(context_axis)
@@ -86,37 +78,72 @@ def last_shard(x: Shaped[Array, "*S"], context_axis: str) -> Shaped[Array, "*S"]
   return lax.psum(jnp.where(is_last, x, jnp.zeros_like(x)), context_axis)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def differentiable_exchange(update: Update, how: Exchange, reverse: bool) -> Update:
-  """`exchange`, whose backward pass is the exchange in the other direction."""
-  return exchange(update, how, reverse)
+def _prefix_jvp(primals, tangents, *, how, reverse, drops):
+  """A tangent travels as a delta does.
+
+  With E_{p+1} = k_p E_p + D_p (the prefix of shard p is E_p): dE_{p+1} = k_p dE_p + (dD_p + dk_p E_p).
+  """
+  (keeps, delta), (of_keeps, of_delta) = primals, tangents
+  through = partial(_prefix.bind, keeps, how=how, reverse=reverse, drops=drops)
+  prefix = through(delta)
+  if not isinstance(of_keeps, ad.Zero):
+    part = times(own_entry(of_keeps, how.axis), prefix)
+    if drops:  # a keep of 0 is a document's end: it has no derivative, and drops what may be NaN
+      part = where(own_entry(keeps, how.axis) != 0, part)
+    of_delta = part if isinstance(of_delta, ad.Zero) else of_delta + part
+  return prefix, of_delta if isinstance(of_delta, ad.Zero) else through(of_delta)
 
 
-def _exchange_fwd(update, how, reverse):
-  prefix = exchange(update, how, reverse)
-  return prefix, (update.keep, prefix)
-
-
-def _exchange_bwd(how, reverse, saved, cotangent):
+def _prefix_transpose(cotangent, keeps, delta, *, how, reverse, drops):
   """The same exchange in the other direction.
 
-  With E_{p+1} = k_p E_p + D_p (the prefix of shard p is E_p), the adjoint X_p of E_{p+1} obeys
-  X_{p-1} = k_p X_p + dE_p: an exclusive suffix of the pairs (k_p, dE_p). Then dD_p = X_p and
-  dk_p = <X_p, E_p>. The product of keeps is the same recursion on numbers.
+  The adjoint X_p of E_{p+1} obeys X_{p-1} = k_p X_p + dE_p: an exclusive suffix of the pairs (k_p, dE_p).
   """
-  keep, prefix = saved
-  if keep is None:
-    return (
-      Update(keep=None, delta=exchange(Update(None, cotangent.delta), how, not reverse).delta),
-    )
-  delta = exchange(Update(keep, cotangent.delta), how, not reverse).delta
-  numbers = Exchange(how.axis, "all_gather")
-  kept = exchange(Update(keep, cotangent.keep[:, None, None]), numbers, not reverse).delta[:, 0, 0]
-  keep_cotangent = jnp.sum(delta * prefix.delta, (1, 2)) + kept * prefix.keep
-  return (Update(keep=keep_cotangent, delta=delta),)
+  if isinstance(cotangent, ad.Zero):
+    return [None, ad.Zero(delta.aval)]
+  return [None, _prefix.bind(keeps, cotangent, how=how, reverse=not reverse, drops=drops)]
 
 
-differentiable_exchange.defvjp(_exchange_fwd, _exchange_bwd)
+def _prefix_batch(operands, dims, **how):
+  """More rows."""
+  size = next(x.shape[dim] for x, dim in zip(operands, dims) if dim is not None)
+  keeps, delta = (
+    jnp.repeat(jnp.expand_dims(x, to), size, axis=to) if dim is None else jnp.moveaxis(x, dim, to)
+    for x, dim, to in zip(operands, dims, (1, 0))
+  )
+  prefix = _prefix.bind(
+    keeps.reshape(keeps.shape[0], -1), delta.reshape(-1, *delta.shape[2:]), **how
+  )
+  return prefix.reshape(delta.shape), 0
+
+
+_prefix = define(
+  "ttt_exclusive_prefix",
+  lambda keeps, delta, *, how, reverse, drops: exchange_deltas(
+    keeps, delta, how=how, reverse=reverse
+  ),
+  abstract=lambda keeps, delta, **_: delta,
+  jvp=_prefix_jvp,
+  transpose=_prefix_transpose,
+  batch=_prefix_batch,
+)
+
+
+def exchange(update: Update, how: Exchange, reverse: bool, *, drops: bool = True) -> Update:
+  """The exclusive prefix over `how.axis`, or suffix, of keep `[B]` and delta `[B, F, D]`.
+
+  Differentiable in both modes; the backward pass is the exchange in the other direction.
+
+  Args:
+    update: keep and delta vary over the same mesh axes; a keep of None is 1 on every shard.
+    how, reverse: how it travels, and in which direction.
+    drops: a keep that is 0 is the end of a document, which has no derivative.
+  """
+  keeps = gather_keeps(update.keep, update.delta, how.axis)
+  if update.keep is None:  # constants, which vary as the deltas do
+    keeps = vary_over(keeps, varying_axes(update.delta))
+  delta = _prefix.bind(keeps, update.delta, how=how, reverse=reverse, drops=drops)
+  return Update(keep=own_entry(prefix_keeps(keeps, reverse), how.axis), delta=delta)
 
 
 def incoming_state(
@@ -126,7 +153,7 @@ def incoming_state(
 
   `total` is this shard's update; its keep may be None for 1, and varies over the same axes as delta.
   """
-  prefix = differentiable_exchange(total, how, False)
+  prefix = exchange(total, how, False)
   s = s_in + prefix.delta if total.keep is None else apply_update(prefix, s_in)
   return checkpoint_name(s, INCOMING_STATE)
 
@@ -145,8 +172,9 @@ def exclusive_prefix(
 
   Exclusive: a shard's own update is not in it. With `reverse=True` the composition of the shards
   after this one, last one first: the same operator from the right, as the backward pass needs it.
-  Call it inside `jax.shard_map` over `axis_name`. Differentiable; the backward pass is the exchange
-  in the other direction.
+  Call it inside `jax.shard_map` over `axis_name`. Differentiable, in forward and in reverse mode; the
+  backward pass is the exchange in the other direction. A keep of 0 drops what lies before it, also where
+  that is NaN or infinite.
 
   Args:
     update: keep `[*B]` and delta `[*B, *S]`; S bytes of delta, summed in delta's dtype.
@@ -175,10 +203,5 @@ def exclusive_prefix(
   keep, delta = vary_over(keep.astype(delta.dtype), axes), vary_over(delta, axes)
   if size == 1:
     return Update(keep=jnp.ones_like(keep), delta=jnp.zeros_like(delta))
-  prefix = differentiable_exchange(Update(keep.reshape(-1), delta.reshape(flat)), how, reverse)
+  prefix = exchange(Update(keep.reshape(-1), delta.reshape(flat)), how, reverse, drops=False)
   return Update(keep=prefix.keep.reshape(lead), delta=prefix.delta.reshape(delta.shape))
-
-
-def is_checked(axis_name: str) -> bool:
-  """Whether the enclosing `jax.shard_map` tracks varying axes (`check_vma=True`)."""
-  return bool(varying_axes(lax.axis_index(axis_name)))

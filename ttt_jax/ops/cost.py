@@ -7,10 +7,12 @@ where that order is wrong on the machine at hand.
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractDevice
 
 from ttt_jax.errors import UserError
 
@@ -81,6 +83,23 @@ def target_platform() -> str:
   """`"tpu"`, `"gpu"` or `"cpu"`: where the program will run that is being traced."""
   platform = _target().platform
   return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def cuda_capability() -> float | None:
+  """The compute capability of the GPU that a program is traced for; None unless it is NVIDIA's.
+
+  AMD's are named by architecture ("gfx942"). An abstract mesh knows its devices by kind only: without such
+  a device here, the capability is that of the oldest ones for which cuDNN has attention, 8.0.
+  """
+  device = _target()
+  if isinstance(device, AbstractDevice):
+    kind = device.device_kind
+    here = [known for known in jax.devices() if known.device_kind == kind]
+    if not here:
+      return None if kind.lower().startswith(("amd", "radeon", "gfx")) else 8.0
+    device = here[0]
+  capability = device.compute_capability
+  return float(capability) if re.fullmatch(r"\d+(\.\d+)?", capability) else None
 
 
 def find_device(kind: str | None = None) -> Device:

@@ -3,6 +3,10 @@
     R_i = sum_{j<i} w_ij (Z_i Z_j^T) r_j lr V_j        w_ij = f_{j+1} ... f_{i-1}
 
 Linear attention read as attention: the cheaper way while few earlier tokens are visible.
+
+A row of scores meets tokens of all documents, and a weight of 0 would not keep a NaN of one out of
+another. So where there are documents the products are of what is finite, and NaN is added to the tokens
+that saw what was not: w says which these are.
 """
 
 import itertools
@@ -12,10 +16,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ttt_jax.ops.chunks import Chunks, Options, factors_of
+from ttt_jax.ops.chunks import Chunks, Options, factors_of, tokens_of
 from ttt_jax.ops.context import incoming_state
-from ttt_jax.ops.numerics import accumulation_dtype, matmul
-from ttt_jax.ops.update import Update, clip_factor, prefix_keeps, prefix_weights, scale, sum_over
+from ttt_jax.ops.linear import finite_cotangent
+from ttt_jax.ops.numerics import accumulation_dtype, finite, matmul, poison, where
+from ttt_jax.ops.update import (
+  Update,
+  clip_factor,
+  prefix_keeps,
+  prefix_weights,
+  scale,
+  sum_over,
+  times,
+)
 
 # Chunks are taken in so many groups; a group meets the keys before its own end. With more groups fewer
 # products are masked away, (1 + 1/groups) / 2 of all are made, and the program is longer.
@@ -33,28 +46,52 @@ def dual(chunks: Chunks, options: Options) -> tuple[Float[Array, "B N C D"], Flo
   known = factors is None  # to be 1
   factors = jnp.ones((n, b), state_dtype) if known else factors.T
   rates = _rates(chunks, options)
-
-  updates = _scaled(chunks.v, rates)
-  weights = prefix_weights(factors)
-  reads = [
-    _read_group(z, updates, weights, begin, end) for begin, end in _groups(n, min(n, _GROUPS))
-  ]
-  reads = jnp.concatenate(reads, axis=1)
+  reads = _read(chunks, _scaled(chunks.v, rates), prefix_weights(factors))
 
   # What is left at the end of each chunk's update, and of the state that came in.
   left = prefix_keeps(factors, reverse=True).T
+  stays = None if chunks.writes is None else tokens_of(chunks.writes, left)
+  updates = _scaled(where(stays, chunks.v), jnp.where(left == 0, 0, rates * left))
   total = Update(
     keep=jnp.prod(factors, axis=0),
-    delta=matmul("bncf,bncd->bfd", z, _scaled(chunks.v, rates * left)).astype(state_dtype),
+    delta=matmul("bncf,bncd->bfd", where(stays, z), updates).astype(state_dtype),
   )
   if options.exchange is not None:
     s_in = jnp.zeros_like(total.delta) if s_in is None else s_in
     s_in = incoming_state(total._replace(keep=None) if known else total, s_in, options.exchange)
   if s_in is None:
     return reads, total.delta
-  incoming = matmul("bncf,bfd->bncd", z, s_in.astype(z.dtype))
-  reads += scale(prefix_keeps(factors).T.astype(reads.dtype), incoming)
+  left_of_incoming = prefix_keeps(factors).T
+  seen = None if chunks.reads is None else tokens_of(chunks.reads, left_of_incoming)
+  incoming = matmul("bncf,bfd->bncd", where(seen, z), s_in.astype(z.dtype))
+  reads += scale(left_of_incoming.astype(reads.dtype), where(seen, incoming))
   return reads, scale(total.keep, s_in) + total.delta
+
+
+def _read(chunks, updates, weights):
+  """R of this device's own chunks."""
+  z, n = chunks.z, chunks.z.shape[1]
+  queries, keys, bad = z, z, None
+  if chunks.writes is not None:
+    of_keys = jnp.any(chunks.writes & ~_is_finite(z), axis=-1)
+    of_keys |= jnp.any(~_is_finite(updates), axis=-1)
+    bad = jnp.any((weights != 0) & of_keys.T[None], axis=1).T[..., None]  # [B, N, 1]
+    bad |= ~_is_finite(z)
+    keys, updates = finite(where(chunks.writes, z)), finite(updates)
+    queries = finite(where(chunks.reads, z))
+  reads = [
+    _read_group(queries, keys, updates, weights, begin, end)
+    for begin, end in _groups(n, min(n, _GROUPS))
+  ]
+  reads = jnp.concatenate(reads, axis=1)
+  if bad is None:
+    return reads
+  reads = finite_cotangent(reads, queries.astype(reads.dtype)) + poison(bad, reads.dtype)[..., None]
+  return where(chunks.reads, reads)
+
+
+def _is_finite(x):
+  return jnp.all(jnp.isfinite(x), axis=-1)
 
 
 def _rates(chunks: Chunks, options: Options) -> Float[Array, "B N"]:
@@ -62,7 +99,8 @@ def _rates(chunks: Chunks, options: Options) -> Float[Array, "B N"]:
   lr = chunks.lr.astype(options.state_dtype)
   if options.clip_norm is None:
     return jnp.broadcast_to(lr, chunks.z.shape[:2])
-  z_gram = matmul("bncf,bnsf->bncs", chunks.z, chunks.z)
+  z = where(chunks.writes, chunks.z)
+  z_gram = matmul("bncf,bnsf->bncs", z, z)
   v_gram = matmul("bncd,bnsd->bncs", chunks.v, chunks.v)
   square = sum_over(jnp.sum(z_gram * v_gram, axis=(-2, -1)), options.tensor_axis)
   square = jnp.maximum(square.astype(options.state_dtype), 0)  # a sum of both signs may round below
@@ -72,7 +110,7 @@ def _rates(chunks: Chunks, options: Options) -> Float[Array, "B N"]:
 def _scaled(v: Float[Array, "B N C D"], rates: Float[Array, "B N"]) -> Float[Array, "B N C D"]:
   """`rates * v`, rounded once to v's dtype."""
   wide = accumulation_dtype(v.dtype)
-  return scale(rates.astype(wide), v.astype(wide)).astype(v.dtype)
+  return times(rates.astype(wide), v.astype(wide)).astype(v.dtype)
 
 
 def _groups(n: int, groups: int) -> list[tuple[int, int]]:
@@ -80,21 +118,22 @@ def _groups(n: int, groups: int) -> list[tuple[int, int]]:
   return list(itertools.pairwise(edges))
 
 
-def _read_group(z, updates, weights, begin, end):
+def _read_group(queries, keys, updates, weights, begin, end):
   """R of the chunks from `begin` to `end`, which meet the chunks before `end - 1`."""
-  b, _, c, _ = z.shape
+  b, _, c, _ = keys.shape
   d = updates.shape[-1]
-  wide = accumulation_dtype(z.dtype)
+  wide = accumulation_dtype(keys.dtype)
   if end == 1:
     return jnp.zeros((b, 1, c, d), wide)  # the first chunk has none before it
-  keys, values = z[:, : end - 1], updates[:, : end - 1]
+  keys, values = keys[:, : end - 1], updates[:, : end - 1]
 
   @jax.checkpoint
   def read(inputs):
     z_i, weights_i = inputs  # [B, C, F], [N, B]
     scores = matmul("bcf,bnsf->bcns", z_i, keys)
-    scores *= weights_i.T[:, None, :, None].astype(wide)
-    return matmul("bcns,bnsd->bcd", scores.astype(z.dtype), values)
+    weights_i = weights_i.T[:, None, :, None].astype(wide)
+    scores = jnp.where(weights_i == 0, 0, scores * weights_i)  # a score may overflow
+    return matmul("bcns,bnsd->bcd", scores.astype(keys.dtype), values)
 
-  queries = (jnp.moveaxis(z[:, begin:end], 1, 0), weights[begin:end, : end - 1])
-  return jnp.moveaxis(lax.map(read, queries), 0, 1)
+  inputs = (jnp.moveaxis(queries[:, begin:end], 1, 0), weights[begin:end, : end - 1])
+  return jnp.moveaxis(lax.map(read, inputs), 0, 1)

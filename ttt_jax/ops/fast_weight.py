@@ -7,32 +7,27 @@ masks, the tokens behind the last full chunk, the mesh axes over which arrays va
 import dataclasses
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UnsupportedError, UserError
-from ttt_jax.ops import cost
+from ttt_jax.ops import cost, linear
 from ttt_jax.ops.associative import associative
 from ttt_jax.ops.chunks import Chunks, Options
-from ttt_jax.ops.context import (
-  is_checked,
-  last_shard,
-  plan_exchange,
-  shard_count,
-  vary_over,
-  varying_axes,
-)
+from ttt_jax.ops.context import last_shard, plan_exchange, shard_count
 from ttt_jax.ops.dual import dual
-from ttt_jax.ops.numerics import accumulation_dtype, matmul
-from ttt_jax.ops.segments import ChunkFacts, check_segment_ids, chunk_facts
-from ttt_jax.ops.sequential import Base, sequential
-from ttt_jax.ops.update import clip_update, sum_over
+from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
+from ttt_jax.ops.segments import ChunkFacts, check_segment_ids, chunk_facts, length_facts
+from ttt_jax.ops.sequential import sequential
+from ttt_jax.ops.stats import FastWeightStats as FastWeightStats
+from ttt_jax.ops.stats import measure, sampled_places
+from ttt_jax.ops.update import sum_over
+from ttt_jax.ops.varying import is_checked, vary_over, varying_axes
 
 IMPLEMENTATIONS = {"associative": associative, "dual": dual, "sequential": sequential}
-_SAMPLED_TOKENS = 256  # of a row, for the sizes of the output's two parts
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["S"], meta_fields=["pending"])
@@ -48,26 +43,6 @@ class FastWeightState:
 
   S: Any
   pending: int = 0
-
-
-class FastWeightStats(NamedTuple):
-  """How large the fast weight's parts are, as Frobenius norms; without gradient.
-
-  RMSNorm hides a blow-up behind a finite loss: compare `update` and `state` with `|W|`, and `fast`
-  with `slow`. They cost a chunk's update and the read of 256 tokens, not passes over all chunks.
-
-  Attributes:
-    update: of the update of this device's last full chunk, after clipping.
-    state: of S after that chunk.
-    fast: of the part of y that S contributes, estimated from at most 256 evenly spaced tokens; to the
-      rounding of y.
-    slow: of the part of y that W contributes, from the same tokens.
-  """
-
-  update: Float[Array, "*B"]
-  state: Float[Array, "*B"]
-  fast: Float[Array, "*B"]
-  slow: Float[Array, "*B"]
 
 
 def inplace_ttt(
@@ -101,6 +76,11 @@ def inplace_ttt(
   updates. With `segment_ids` the fast weight restarts at W in every document, wherever in a chunk it
   begins; padding reads W and updates nothing.
 
+  With `segment_ids` or `lengths`, nothing that a token does not see reaches it, NaN and infinities
+  included: not in y, nor in the state, nor in the gradients of z, v and the state. Those of w_down,
+  inner_lr and decay are sums over all documents, of which one that is NaN makes them NaN; but padding, and
+  in w_down any token whose cotangent is 0, adds nothing.
+
   | here         | paper (Feng et al., arXiv 2604.06169) |
   |--------------|---------------------------------------|
   | z            | Z, the gated activations              |
@@ -132,8 +112,8 @@ def inplace_ttt(
     implementation: `"sequential"` carries one S through the chunks, forward and backward (memory of one
       state). `"dual"` scores every chunk against the earlier ones (no state, work of T^2; cheaper while
       few earlier tokens are visible). `"associative"` is `jax.lax.associative_scan` over all chunks'
-      states (memory of N states). The last two also have forward-mode and higher derivatives. None
-      chooses by `cost.choose_implementation`.
+      states (memory of N states). The last two also have forward-mode and higher derivatives, on shards
+      as on one device. None chooses by `cost.choose_implementation`.
     merge: read a chunk in one product, `Z (W + S)`, instead of two, `Z W + Z S`: 8/6 of the FLOPs of a
       gated MLP instead of 10/6. `W + S` is rounded to z's dtype, which in bfloat16 loses what of S is
       below 1/256 of W. None merges where nothing is lost, float32 and float64.
@@ -151,7 +131,7 @@ def inplace_ttt(
     ValueError: shapes or dtypes that disagree, values out of range, an unbound axis, shards that do not
       hold whole chunks, a state from the middle of a chunk, unknown names.
     NotImplementedError: `merge=True` with an implementation that has no `W + S` to read; the gradient of
-      a decay where there are `lengths`.
+      a decay where there are `lengths`; forward mode through `"sequential"`.
   """
   _check_arguments(z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis)
   _check_lengths(lengths, z.shape[:-2])
@@ -211,38 +191,42 @@ def inplace_ttt(
   else:
     decay = None
 
-  v_full = v[:, : n * chunk_size].reshape(b, n, chunk_size, d)
-  if facts is not None:
-    v_full = _where(facts.writes, v_full)
   if lengths is not None:
-    whole = _whole_chunks(localized(lengths, jnp.int32).reshape(b), n, chunk_size, context_axis)
-    v_full = _where(jnp.broadcast_to(whole[..., None], (b, n, chunk_size)), v_full)
-    keep = None if keep is None else jnp.where(whole, keep, 1)
+    of_lengths = length_facts(localized(lengths, jnp.int32).reshape(b), t, chunk_size, context_axis)
+    facts = of_lengths if facts is None else ChunkFacts(*map(jnp.logical_and, facts, of_lengths))
+    keep = None if keep is None else jnp.where(of_lengths.keeps, keep, 1)
   chunks = Chunks(
     z=z[:, : n * chunk_size].reshape(b, n, chunk_size, f),
-    v=v_full,
+    v=where(
+      None if facts is None else facts.writes, v[:, : n * chunk_size].reshape(b, n, chunk_size, d)
+    ),
     lr=lr,
     s_in=s,
     keep=keep,
     decay=decay,
+    reads=None if facts is None else facts.reads,
+    writes=None if facts is None else facts.writes,
   )
   options = Options(
     state_dtype=state_dtype,
     clip_norm=None if clip_norm is None else float(clip_norm),
     tensor_axis=tensor_axis,
     exchange=exchange,
+    samples=sampled_places(n, chunk_size) if return_stats else None,
   )
-  y, s = _read_chunks(chunks, options, w, facts, implementation, merge)
+  # Where all tokens count, the product with W is a plain one.
+  product = _plain_product if facts is None else linear.product
+  y, s, fast = _read_chunks(chunks, options, w, implementation, merge, product)
   if tail:
-    y_tail = matmul("btf,fd->btd", z[:, n * chunk_size :], w.astype(dtype))
+    z_tail, seen = z[:, n * chunk_size :], None if facts is None else facts.tail_reads
+    y_tail = product(z_tail, w.astype(dtype))
     if s is not None:
-      reads = matmul("btf,bfd->btd", z[:, n * chunk_size :], s.astype(dtype))
-      y_tail += reads if facts is None else _where(facts.tail_reads, reads)
+      y_tail += where(seen, matmul("btf,bfd->btd", where(seen, z_tail), s.astype(dtype)))
     y = jnp.concatenate([y, y_tail.astype(dtype)], axis=1)
   y = sum_over(y, tensor_axis)
   if s is None:
     s = _zeros_like_state(z, (b, f, d), state_dtype)
-  stats = _stats(chunks, options, w, y, s) if return_stats else None
+  stats = measure(chunks, options, w, fast, s) if return_stats else None
 
   if context_axis is not None:
     s = last_shard(s, context_axis)
@@ -253,63 +237,29 @@ def inplace_ttt(
   return y, state, jax.tree.map(lambda x: x.reshape(lead), stats)
 
 
-def _read_chunks(chunks, options, w, facts, implementation, merge):
-  """y of the full chunks, `[B, N C, D]`, and the state after them."""
+def _read_chunks(chunks, options, w, implementation, merge, product):
+  """y of the full chunks, `[B, N C, D]`, the state after them, and R of the tokens at `options.samples`."""
   b, n, c, _ = chunks.z.shape
   dtype, d = chunks.z.dtype, chunks.v.shape[-1]
   if not n:
-    return jnp.zeros((b, 0, d), dtype), chunks.s_in
+    return jnp.zeros((b, 0, d), dtype), chunks.s_in, None
   with jax.named_scope("fast_weight"):
     if merge:
-      y, s = sequential(chunks, options, Base(w, None if facts is None else facts.reads))
-      return y.reshape(b, n * c, d), s
-    reads, s = implementation(chunks, options)
-    if facts is not None:
-      reads = _where(facts.reads, reads)
+      y, s, samples = sequential(chunks, options, w)
+      return y.reshape(b, n * c, d), s, samples
+    reads, s, *_ = implementation(chunks, options)
   with jax.named_scope("slow_weight"):
-    z = chunks.z.reshape(b, n * c, -1)
-    slow = matmul("btf,fd->btd", z, w.astype(dtype))
-  return (slow + reads.reshape(b, n * c, d)).astype(dtype), s
+    slow = product(chunks.z.reshape(b, n * c, -1), w.astype(dtype))
+  samples = None if options.samples is None else reads[:, :, options.samples]
+  return (slow + reads.reshape(b, n * c, d)).astype(dtype), s, samples
 
 
-def _whole_chunks(lengths, n, chunk_size, context_axis) -> Bool[Array, "B N"]:
-  """Which of this device's chunks lie wholly among their row's `lengths` tokens."""
-  first = 0 if context_axis is None else n * jax.lax.axis_index(context_axis)
-  ends = (first + 1 + jnp.arange(n, dtype=jnp.int32)) * chunk_size
-  return ends[None] <= lengths[:, None]
-
-
-def _where(mask, x):
-  return jnp.where(mask[..., None], x, jnp.zeros_like(x))
+def _plain_product(z, w):
+  return matmul("btf,fd->btd", z, w)
 
 
 def _zeros_like_state(like, shape, dtype):
   return vary_over(jnp.zeros(shape, dtype), varying_axes(like))
-
-
-def _stats(chunks, options, w, y, s) -> FastWeightStats:
-  chunks, w, y, s = jax.lax.stop_gradient((chunks, w, y, s))
-  b, n, c, f = chunks.z.shape
-  wide = accumulation_dtype(y.dtype)
-
-  def norm(x):
-    return jnp.sqrt(jnp.sum(x * x, axis=(1, 2)))
-
-  def norm_over_f(x):
-    return jnp.sqrt(sum_over(jnp.sum(x * x, axis=(1, 2)), options.tensor_axis))
-
-  update = jnp.zeros(b, s.dtype)
-  fast = slow = jnp.zeros(b, wide)
-  if n:
-    u = (chunks.lr * matmul("bcf,bcd->bfd", chunks.z[:, -1], chunks.v[:, -1])).astype(s.dtype)
-    update = norm_over_f(clip_update(u, options.clip_norm, options.tensor_axis))
-    stride = -(-n * c // _SAMPLED_TOKENS)
-    z = chunks.z.reshape(b, n * c, f)[:, ::stride]
-    slow_part = sum_over(matmul("btf,fd->btd", z, w.astype(z.dtype)), options.tensor_axis)
-    fast_part = y[:, : n * c : stride].astype(wide) - slow_part
-    whole = (n * c / z.shape[1]) ** 0.5
-    fast, slow = whole * norm(fast_part), whole * norm(slow_part)
-  return FastWeightStats(update=update, state=norm_over_f(s), fast=fast, slow=slow)
 
 
 def _choose(implementation, merge, work, dtype):

@@ -3,8 +3,12 @@
 Baselines for the fast weights, written to be read: one state is carried through the chunks by a `lax.scan`,
 and what happens inside a chunk are masked products. Kept for the backward pass are the inputs and the state
 before every chunk. K is the width of a key and M that of a value; the sequence lies on one device.
+
+A product of masked scores would let a NaN of one document into another. So what is computed is made of what
+is finite, and NaN is added to the tokens, and to the state, that saw what was not.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -17,9 +21,10 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.errors import UserError
-from ttt_jax.ops.context import vary_over, varying_axes
-from ttt_jax.ops.numerics import accumulation_dtype, matmul
+from ttt_jax.ops.linear import finite_cotangent
+from ttt_jax.ops.numerics import accumulation_dtype, finite, matmul, poison, where
 from ttt_jax.ops.segments import check_segment_ids, number_documents
+from ttt_jax.ops.varying import vary_over, varying_axes
 
 # Tokens among which `_decayed_scores` forms every pair's decay by itself, at most.
 _SUB_CHUNK = 16
@@ -129,18 +134,17 @@ def short_convolution(
   width, t = kernel.shape[0], x.shape[1]
   if before is None:
     before = jnp.zeros((x.shape[0], width - 1, *x.shape[2:]), x.dtype)
-  whole = jnp.concatenate([before, x], axis=1).astype(wide)
+  whole = jnp.concatenate([before, x], axis=1)
   documents = None
   if segment_ids is not None:
     first = jnp.repeat(segment_ids[:, :1], width - 1, axis=1)
     documents = number_documents(jnp.concatenate([first, segment_ids], axis=1))
   y = jnp.zeros(x.shape, wide)
   for i in range(width):
-    tap = whole[:, i : i + t] * kernel[i].astype(wide)[None, None]
+    seen = None
     if documents is not None:
       seen = (documents[:, i : i + t] == documents[:, width - 1 :]) & (segment_ids != 0)
-      tap = jnp.where(seen[..., None, None], tap, jnp.zeros_like(tap))
-    y += tap
+    y += where(seen, whole[:, i : i + t]).astype(wide) * kernel[i].astype(wide)[None, None]
   return y.astype(x.dtype)
 
 
@@ -194,9 +198,11 @@ def _over_chunks(
   wide = accumulation_dtype(q.dtype)
   if segment_ids is None:
     segment_ids = jnp.ones((b, t), jnp.int32)
-  real = (segment_ids != 0)[..., None, None]
+  real = segment_ids != 0
   before = jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
   starts = (segment_ids != before) & (segment_ids != 0)
+  inputs = tuple(where(real, x) for x in inputs)
+  bad, bad_state = _saw_what_is_not_finite(inputs, starts, state)
 
   size = min(chunk_size, t)
   chunks = -(-t // size)
@@ -206,9 +212,10 @@ def _over_chunks(
     filled = jnp.pad(x, [(0, 0), (0, chunks * size - t)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(filled.reshape(b, chunks, size, *x.shape[2:]), 1, 0)
 
-  cuts = tuple(jnp.swapaxes(cut(_where(real, x).astype(wide)), 2, 3) for x in inputs)
+  cuts = tuple(jnp.swapaxes(cut(finite(x).astype(wide)), 2, 3) for x in inputs)
   if state is None:
     state = jnp.zeros((b, h, width, v.shape[-1]), wide)
+  state = finite(state)
 
   @jax.checkpoint
   def body(state, chunk):
@@ -217,8 +224,29 @@ def _over_chunks(
 
   state = vary_over(state.astype(wide), varying_axes(*inputs))
   state, o = lax.scan(body, state, (cuts, cut(starts)))
-  o = jnp.moveaxis(o, (0, 2), (1, 3)).reshape(b, chunks * size, h, -1)
-  return o[:, :t].astype(q.dtype), state
+  o = jnp.moveaxis(o, (0, 2), (1, 3)).reshape(b, chunks * size, h, -1)[:, :t]
+  o = (
+    finite_cotangent(o, finite(inputs[0]).astype(wide)) + poison(bad & real, wide)[..., None, None]
+  )
+  state += poison(bad_state, wide)[:, None, None, None]
+  return o.astype(q.dtype), state
+
+
+def _saw_what_is_not_finite(
+  inputs: tuple[Float[Array, "B T H _"], ...],
+  starts: Bool[Array, "B T"],
+  state: Float[Array, "B H K M"] | None,
+) -> tuple[Bool[Array, "B T"], Bool[Array, "B"]]:
+  """The tokens up to which their document held what is not finite, and the rows whose last one did."""
+  finite_tokens = (jnp.all(jnp.isfinite(x), axis=(2, 3)) for x in inputs)
+  count = jnp.cumsum(~functools.reduce(jnp.logical_and, finite_tokens), axis=1, dtype=jnp.int32)
+  if state is not None:
+    count += jnp.any(~jnp.isfinite(state), axis=(1, 2, 3)).astype(jnp.int32)[:, None]
+  # Before a document: what was counted up to the token before its first one.
+  before = jnp.pad(count[:, :-1], ((0, 0), (1, 0)))
+  before = lax.cummax(jnp.where(starts, before, 0), axis=1)
+  bad = count > before
+  return bad, bad[:, -1]
 
 
 def _gated_chunk(state, chunk, borders: _Borders):

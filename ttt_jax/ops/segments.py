@@ -113,3 +113,24 @@ def chunk_facts(
     keeps=jnp.all(reads, axis=-1),
     tail_reads=run_from_left(tail == last[:, -1:]) & (tail != 0),
   )
+
+
+def length_facts(
+  lengths: Int[Array, "B"], tokens: int, chunk_size: int, context_axis: str | None
+) -> ChunkFacts:
+  """The same of rows filled up behind their `lengths` tokens: what fills up does not read.
+
+  A chunk writes if all of it is there; a chunk that is not, in which case `keeps` is off, leaves the state
+  as it is.
+  """
+  first = 0 if context_axis is None else tokens * lax.axis_index(context_axis)
+  there = first + jnp.arange(tokens, dtype=lengths.dtype)[None] < lengths[:, None]
+  n = tokens // chunk_size
+  full = there[:, : n * chunk_size].reshape(-1, n, chunk_size)
+  whole = full[:, :, -1]
+  return ChunkFacts(
+    reads=full,
+    writes=jnp.broadcast_to(whole[..., None], full.shape),
+    keeps=whole,
+    tail_reads=there[:, n * chunk_size :],
+  )

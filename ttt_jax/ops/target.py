@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UserError
-from ttt_jax.ops.context import vary_over, varying_axes
-from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.ops.numerics import accumulation_dtype, where
 from ttt_jax.ops.segments import check_segment_ids, same_document, shift
+from ttt_jax.ops.varying import vary_over, varying_axes
 
 
 def ntp_targets(
@@ -23,8 +23,9 @@ def ntp_targets(
       conv(x)[t] = sum_k conv[k] * x[t + k - (width - 1) / 2]        V = conv(x) @ projection
 
   A cross-correlation, centred and not flipped. A tap counts as zero where token t + k lies in another
-  chunk or another document, so no target depends on a later chunk; padding has target 0. Chunks are
-  counted from the first token; a last chunk of fewer than `chunk_size` tokens ends with the sequence.
+  chunk or another document, whatever is there, so no target depends on a later chunk; padding has target
+  0. Chunks are counted from the first token; a last chunk of fewer than `chunk_size` tokens ends with the
+  sequence.
   Pointwise in T beyond its chunk: shards of whole chunks need no exchange.
 
   Args:
@@ -60,8 +61,7 @@ def ntp_targets(
       if segment_ids is not None:
         visible &= same_document(segment_ids, offset)
       kernel = conv[k].astype(accumulate).reshape((1,) * (x.ndim - 1) + (d,))
-      tap = kernel * shift(x, offset, axis=-2, fill=0).astype(accumulate)
-      mixed += jnp.where(visible[..., None], tap, jnp.zeros_like(tap))
+      mixed += kernel * where(visible, shift(x, offset, axis=-2, fill=0)).astype(accumulate)
     mixed = mixed.astype(x.dtype)
     if projection is None:
       return mixed

@@ -5,8 +5,10 @@ Nothing here exchanges states; `collectives.py` combines updates across devices 
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 
@@ -22,9 +24,38 @@ class Update(NamedTuple):
   delta: Float[Array, "..."]
 
 
+def times(factor: Float[Array, "*B"], x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """`factor * x`, one factor per leading index of x."""
+  return jnp.reshape(factor, factor.shape + (1,) * (x.ndim - factor.ndim)) * x
+
+
 def scale(keep: Float[Array, "*B"], delta: Float[Array, "..."]) -> Float[Array, "..."]:
-  """`keep * delta`, one factor per leading index of `delta`."""
-  return jnp.reshape(keep, keep.shape + (1,) * (delta.ndim - keep.ndim)) * delta
+  """`keep * delta`; a keep of 0 drops delta, also one that is NaN or infinite.
+
+  For keeps that documents and decays make: where they are 0 they have no gradient.
+  """
+  dropped = jnp.reshape(keep == 0, keep.shape + (1,) * (delta.ndim - keep.ndim))
+  return jnp.where(dropped, jnp.zeros_like(delta), times(keep, delta))
+
+
+@jax.custom_jvp
+def _keep(keep, delta):
+  """`scale`, for keeps of anybody's: with a gradient in a keep that happens to be 0."""
+  return scale(keep, delta)
+
+
+def _keep_jvp(primals, tangents):
+  (keep, delta), (keep_tangent, delta_tangent) = primals, tangents
+  kept = _keep(keep, delta)
+  tangent = jnp.zeros_like(kept)
+  if not isinstance(delta_tangent, SymbolicZero):
+    tangent += scale(keep, delta_tangent)
+  if not isinstance(keep_tangent, SymbolicZero):
+    tangent += times(keep_tangent, delta)
+  return kept, tangent
+
+
+_keep.defjvp(_keep_jvp, symbolic_zeros=True)
 
 
 def combine(earlier: Update, later: Update) -> Update:
@@ -32,13 +63,13 @@ def combine(earlier: Update, later: Update) -> Update:
 
       (k1, D1) then (k2, D2)  =  (k1 k2,  k2 D1 + D2)
 
-  Associative, with identity `Update(1, 0)`; not commutative unless both keeps are 1. Feed it to
-  `jax.lax.associative_scan`, whose second argument is the later one (its first one with
-  `reverse=True`: there, swap the arguments).
+  A keep k2 of 0 drops D1, also where that is NaN or infinite. Associative, with identity `Update(1, 0)`;
+  not commutative unless both keeps are 1. Feed it to `jax.lax.associative_scan`, whose second argument is
+  the later one (its first one with `reverse=True`: there, swap the arguments).
   """
   return Update(
     keep=earlier.keep * later.keep,
-    delta=scale(later.keep, earlier.delta) + later.delta,
+    delta=_keep(later.keep, earlier.delta) + later.delta,
   )
 
 
@@ -98,4 +129,4 @@ def clip_update(
   if clip_norm is None:
     return u
   square = sum_over(jnp.sum(u * u, axis=(-2, -1)), tensor_axis)
-  return scale(clip_factor(square, clip_norm).r, u)
+  return times(clip_factor(square, clip_norm).r, u)
