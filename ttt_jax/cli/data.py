@@ -28,7 +28,9 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
   )
   prepare = add_command(commands, "prepare", text, _PREPARE_EPILOG)
   prepare.add_argument(
-    "source", help="a directory or glob of .txt, .md, .py, .jsonl, .parquet, .array_record files"
+    "source",
+    help="a directory or glob of .txt, .md, .py, .jsonl, .json (each also .gz, .zst, .bz2, .xz), .parquet, "
+    ".array_record files",
   )
   prepare.add_argument("destination", help="a new directory, or one that was left unfinished")
   prepare.add_argument(

@@ -21,12 +21,13 @@ class WeightedSource:
 class DataConfig:
   """Where the text comes from. Every row holds `seq_len` tokens of one or more documents."""
 
-  # A directory that `ttt-jax data prepare` made; or a directory or glob of .txt, .md, .py, .jsonl files,
-  # each also .gz, .parquet and .array_record files, which every process reads into memory. None: the
-  # Python standard library's own sources.
+  # A directory that `ttt-jax data prepare` made; or a directory or glob of .txt, .md, .py, .jsonl and .json
+  # files, each also .gz, .zst, .bz2 or .xz, of .parquet and .array_record files, which every process
+  # reads into memory. Hidden files are left out. None: the Python standard library's own sources.
   path: str | None = None
   mixture: tuple[WeightedSource, ...] = ()  # several sources, instead of `path`
-  text_field: str = "text"  # of .jsonl, parquet and JSON in ArrayRecord files
+  # Of JSON lines, parquet and JSON in ArrayRecord files; `meta.text` is the field `text` of `meta`.
+  text_field: str = "text"
   # Where `ttt_jax.load_tokenizer` finds one, or "bytes". None: the one of `init_from`, else bytes.
   tokenizer: str | None = None
   seq_len: int = 4096

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from ttt_jax.config import DataConfig
-from ttt_jax.data.files import FORMATS, METADATA, find_files
+from ttt_jax.data.files import FORMATS, METADATA, find_files, real_paths
 from ttt_jax.data.formats import read_texts
 from ttt_jax.data.interleave import Interleave
 from ttt_jax.data.prepared import PreparedCorpus, PreparedDocuments
@@ -120,21 +120,24 @@ def load_corpus(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None = 
       another tokenizer or not to the end; too many corrupt records.
   """
   skipped = Skipped(config.max_bad_records)
-  sources = []
+  sources: list[Source] = []
+  owners: dict[str, str] = {}
   for name, path, weight in config.sources:
     if path and (Path(path).expanduser() / METADATA).is_file():
+      _claim([Path(path).expanduser()], f"{name}={path!r}", owners)
       corpus = PreparedCorpus(path, field=name, tokenizer=tokenizer, skipped=skipped)
       heldout = _is_held(corpus.name_hashes, config.heldout_fraction)
       train, held = (PreparedDocuments(corpus, np.flatnonzero(x)) for x in (~heldout, heldout))
       sources.append(Source(path, train, held, weight))
     else:
-      sources.append(_load_source(config, path, weight, name, seed, tokenizer, skipped))
+      sources.append(_load_source(config, path, weight, name, seed, tokenizer, skipped, owners))
   return Corpus(tuple(sources), skipped, tokenizer)
 
 
-def _load_source(config, path, weight, name, seed, tokenizer, skipped) -> Source:
+def _load_source(config, path, weight, name, seed, tokenizer, skipped, owners) -> Source:
   """A source read into memory."""
   files = find_files(path, skipped, field=name)
+  _claim(files.paths, f"{name}={path!r}", owners)
   texts = (
     text
     for file in files.paths
@@ -153,6 +156,16 @@ def _load_source(config, path, weight, name, seed, tokenizer, skipped) -> Source
   heldout = _is_held(hashes, config.heldout_fraction)
   train, held = (InMemory(documents[i] for i in np.flatnonzero(x)) for x in (~heldout, heldout))
   return Source(files.source, train, held, weight)
+
+
+def _claim(paths: Sequence[Path], source: str, owners: dict[str, str]) -> None:
+  """Raises ValueError if another source has one of these already: each would split it its own way."""
+  for path, real in zip(paths, real_paths(paths)):
+    if owners.setdefault(real, source) != source:
+      raise UserError(
+        f"{owners[real]} and {source} both hold {path}: one would train on documents that the other "
+        "holds out; leave it out of one of them, and for more of it raise the weight of the other"
+      )
 
 
 def _is_held(name_hashes: np.ndarray, fraction: float) -> np.ndarray:

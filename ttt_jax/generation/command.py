@@ -53,7 +53,7 @@ def run(parsed: argparse.Namespace) -> None:
 def _prompts(parsed: argparse.Namespace) -> list[str]:
   prompts = [*parsed.prompt, *(_read(path) for path in parsed.prompt_file)]
   if not prompts and not sys.stdin.isatty():
-    prompts = [sys.stdin.read()]
+    prompts = [_piped()]
   if not prompts:
     raise UserError(
       "there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in"
@@ -61,9 +61,16 @@ def _prompts(parsed: argparse.Namespace) -> list[str]:
   return prompts
 
 
+def _piped() -> str:
+  try:
+    return sys.stdin.read().removeprefix("\ufeff")
+  except UnicodeDecodeError as error:
+    raise UserError(f"what is piped in is not {sys.stdin.encoding} text: {error}") from error
+
+
 def _read(path: Path) -> str:
   try:
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
   except OSError as error:
     raise UserError(f"cannot read {path}: {error.strerror}") from error
   except UnicodeDecodeError as error:
