@@ -40,6 +40,16 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
     "--text-field", default="text", metavar="NAME", help="of JSON and parquet (default text)"
   )
   prepare.add_argument(
+    "--end-of-text",
+    action=argparse.BooleanOptionalAction,
+    help="end each document with the tokenizer's end-of-text token (default: if there is one)",
+  )
+  prepare.add_argument(
+    "--start-of-text",
+    action=argparse.BooleanOptionalAction,
+    help="begin each document with the start-of-text token (default: as the tokenizer does)",
+  )
+  prepare.add_argument(
     "--shard-size", type=int, default=256, metavar="MIB", help="of a file (default 256)"
   )
   prepare.add_argument(
@@ -56,6 +66,8 @@ def _run_prepare(parsed: argparse.Namespace) -> None:
     parsed.destination,
     tokenizer=parsed.tokenizer,
     text_field=parsed.text_field,
+    start_of_text=parsed.start_of_text,
+    end_of_text=parsed.end_of_text,
     shard_bytes=parsed.shard_size << 20,
     max_bad_records=parsed.max_bad_records,
   )

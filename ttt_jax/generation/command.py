@@ -10,6 +10,7 @@ from rich.console import Console
 from ttt_jax.errors import UserError
 from ttt_jax.generation.generate import Generation, Stream, generate
 from ttt_jax.generation.reader import Reader
+from ttt_jax.generation.sampling import stop_tokens
 from ttt_jax.generation.state import GenerationState, load_state
 from ttt_jax.pretrained.source import open_model, open_tokenizer
 from ttt_jax.pretrained.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ def run(parsed: argparse.Namespace) -> None:
     top_k=parsed.top_k,
     top_p=parsed.top_p,
     seed=parsed.seed,
+    stop=stop_tokens(model.model, tokenizer),
     state=state,
     update=not parsed.no_update,
   )
