@@ -5,7 +5,7 @@ same model with its updates off is not a fair opponent if its slow weights were 
 fast ones and rely on them; a twin trained without fast weights on the same batches is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Integer, Shaped
 from ttt_jax.config import Config
 from ttt_jax.data import Corpus, heldout_rows
 from ttt_jax.generation.generate import generate
+from ttt_jax.generation.sampling import stop_tokens
 from ttt_jax.generation.segments import row_shards
 from ttt_jax.loss import IGNORE, model_losses
 from ttt_jax.nn.transformer import Transformer
@@ -113,13 +114,20 @@ def continue_row(
   new_tokens: int,
   temperature: float,
   seed: int,
+  stop: Sequence[int] | None = None,
 ) -> Integer[np.ndarray, "new"]:
   """At most `new_tokens` tokens after `prompt`, greedy at temperature 0, where the model is.
 
-  The fast weights learn along the prompt and what is written; a token that ends a text ends it.
+  The fast weights learn along the prompt and what is written; a token that ends a text ends it, one of
+  `stop` or, if that is None, of the model's own.
   """
   result = generate(
-    model, [prompt.tolist()], max_new_tokens=new_tokens, temperature=temperature, seed=seed
+    model,
+    [prompt.tolist()],
+    max_new_tokens=new_tokens,
+    temperature=temperature,
+    seed=seed,
+    stop=stop,
   )
   return result.new_tokens[0]
 
@@ -145,14 +153,19 @@ def evaluate(
     jax.process_count() == 1
   ):  # `generate` reads every token it draws, which no process has of all rows
     prompt = rows[0][: min(config.eval.prompt_tokens, config.eval_seq_len)]
+    stop = stop_tokens(config.model, corpus.tokenizer)
+    if len(prompt) > 1 and prompt[-1] in stop:
+      prompt = prompt[:-1]  # a whole document: what is behind its end is another one
     continuation = continue_row(
       model,
       prompt,
       new_tokens=config.eval.sample_tokens,
       temperature=config.eval.temperature,
       seed=config.seed,
+      stop=stop,
     )
-    sample = {"prompt": corpus.decode(prompt), "continuation": corpus.decode(continuation)}
+    texts = (corpus.decode(x, skip_special_tokens=True) for x in (prompt, continuation))
+    sample = dict(zip(("prompt", "continuation"), texts))
   return {
     "heldout_documents": len(rows),
     "heldout_seq_len": config.eval_seq_len,

@@ -20,7 +20,7 @@ from ttt_jax.initial import initial_model, resolve, resolve_run
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.plots import plot_by_position, plot_training
 from ttt_jax.pretrained.tokenizer import load_tokenizer
-from ttt_jax.rundir import METRICS_FILE, hold_run, open_run, read_metrics, write_json
+from ttt_jax.rundir import METRICS_FILE, as_begun, hold_run, open_run, read_metrics, write_json
 from ttt_jax.sharding import make_mesh
 from ttt_jax.step import abstract_state
 from ttt_jax.train import model_summary, train
@@ -38,7 +38,7 @@ def run_training(config: Config, console: Console | None = None) -> dict[str, An
       `make_mesh`, `load_data` and `train`.
   """
   console = Console(quiet=not is_main()) if console is None else console
-  config = resolve(config)
+  config = as_begun(resolve(config))
   mesh = make_mesh(config.mesh)
   corpus = together(lambda: load_data(config))
   run_dir = Path(config.resolved_run_dir)
@@ -80,7 +80,7 @@ def run_evaluation(
       another run's; as `load_pretrained`.
   """
   console = Console(quiet=not is_main()) if console is None else console
-  config = resolve_run(config) if is_run else resolve(config)
+  config = as_begun(resolve_run(config) if is_run else resolve(config))
   mesh = make_mesh(config.mesh)
   run_dir = Path(config.resolved_run_dir)
   corpus = together(lambda: load_data(config))
@@ -101,12 +101,13 @@ def evaluated_model(config: Config, mesh: Mesh, *, is_run: bool) -> Transformer:
 
 
 def load_data(config: Config) -> Corpus:
-  """The documents of a resolved config, in the tokens that its model reads.
+  """The documents of a resolved config, in the tokens that its model reads; those of a run, as it began.
 
   Raises:
     ValueError: the model has not as many tokens as the tokenizer; as `load_tokenizer` and
       `load_corpus`.
   """
+  config = as_begun(config)
   tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
   tokens = VOCAB_SIZE if tokenizer is None else tokenizer.vocab_size
   if tokens > config.model.vocab_size:

@@ -18,8 +18,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ttt_jax.config import Config
+from ttt_jax.distributed import from_main
 from ttt_jax.errors import UserError
-from ttt_jax.load_config import config_difference, dump_config, flatten, load_config
+from ttt_jax.load_config import config_difference, dump_config, flatten, load_config, read_yaml
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -29,6 +30,8 @@ _END = "# end of the config\n"
 
 # They say where a run goes on, not what it computes: never compared.
 _NOT_COMPARED = ("run_dir", "runtime", "plan")
+# Null in these is what the run began with; a version of ttt_jax that did not have them began with this.
+_AS_BEGUN = {"data.start_of_text": None, "data.end_of_text": False}
 # Fields and sections that a resumed run may change: how long, on what, how often, how judged.
 MAY_CHANGE = (
   "train.steps",
@@ -56,8 +59,18 @@ def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = 
   changed = _check_run(path, config, may_change)
   _make_directory(path)
   if changed:
-    _write_config(path / CONFIG_FILE, config)
+    _write_config(path / CONFIG_FILE, _filled(config, _begun_with(path / CONFIG_FILE)))
   return path
+
+
+def as_begun(config: Config) -> Config:
+  """The config of a run that goes on: null for the ends of documents is what the run began with.
+
+  One that was begun by a version of ttt_jax without `data.end_of_text` so keeps its tokens: there it is
+  false.
+  """
+  file = Path(config.resolved_run_dir) / CONFIG_FILE
+  return _filled(config, from_main(lambda: _begun_with(file)))
 
 
 @contextmanager
@@ -91,7 +104,7 @@ def hold_run(path: str | Path, config: Config) -> Iterator[None]:
 
 
 def recorded_config(run_dir: str | Path) -> Config:
-  """The config that a run recorded; what an earlier version of ttt_jax did not have is its default.
+  """The config that a run recorded; what an earlier version of ttt_jax did not have is what it did.
 
   Raises:
     UserError: there is none, or it was cut short.
@@ -99,12 +112,12 @@ def recorded_config(run_dir: str | Path) -> Config:
   file = Path(run_dir) / CONFIG_FILE
   if not file.is_file():
     raise UserError(f"run_dir={str(run_dir)!r} has no checkpoints: train there first")
-  if not file.read_text(encoding="utf-8", errors="replace").endswith(_END):
+  if not _is_whole(file):
     raise UserError(  # what it lacks must not pass for defaults
       f"{file} is damaged, its last line is not {_END.strip()!r}: give another --run_dir, or add that "
       "line if all the rest is there"
     )
-  return load_config(file)
+  return _filled(load_config(file), _begun_with(file))
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -185,6 +198,7 @@ def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> bool:
         "give another --run_dir"
       )
     return True
+  config = _filled(config, _begun_with(file))
   recorded, current = _read_config(file), dataclasses.asdict(config)
   refused = config_difference(_without(recorded, may_change), _without(current, may_change))
   if refused:
@@ -208,8 +222,31 @@ def _write_config(file: Path, config: Config) -> None:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-  """The recorded config; what an earlier version of ttt_jax did not have is its default."""
+  """The recorded config; what an earlier version of ttt_jax did not have is what it did."""
   return dataclasses.asdict(recorded_config(file.parent))
+
+
+def _is_whole(file: Path) -> bool:
+  return file.read_text(encoding="utf-8", errors="replace").endswith(_END)
+
+
+def _begun_with(file: Path) -> dict[str, Any]:
+  """What the recorded config has in the fields of `_AS_BEGUN`; empty where no run was begun."""
+  if not file.is_file() or not _is_whole(file):
+    return {}
+  recorded = dict(flatten(read_yaml(file)))
+  return {name: recorded.get(name, before) for name, before in _AS_BEGUN.items()}
+
+
+def _filled(config: Config, begun_with: dict[str, Any]) -> Config:
+  """The config with these values where it has null."""
+  for name, value in begun_with.items():
+    section, field = name.split(".")
+    values = getattr(config, section)
+    if getattr(values, field) is None:
+      values = dataclasses.replace(values, **{field: value})
+      config = dataclasses.replace(config, **{section: values})
+  return config
 
 
 def _without(tree: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -49,11 +49,23 @@ def flip(path, needle):
 
 
 @pytest.mark.parametrize(
-  "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+  "kind",
+  [
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.binary_view(),
+    pa.dictionary(pa.int32(), pa.string()),
+    pa.dictionary(pa.int8(), pa.large_binary()),
+  ],
 )
 def test_parquet(tmp_path, kind):
-  rows = ["one é", "two", None, "", "five"]
-  write_parquet(tmp_path / "a.parquet", pa.array(rows, pa.string()).cast(kind), row_group_size=2)
+  rows = pa.array(["one é", "two", None, "", "five"])
+  if pa.types.is_dictionary(kind):
+    rows = rows.cast(kind.value_type).dictionary_encode()
+  write_parquet(tmp_path / "a.parquet", rows.cast(kind), row_group_size=2)
   corpus = load(tmp_path)
   assert texts(corpus) == {
     "a.parquet:1": "one é",
@@ -63,8 +75,43 @@ def test_parquet(tmp_path, kind):
   assert corpus.skipped.counts() == {"missing_text_field": 1, "empty": 1}
 
 
-def test_parquet_that_is_not_utf8(tmp_path):
-  broken = pa.array([b"\xff\xfe", b"fine", b"too"]).view(pa.string())
+def test_a_shard_of_nulls(tmp_path):
+  """Its column has the type of nothing, whatever the other shards have."""
+  write_parquet(tmp_path / "a.parquet", pa.nulls(3))
+  write_parquet(tmp_path / "b.parquet", ["one", None, "three"])
+  corpus = load(tmp_path)
+  assert texts(corpus) == {"b.parquet:1": "one", "b.parquet:3": "three"}
+  assert corpus.skipped.counts() == {"missing_text_field": 4}
+
+
+def test_a_column_of_fields(tmp_path):
+  rows = pa.array([{"text": "one", "n": 1}, None, {"text": None, "n": 2}, {"text": "four", "n": 3}])
+  write_parquet(tmp_path / "a.parquet", rows, name="meta", row_group_size=3)
+  corpus = load(tmp_path, text_field="meta.text")
+  assert texts(corpus) == {"a.parquet:1": "one", "a.parquet:4": "four"}
+  assert corpus.skipped.counts() == {"missing_text_field": 2}
+  for field, problem in {
+    "text": "has no column 'text': set data.text_field to a column of text: meta.text .of id, meta,",
+    "meta": "column 'meta' holds struct<.*>, not text: .*: meta.text .of",
+    "meta.n": "column 'meta.n' holds int64, not text: .* to a column of text: meta.text .of",
+  }.items():
+    with pytest.raises(ValueError, match=f"a.parquet:? {problem}"):
+      load(tmp_path, text_field=field)
+
+
+def test_columns_that_cannot_be_meant(tmp_path):
+  table = pa.table([["a", "b"], ["c", "d"], [1, 2]], names=["text", "text", "id"])
+  pq.write_table(table, tmp_path / "a.parquet")
+  with pytest.raises(ValueError, match=r"a.parquet has 2 columns 'text': set .*there is none"):
+    load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.string_view(), pa.binary()])
+def test_parquet_that_is_not_utf8(tmp_path, kind):
+  broken = pa.array([b"\xff\xfe", b"fine", b"too"])
+  broken = (
+    broken.view(kind) if kind != pa.string_view() else broken.cast(pa.binary_view()).view(kind)
+  )
   write_parquet(tmp_path / "a.parquet", broken)
   corpus = load(tmp_path)
   assert texts(corpus) == {"a.parquet:2": "fine", "a.parquet:3": "too"}
@@ -77,10 +124,11 @@ def test_other_fields(tmp_path):
   write_records(tmp_path / "c.array_record", [json.dumps({"body": "r"}).encode()])
   assert set(texts(load(tmp_path, text_field="body")).values()) == {"p1", "p2", "j", "r"}
   with pytest.raises(
-    ValueError, match=r"a.parquet has no column 'text': set data.text_field.*id, b"
+    ValueError,
+    match=r"a.parquet has no column 'text': set data.text_field to .*text: body .of id, b",
   ):
     load(tmp_path)
-  with pytest.raises(ValueError, match=r"column 'id' holds int64, not text: set data\.text_field"):
+  with pytest.raises(ValueError, match=r"'id' holds int64, not text: set .* of text: body "):
     load(tmp_path, text_field="id")
 
 

@@ -12,7 +12,7 @@ from helpers import MODEL, TTT, random_model
 import ttt_jax
 from ttt_jax.cli import main
 from ttt_jax.config import AttentionConfig
-from ttt_jax.evaluation.ruler import Ruler, evaluate
+from ttt_jax.evaluation.ruler import TASKS, Ruler, evaluate
 from ttt_jax.evaluation.ruler.evaluate import RulerConfig, evaluate_ruler
 from ttt_jax.generation.generate import generate
 from ttt_jax.generation.reader import Reader
@@ -185,6 +185,17 @@ def test_only_the_fast_weights_carry_the_document(model, tmp_path):
   first, second = (byte_tokenizer().decode(new.tolist()) for new in made)
   assert [answer["answer"] for answer in answers] == [first, second]
   assert first != second  # the question is one and the same: the document matters
+
+
+def test_an_answer_ends_where_the_texts_of_the_tokenizer_do(model):
+  (sample,) = Ruler(byte_tokenizer()).samples("ruler_fwe", LENGTH, 1)
+  (made,) = generate(model, [list(sample.prompt.encode())], max_new_tokens=50).new_tokens
+  tokenizer = byte_tokenizer()
+  tokenizer.eos_ids = (int(made[9]),)
+  (answer,) = evaluate._answer(model, tokenizer, [sample], TASKS["ruler_fwe"], strict=False)
+  end = made.tolist().index(made[9]) + 1
+  assert end < 50
+  assert answer == byte_tokenizer().decode(made[:end].tolist())
 
 
 def test_the_last_words_of_a_document_are_learned(model):

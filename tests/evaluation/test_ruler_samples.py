@@ -1,6 +1,7 @@
 """Samples of RULER by what they must be: of their length, with their answers in them, and reproducible."""
 
 import re
+from codecs import BOM_UTF8
 from collections import Counter
 from itertools import islice
 
@@ -8,6 +9,7 @@ import pytest
 from evaluation.rulers import TOKENIZERS, hotpot, squad, write
 
 from ttt_jax.evaluation.ruler import TASKS, Ruler, string_match_all, string_match_part
+from ttt_jax.evaluation.ruler.config import SamplesConfig
 from ttt_jax.evaluation.ruler.haystack import NOISE
 from ttt_jax.evaluation.ruler.words import all_words
 from ttt_jax.pretrained.tokenizer import byte_tokenizer
@@ -213,6 +215,24 @@ def test_questions(ruler, files):
   assert sample.answers == ("Keeper 3",)
   assert "\nCat 3a\nIt is a. Keeper 3 has it.\n" in sample.context
   assert "\nCat 3b\nIt is b. Keeper 3 has it.\n" in sample.context
+
+
+def test_files_with_a_mark_before_utf8(tmp_path, files):
+  """A mark that an editor put before a text is no word of it, and JSON behind one is JSON."""
+  for task, name in (("ruler_qa_squad", "squad"), ("ruler_qa_hotpot", "hotpot")):
+    marked = tmp_path / f"{name}.json"
+    marked.write_bytes(BOM_UTF8 + files[name].read_bytes())
+    given = [Ruler(byte_tokenizer(), **{name: path}) for path in (files[name], marked)]
+    assert given[0].sample(task, 2500, 0) == given[1].sample(task, 2500, 0)
+  story = tmp_path / "story.txt"
+  story.write_bytes(BOM_UTF8 + STORY.encode())
+  samples = SamplesConfig(("niah_single_2",), haystack=story).ruler(byte_tokenizer())
+  expected = Ruler(byte_tokenizer(), haystack=STORY)
+  assert samples.sample("niah_single_2", 2500, 0) == expected.sample("niah_single_2", 2500, 0)
+  for encoding in ("utf-16", "latin-1"):
+    story.write_bytes(f"{STORY} é".encode(encoding))
+    with pytest.raises(ValueError, match=r"story.txt is not UTF-8 text"):
+      SamplesConfig(haystack=story).ruler(byte_tokenizer())
 
 
 def test_without_a_text_the_haystack_is_noise():

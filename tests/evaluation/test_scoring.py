@@ -179,6 +179,17 @@ def test_stops_early(model, monkeypatch):
   assert sum(made) < whole / 2
 
 
+def test_a_token_that_ends_the_texts_of_the_tokenizer_ends_one(model):
+  """A model trained from scratch has no such token of its own."""
+  assert not model.model.eos_ids
+  (made,) = generate(model, [list(b"to read")], max_new_tokens=12).new_tokens
+  tokenizer = byte_tokenizer()
+  tokenizer.eos_ids = (int(made[7]),)
+  (text,) = Scorer(model, tokenizer).generate([("to read", {"max_gen_toks": 12})])
+  end = made.tolist().index(made[7]) + 1
+  assert text == byte_tokenizer().decode(made[:end].tolist())
+
+
 def test_a_pair_is_one_text_in_tokens(model):
   scorer = Scorer(
     random_model(dataclasses.replace(SMALL, vocab_size=400), AttentionConfig(), LEARNS),

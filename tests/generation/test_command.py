@@ -1,7 +1,9 @@
 """`ttt-jax generate` and `ttt-jax bench generation` as a user meets them."""
 
 import dataclasses
+import io
 import json
+from codecs import BOM_UTF8
 
 import numpy as np
 import pytest
@@ -78,6 +80,21 @@ def test_what_was_learned_of_a_text(checkpoint, capsys, tmp_path):
   assert out == expected(checkpoint, "to read", 12, state=learned.fast_weights_only()) + "\n"
   assert "learned" in err
   assert out != expected(checkpoint, "to read", 12) + "\n"
+
+
+def test_a_mark_before_utf8_is_not_read(checkpoint, capsys, tmp_path, monkeypatch):
+  (tmp_path / "prompt.txt").write_bytes(BOM_UTF8 + b"to read")
+  words = ["--max-new-tokens", 9]
+  _, out, err = run(capsys, checkpoint, "--prompt-file", tmp_path / "prompt.txt", *words)
+  assert out == expected(checkpoint, "to read", 9) + "\n"
+  assert "read 7 tokens" in err
+  for content, status in ((BOM_UTF8 + b"to read", 0), ("to read".encode("utf-16"), 2)):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+    assert run(capsys, checkpoint, *words)[0] == status
+    (tmp_path / "prompt.txt").write_bytes(content)
+    ended, _, err = run(capsys, checkpoint, "--prompt-file", tmp_path / "prompt.txt", *words)
+    assert ended == status
+  assert "prompt.txt is not UTF-8 text" in err
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
   )
   prepare = add_command(commands, "prepare", text, _PREPARE_EPILOG)
   prepare.add_argument(
-    "source", help="a directory or glob of .txt, .md, .py, .jsonl, .parquet, .array_record files"
+    "source",
+    help="a directory or glob of .txt, .md, .py, .jsonl, .json (each also .gz, .zst, .bz2, .xz), .parquet, "
+    ".array_record files",
   )
   prepare.add_argument("destination", help="a new directory, or one that was left unfinished")
   prepare.add_argument(
@@ -36,6 +38,16 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
   )
   prepare.add_argument(
     "--text-field", default="text", metavar="NAME", help="of JSON and parquet (default text)"
+  )
+  prepare.add_argument(
+    "--end-of-text",
+    action=argparse.BooleanOptionalAction,
+    help="end each document with the tokenizer's end-of-text token (default: if there is one)",
+  )
+  prepare.add_argument(
+    "--start-of-text",
+    action=argparse.BooleanOptionalAction,
+    help="begin each document with the start-of-text token (default: as the tokenizer does)",
   )
   prepare.add_argument(
     "--shard-size", type=int, default=256, metavar="MIB", help="of a file (default 256)"
@@ -54,6 +66,8 @@ def _run_prepare(parsed: argparse.Namespace) -> None:
     parsed.destination,
     tokenizer=parsed.tokenizer,
     text_field=parsed.text_field,
+    start_of_text=parsed.start_of_text,
+    end_of_text=parsed.end_of_text,
     shard_bytes=parsed.shard_size << 20,
     max_bad_records=parsed.max_bad_records,
   )

@@ -24,14 +24,22 @@ class WeightedSource:
 class DataConfig:
   """Where the text comes from. Every row holds `seq_len` tokens of one or more documents."""
 
-  # A directory that `ttt-jax data prepare` made; or a directory or glob of .txt, .md, .py, .jsonl files,
-  # each also .gz, .parquet and .array_record files, which every process reads into memory. None: the
-  # Python standard library's own sources.
+  # A directory that `ttt-jax data prepare` made; or a directory or glob of .txt, .md, .py, .jsonl and .json
+  # files, each also .gz, .zst, .bz2 or .xz, of .parquet and .array_record files, which every process
+  # reads into memory. Hidden files are left out. None: the Python standard library's own sources.
   path: str | None = None
   mixture: tuple[WeightedSource, ...] = ()  # several sources, instead of `path`
-  text_field: str = "text"  # of .jsonl, parquet and JSON in ArrayRecord files
+  # Of JSON lines, parquet and JSON in ArrayRecord files; `meta.text` is the field `text` of `meta`.
+  text_field: str = "text"
   # Where `ttt_jax.load_tokenizer` finds one, or "bytes". None: the one of `init_from`, else bytes.
   tokenizer: str | None = None
+  # Whether every document ends with the tokenizer's end-of-text token, which teaches a model to stop. None:
+  # as a prepared corpus has it, else where the tokenizer has such a token; bytes have none. False: none is
+  # added to what the tokenizer itself makes.
+  end_of_text: bool | None = None
+  # Whether every document begins with the tokenizer's start-of-text token. None: as a prepared corpus has
+  # it, else as the tokenizer itself begins a text.
+  start_of_text: bool | None = None
   seq_len: int = 4096
   heldout_fraction: float = 0.05  # of the documents, chosen by a hash of their path
   # Pad rows so that every document begins with a chunk of the fast weights: none then shares a chunk with

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from ttt_jax.config import DataConfig
-from ttt_jax.data.files import FORMATS, METADATA, find_files
+from ttt_jax.data.boundaries import boundaries, special_ids
+from ttt_jax.data.files import FORMATS, METADATA, find_files, real_paths
 from ttt_jax.data.formats import read_texts
 from ttt_jax.data.interleave import Interleave
 from ttt_jax.data.prepared import PreparedCorpus, PreparedDocuments
@@ -74,6 +75,7 @@ class Source:
   train: Documents
   heldout: Documents
   weight: float = 1.0  # its part of the tokens, against the weights of the others
+  end_of_text: bool = False  # whether each document ends with an end-of-text token
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +86,15 @@ class Corpus:
   skipped: Skipped = field(default_factory=Skipped)
   tokenizer: Tokenizer | None = None  # None: bytes
 
-  def decode(self, tokens: Integer[Any, "T"] | Sequence[int]) -> str:
+  def decode(
+    self, tokens: Integer[Any, "T"] | Sequence[int], *, skip_special_tokens: bool = False
+  ) -> str:
     """The text of tokens; U+FFFD stands for bytes that are not UTF-8."""
     if self.tokenizer is None:
       return decode(tokens)
-    return self.tokenizer.decode(np.asarray(tokens).tolist())
+    return self.tokenizer.decode(
+      np.asarray(tokens).tolist(), skip_special_tokens=skip_special_tokens
+    )
 
   def report(self) -> str:
     unit = "bytes" if self.tokenizer is None else "tokens"
@@ -97,11 +103,16 @@ class Corpus:
     def size(documents):
       return f"{len(documents):,} ({documents.lengths.sum(dtype=np.int64):,} {unit})"
 
+    def ends(source):
+      if special_ids(self.tokenizer)[1] is None:
+        return ""
+      return f"each with{'' if source.end_of_text else 'out'} an end-of-text token; "
+
     def line(source):
       share = f" {source.weight / weights:.1%} of the tokens," if len(self.sources) > 1 else ""
       return (
         f"{source.name}:{share} documents for training {size(source.train)}, held out "
-        f"{size(source.heldout)}; "
+        f"{size(source.heldout)}; {ends(source)}"
       )
 
     return "\n".join(map(line, self.sources)) + f"skipped: {self.skipped}."
@@ -117,30 +128,47 @@ def load_corpus(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None = 
 
   Raises:
     ValueError: a source does not exist, holds fewer than two readable documents, or was prepared with
-      another tokenizer or not to the end; too many corrupt records.
+      another tokenizer, other boundaries of documents or not to the end; two sources hold one file; too
+      many corrupt records; a boundary that the tokenizer has no token for.
   """
   skipped = Skipped(config.max_bad_records)
-  sources = []
+  sources: list[Source] = []
+  owners: dict[str, str] = {}
   for name, path, weight in config.sources:
     if path and (Path(path).expanduser() / METADATA).is_file():
-      corpus = PreparedCorpus(path, field=name, tokenizer=tokenizer, skipped=skipped)
+      _claim([Path(path).expanduser()], f"{name}={path!r}", owners)
+      corpus = PreparedCorpus(
+        path,
+        field=name,
+        tokenizer=tokenizer,
+        skipped=skipped,
+        start_of_text=config.start_of_text,
+        end_of_text=config.end_of_text,
+      )
       heldout = _is_held(corpus.name_hashes, config.heldout_fraction)
       train, held = (PreparedDocuments(corpus, np.flatnonzero(x)) for x in (~heldout, heldout))
-      sources.append(Source(path, train, held, weight))
+      sources.append(Source(path, train, held, weight, corpus.end_of_text))
     else:
-      sources.append(_load_source(config, path, weight, name, seed, tokenizer, skipped))
+      sources.append(_load_source(config, path, weight, name, seed, tokenizer, skipped, owners))
   return Corpus(tuple(sources), skipped, tokenizer)
 
 
-def _load_source(config, path, weight, name, seed, tokenizer, skipped) -> Source:
+def _load_source(config, path, weight, name, seed, tokenizer, skipped, owners) -> Source:
   """A source read into memory."""
   files = find_files(path, skipped, field=name)
+  _claim(files.paths, f"{name}={path!r}", owners)
   texts = (
     text
     for file in files.paths
     for text in read_texts(file, files.name_of(file), text_field=config.text_field, skipped=skipped)
   )
-  documents = [Document(name, tokens) for name, tokens in tokenized(texts, tokenizer)]
+  ends = boundaries(
+    tokenizer,
+    start_of_text=config.start_of_text,
+    end_of_text=config.end_of_text,
+    name=config.tokenizer or "of init_from",
+  )
+  documents = [Document(name, tokens) for name, tokens in tokenized(texts, tokenizer, ends)]
   if len(documents) < 2:
     found = "one readable document only" if documents else "no readable document"
     raise UserError(
@@ -152,7 +180,17 @@ def _load_source(config, path, weight, name, seed, tokenizer, skipped) -> Source
   hashes = np.array([stable_hash(document.name) for document in documents], np.uint64)
   heldout = _is_held(hashes, config.heldout_fraction)
   train, held = (InMemory(documents[i] for i in np.flatnonzero(x)) for x in (~heldout, heldout))
-  return Source(files.source, train, held, weight)
+  return Source(files.source, train, held, weight, ends.end is not None)
+
+
+def _claim(paths: Sequence[Path], source: str, owners: dict[str, str]) -> None:
+  """Raises ValueError if another source has one of these already: each would split it its own way."""
+  for path, real in zip(paths, real_paths(paths)):
+    if owners.setdefault(real, source) != source:
+      raise UserError(
+        f"{owners[real]} and {source} both hold {path}: one would train on documents that the other "
+        "holds out; leave it out of one of them, and for more of it raise the weight of the other"
+      )
 
 
 def _is_held(name_hashes: np.ndarray, fraction: float) -> np.ndarray:

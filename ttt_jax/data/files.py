@@ -1,20 +1,25 @@
 """The files that a path names: a directory, a glob, a file, or the Python standard library."""
 
+import functools
 import os
 import platform
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ttt_jax.data.skipped import Skipped
 from ttt_jax.errors import UserError
 
-FORMATS = ".txt, .md, .py or .jsonl files (each also .gz), .parquet or .array_record files"
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+FORMATS = (
+  ".txt, .md, .py, .jsonl or .json files (each also .gz, .zst, .bz2 or .xz), .parquet or "
+  ".array_record files"
+)
 METADATA = "ttt_jax_data.json"  # what `ttt-jax data prepare` made has it, and says so in it
 
-_TEXT = (".txt", ".md", ".py", ".jsonl")
+_TEXT = (".txt", ".md", ".py", ".jsonl", ".json")
 _NOT_STDLIB = frozenset(
   {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 )
@@ -33,7 +38,11 @@ class Files(NamedTuple):
 def find_files(path: str | None, skipped: Skipped, *, field: str) -> Files:
   """The files of known formats that `path` names, None for the standard library; others are counted.
 
-  Links to directories are not followed, so links in a loop do no harm.
+  Hidden files, and all below a hidden directory (`.git`, `.ipynb_checkpoints`), are left out unless
+  `path` spells their dot out, as Hugging Face's `datasets` has it: they are copies and records of the
+  other files, and a copy under another name of a text that is held out would be trained on. So would a
+  second link to it: a file that has several names here is read under one. Links to directories are not
+  followed, so links in a loop do no harm.
 
   Raises:
     ValueError: there is no such path, or a prepared corpus lies among the files. `field` is what
@@ -62,7 +71,7 @@ def find_files(path: str | None, skipped: Skipped, *, field: str) -> Files:
       "Python standard library"
     )
   paths = []
-  for file in sorted(found):
+  for file in _without_second_names(root, sorted(found), skipped):
     if file.name == METADATA:
       raise UserError(
         f"{field}={path!r} holds a prepared corpus among its files: give its directory, "
@@ -76,9 +85,10 @@ def find_files(path: str | None, skipped: Skipped, *, field: str) -> Files:
 
 
 def format_of(path: Path) -> str | None:
-  """`.txt`, `.md`, `.py`, `.jsonl`, `.parquet` or `.array_record`; None for any other."""
+  """`.txt`, `.md`, `.py`, `.jsonl`, `.json`, `.parquet` or `.array_record`; None for any other."""
   name = path.name.lower()
-  text = Path(name.removesuffix(".gz")).suffix
+  compression = compression_of(path)
+  text = Path(name.removesuffix(compression or "")).suffix
   if text in _TEXT:
     return text
   suffix = Path(_SHARD.sub("", name)).suffix
@@ -87,13 +97,47 @@ def format_of(path: Path) -> str | None:
   return suffix if suffix == ".parquet" else None
 
 
+def compression_of(path: Path) -> str | None:
+  """`.gz`, `.zst`, `.bz2` or `.xz`; None for a file that is not compressed as a whole."""
+  suffix = path.suffix.lower()
+  return suffix if suffix in COMPRESSED else None
+
+
+def _is_hidden(name: str) -> bool:
+  return name.startswith(".") and name.strip(".") != ""  # `.` and `..` are directories like others
+
+
+def real_paths(files: Iterable[Path]) -> list[str]:
+  """Where each file lies once links are followed, those of its directories too."""
+  folder = functools.cache(os.path.realpath)
+  return [
+    os.path.realpath(file) if file.is_symlink() else os.path.join(folder(file.parent), file.name)
+    for file in files
+  ]
+
+
+def _without_second_names(root: Path, files: list[Path], skipped: Skipped) -> list[Path]:
+  """Each file once: by the path that follows no link, else by the first of its paths."""
+  real = dict(zip(files, real_paths(files)))
+  base = os.path.realpath(root)
+  direct = {file for file in files if real[file] == os.path.join(base, file.relative_to(root))}
+  first: dict[str, Path] = {}
+  for file in sorted(files, key=lambda file: file not in direct):
+    first.setdefault(real[file], file)
+  kept = set(first.values())
+  skipped.add("linked_file", len(files) - len(kept))
+  return [file for file in files if file in kept]
+
+
 def _walk(root: Path, skipped: Skipped, excluded: frozenset[str] = frozenset()) -> Iterator[Path]:
-  """All files below `root`, but none below a directory link or a directory named in `excluded`."""
+  """All files below `root`, but none hidden, nor below a directory link or one named in `excluded`."""
   for folder, subfolders, names in os.walk(root, onerror=lambda error: skipped.add("unreadable")):
-    subfolders[:] = [name for name in subfolders if name not in excluded]
+    hidden = {name for name in (*subfolders, *names) if _is_hidden(name)}
+    skipped.add("hidden", len(hidden))
+    subfolders[:] = [name for name in subfolders if name not in excluded | hidden]
     links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
     skipped.add("linked_directory", len(links))
-    yield from (Path(folder, name) for name in names)
+    yield from (Path(folder, name) for name in names if name not in hidden)
 
 
 def _is_pattern(part: str) -> bool:
@@ -115,10 +159,16 @@ def _match(path: str, skipped: Skipped, field: str) -> tuple[Path, list[Path]]:
       f"{field}={path!r} is not a valid glob ({error}): write ** as a whole directory, "
       "as in DIR/**/*.py"
     ) from error
-  files = []
+  asked = sum(map(_is_hidden, parts[depth:]))
+  files, hidden = [], set()
   for match in matches:
-    if not match.is_dir():
+    below = match.relative_to(root).parts
+    dots = [i for i, part in enumerate(below) if _is_hidden(part)]
+    if len(dots) != asked:
+      hidden.add(below[: dots[0] + 1])
+    elif not match.is_dir():
       files.append(match)
     elif match.is_symlink() or "**" not in pattern:  # else `**` has looked inside
       skipped.add("directory")
+  skipped.add("hidden", len(hidden))
   return root, files

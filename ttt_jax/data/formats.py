@@ -1,12 +1,19 @@
-"""One file to its texts: plain text, lines of JSON, parquet, ArrayRecord; one text in memory at a time.
+"""One file to its texts: plain text, JSON, parquet, ArrayRecord; one text in memory at a time.
 
 A text is UTF-8 that is not empty, with a name: the file's path below the source's root, and
-PATH:RECORD, counted from 1, where a file holds many. What is no text is counted and left out.
+PATH:RECORD, counted from 1, where a file holds many. What is no text is counted and left out. The byte
+order mark that other programs put before UTF-8 is no part of the text.
 """
 
+import bz2
+import codecs
 import gzip
+import importlib
+import io
 import json
+import lzma
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +21,26 @@ from typing import Any, NamedTuple
 
 import grain
 
-from ttt_jax.data.files import format_of
+from ttt_jax.data.files import compression_of, format_of
+from ttt_jax.data.parquet import parquet_texts
 from ttt_jax.data.skipped import Skipped
 from ttt_jax.errors import UserError
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")  # what text does not hold, and protobufs do
+_ENCODINGS = {  # UTF-32 first: its mark begins with that of UTF-16
+  codecs.BOM_UTF32_LE: "UTF-32",
+  codecs.BOM_UTF32_BE: "UTF-32",
+  codecs.BOM_UTF16_LE: "UTF-16",
+  codecs.BOM_UTF16_BE: "UTF-16",
+}
+_SHOWN = 12  # names of fields in a message
+ZSTD_MODULE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+_ZSTD_WINDOW = 31  # log2 of bytes: `zstd --long=31`, as archives of web text are written
 
 
 class _Skip(NamedTuple):
   reason: str
+  note: str | None = None
 
 
 def read_texts(
@@ -30,92 +48,139 @@ def read_texts(
 ) -> Iterator[tuple[str, bytes]]:
   """The texts of one file, with their names.
 
+  Args:
+    text_field: of a record; a dot leads into a field of fields, as in `meta.text`.
+
   Raises:
-    ValueError: too many corrupt records; a parquet or ArrayRecord file without texts; no pyarrow.
+    ValueError: too many corrupt records; a parquet or ArrayRecord file without texts; no pyarrow, no
+      zstd.
   """
   if not path.is_file():  # a broken link; or a pipe, which would block
     skipped.add("unreadable")
     return
-  read = {".parquet": _parquet, ".array_record": _array_record, ".jsonl": _jsonl}
+  read = {
+    ".parquet": _parquet,
+    ".array_record": _array_record,
+    ".jsonl": _jsonl,
+    ".json": _json,
+  }
   read = read.get(format_of(path), _plain)
   for record, text in read(path, text_field, skipped):
+    place = name if record is None else f"{name}:{record}"
     if isinstance(text, _Skip):
-      skipped.add(text.reason)
+      skipped.add(text.reason, note=None if text.note is None else f"{place} {text.note}")
     else:
-      yield name if record is None else f"{name}:{record}", text
+      yield place, text
 
 
-def _open(path: Path):
-  return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+def _open(path: Path) -> io.BufferedIOBase:
+  match compression_of(path):
+    case ".gz":
+      return gzip.open(path)
+    case ".bz2":
+      return bz2.open(path)
+    case ".xz":
+      return lzma.open(path)
+    case ".zst":
+      zstd = _zstd(path)
+      longest = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW}
+      return zstd.open(path, options=longest)
+  return path.open("rb")
+
+
+def _read_errors(path: Path) -> tuple[type[Exception], ...]:
+  """What a file that is cut short, damaged or not to be read raises."""
+  errors = (OSError, EOFError, zlib.error, lzma.LZMAError)
+  return (*errors, _zstd(path).ZstdError) if compression_of(path) == ".zst" else errors
+
+
+def _zstd(path: Path):
+  try:
+    return importlib.import_module(ZSTD_MODULE)
+  except ModuleNotFoundError as error:
+    raise UserError(
+      f"{path} is compressed with zstd, which needs {ZSTD_MODULE}: pip install 'ttt_jax[zstd]'"
+    ) from error
+
+
+def _other_encoding(file: io.BufferedIOBase) -> str | None:
+  """Moves past the mark of UTF-8, if there is one; the name of another encoding whose mark is there."""
+  start = file.read(4)
+  for mark, encoding in _ENCODINGS.items():
+    if start.startswith(mark):
+      return encoding
+  file.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
+  return None
+
+
+def _encoded(encoding: str) -> _Skip:
+  return _Skip("undecodable", f"is {encoding}, not UTF-8")
 
 
 def _plain(path: Path, text_field: str, skipped: Skipped) -> Iterator[tuple[None, bytes | _Skip]]:
   try:
     with _open(path) as file:
-      data = file.read()
-  except (OSError, EOFError, zlib.error):
+      encoding = _other_encoding(file)
+      data = b"" if encoding else file.read()
+  except _read_errors(path):
     skipped.add("unreadable")
     return
-  yield None, _text(data)
+  yield None, _encoded(encoding) if encoding else _text(data)
 
 
-def _jsonl(path: Path, text_field: str, skipped: Skipped) -> Iterator[tuple[int, bytes | _Skip]]:
+def _jsonl(
+  path: Path, text_field: str, skipped: Skipped
+) -> Iterator[tuple[int | None, bytes | _Skip]]:
   number = 0
   try:
     with _open(path) as file:
+      encoding = _other_encoding(file)
+      if encoding:
+        yield None, _encoded(encoding)
+        return
       for number, line in enumerate(file, start=1):
         yield number, _json_text(line, text_field)
-  except (OSError, EOFError, zlib.error):
+  except _read_errors(path):
     skipped.add("unreadable")
     return
   if number == 0:
     skipped.add("empty")
 
 
-def _parquet(path: Path, text_field: str, skipped: Skipped) -> Iterator[tuple[int, bytes | _Skip]]:
+def _json(
+  path: Path, text_field: str, skipped: Skipped
+) -> Iterator[tuple[int | None, bytes | _Skip]]:
+  """Lines of JSON, as C4 and Dolma have them; else an array of records or one record, read whole."""
   try:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-  except ModuleNotFoundError as error:
-    raise UserError(
-      f"{path} is a parquet file, which needs pyarrow: pip install 'ttt_jax[parquet]'"
-    ) from error
-  try:
-    file = pq.ParquetFile(path, page_checksum_verification=True)
-  except (pa.ArrowException, OSError) as error:
-    skipped.add_corrupt(str(path), error)
+    with _open(path) as file:
+      encoding = _other_encoding(file)
+      first = b"" if encoding else file.readline()
+      rest = b"" if _is_json(first, dict) else file.read()
+  except _read_errors(path):
+    skipped.add("unreadable")
     return
-  with file:
-    _check_column(path, file.schema_arrow, text_field)
-    row = 0
-    for group in range(file.num_row_groups):
-      end = row + file.metadata.row_group(group).num_rows
-      try:
-        for batch in file.iter_batches(256, row_groups=[group], columns=[text_field]):
-          texts = batch.column(0).cast(pa.large_string()).cast(pa.large_binary())
-          for text in texts.to_pylist():
-            row += 1
-            yield row, _Skip("missing_text_field") if text is None else _text(text)
-      except (pa.ArrowException, OSError) as error:
-        # Pages are compressed whole: what is left of the row group is lost.
-        skipped.add_corrupt(f"{path}, rows {row + 1} to {end}", error, records=end - row)
-      row = end
+  if encoding:
+    yield None, _encoded(encoding)
+    return
+  lines = rest.rstrip().rsplit(b"\n", 1)
+  if _is_json(first, dict) or (_is_json(lines[-1], dict) and len(lines) > 1):
+    yield from _jsonl(path, text_field, skipped)
+    return
+  record = _loaded(first + rest)
+  records = record if isinstance(record, list) else [record]
+  for number, fields in enumerate(records, start=1):
+    yield number, fields if isinstance(fields, _Skip) else _field_text(fields, text_field)
+  if not records:
+    skipped.add("empty")
 
 
-def _check_column(path: Path, schema: Any, text_field: str) -> None:
-  import pyarrow as pa
+def _is_json(data: bytes, kind: type) -> bool:
+  return isinstance(_loaded(data), kind)
 
-  if schema.get_field_index(text_field) < 0:
-    raise UserError(
-      f"{path} has no column {text_field!r}: set data.text_field to one of {', '.join(schema.names)}"
-    )
-  kind = schema.field(text_field).type
-  kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-  if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-    raise UserError(
-      f"{path}: column {text_field!r} holds {kind}, not text: set data.text_field to one of "
-      f"{', '.join(schema.names)}"
-    )
+
+def _parquet(path: Path, text_field: str, skipped: Skipped) -> Iterator[tuple[int, bytes | _Skip]]:
+  for row, text in parquet_texts(path, text_field, skipped):
+    yield row, _Skip("missing_text_field") if text is None else _text(text)
 
 
 def _array_record(
@@ -129,7 +194,7 @@ def _array_record(
   is_json = None
   for number in range(1, len(records) + 1):
     try:
-      record = records[number - 1]
+      record = records[number - 1].removeprefix(codecs.BOM_UTF8)
     except RuntimeError as error:
       skipped.add_corrupt(f"{path}, record {number}", error)
       continue
@@ -148,11 +213,11 @@ def _holds_json(record: bytes, place: str, text_field: str) -> bool:
   except (ValueError, RecursionError):
     fields = None
   if isinstance(fields, dict):
-    if isinstance(fields.get(text_field), str):
+    if isinstance(_field(fields, text_field), str):
       return True
     raise UserError(
       f"{place} is JSON without a text {text_field!r}: set data.text_field to one of "
-      f"{', '.join(fields)}"
+      f"{_names(fields)}"
     )
   if _CONTROL.search(record) or isinstance(_text(record), _Skip):
     raise UserError(
@@ -167,23 +232,71 @@ def _text(data: bytes) -> bytes | _Skip:
   try:
     data.decode()
   except UnicodeDecodeError:
-    return _Skip("undecodable")
+    return _Skip("undecodable", "is not UTF-8")
   return data or _Skip("empty")
 
 
 def _json_text(record: bytes, text_field: str) -> bytes | _Skip:
   """The text of a JSON object, as UTF-8."""
+  fields = _loaded(record)
+  return fields if isinstance(fields, _Skip) else _field_text(fields, text_field)
+
+
+def _loaded(record: bytes) -> Any:
+  """What a record of JSON says, or why it says nothing."""
   if not record.strip():
     return _Skip("empty")
   try:
-    fields = json.loads(record.decode())
+    return json.loads(record.decode())
   except UnicodeDecodeError:
-    return _Skip("undecodable")
+    return _Skip("undecodable", "is not UTF-8")
   except (ValueError, RecursionError):
     return _Skip("malformed_json")
-  if not isinstance(fields, dict) or not isinstance(fields.get(text_field), str):
-    return _Skip("missing_text_field")
+
+
+def _field_text(record: Any, text_field: str) -> bytes | _Skip:
+  text = _field(record, text_field)
+  if not isinstance(text, str):
+    return _Skip("missing_text_field", _what_is_there(record, text_field))
   try:
-    return fields[text_field].encode() or _Skip("empty")
+    return text.encode() or _Skip("empty")
   except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-    return _Skip("undecodable")
+    return _Skip("undecodable", "holds half of a surrogate pair")
+
+
+def _field(record: Any, name: str) -> Any:
+  """The field of that name, or `meta.text` in the field `meta`; `_Skip` if there is none."""
+  if isinstance(record, dict) and name in record:
+    return record[name]
+  outer, dot, inner = name.partition(".")
+  if isinstance(record, dict) and dot:
+    return _field(record.get(outer), inner)
+  return _Skip("missing_text_field")
+
+
+def _what_is_there(record: Any, text_field: str) -> str:
+  if not isinstance(record, dict):
+    return f"is {_kind(record)}, not an object with fields"
+  value = _field(record, text_field)
+  there = "" if isinstance(value, _Skip) else f"has {_kind(value)} in {text_field}; "
+  return f"{there}has the fields {_names(record)}"
+
+
+def _names(record: dict[str, Any]) -> str:
+  """Its fields, and as `meta.text` those of its fields."""
+
+  def names(fields):
+    for name, value in fields.items():
+      yield name
+      if isinstance(value, dict):
+        yield from (f"{name}.{inner}" for inner in names(value))
+
+  found = list(names(record))
+  return ", ".join(found[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "") or "none"
+
+
+def _kind(value: Any) -> str:
+  if value is None:
+    return "null"
+  kinds = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
+  return kinds.get(type(value), "a number")

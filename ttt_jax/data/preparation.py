@@ -18,6 +18,7 @@ from jaxtyping import Integer
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+from ttt_jax.data.boundaries import boundaries
 from ttt_jax.data.files import METADATA, find_files
 from ttt_jax.data.formats import read_texts
 from ttt_jax.data.prepared import (
@@ -42,6 +43,8 @@ def prepare(
   *,
   tokenizer: str = BYTES,
   text_field: str = "text",
+  start_of_text: bool | None = None,
+  end_of_text: bool | None = None,
   shard_bytes: int = 1 << 28,
   max_bad_records: int = 0,
   console: Console | None = None,
@@ -53,18 +56,21 @@ def prepare(
     destination: a directory that is new, empty, or left unfinished by an earlier call.
     tokenizer: as `data.tokenizer`.
     text_field: as `data.text_field`.
+    start_of_text, end_of_text: as `data.start_of_text` and `data.end_of_text`; the metadata records
+      which it is, and with which tokens.
     shard_bytes: of tokens in one file.
     max_bad_records: as `data.max_bad_records`.
     console: for the progress.
 
   Raises:
     ValueError: the destination is something else; `source` cannot be read, holds fewer than two texts
-      or too many corrupt records.
+      or too many corrupt records; a boundary that the tokenizer has no token for.
   """
   if shard_bytes <= 0:
     raise UserError(f"the size of a shard must be positive, not {shard_bytes}")
   console = Console(stderr=True) if console is None else console
   loaded = None if tokenizer == BYTES else load_tokenizer(tokenizer)
+  ends = boundaries(loaded, start_of_text=start_of_text, end_of_text=end_of_text, name=tokenizer)
   skipped = Skipped(max_bad_records)
   files = find_files(source, skipped, field="source")
   directory = Path(destination).expanduser()
@@ -75,6 +81,10 @@ def prepare(
     "source": files.source,
     "tokenizer": tokenizer,
     "fingerprint": fingerprint(loaded),
+    "start_of_text": ends.start is not None,
+    "start_of_text_id": ends.start,
+    "end_of_text": ends.end is not None,
+    "end_of_text_id": ends.end,
   }
   _write_metadata(directory, metadata)
 
@@ -87,7 +97,7 @@ def prepare(
     _Writer(directory, token_dtype(loaded).newbyteorder("<"), shard_bytes) as writer,
     _Progress(console, len(files.paths)) as progress,
   ):
-    for name, tokens in tokenized(texts(), loaded):
+    for name, tokens in tokenized(texts(), loaded, ends):
       writer.add(name, tokens)
       progress.update(writer.documents, writer.tokens)
   if writer.documents < 2:

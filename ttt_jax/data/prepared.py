@@ -21,6 +21,7 @@ import grain
 import numpy as np
 from jaxtyping import Integer
 
+from ttt_jax.data.boundaries import boundaries, special_ids
 from ttt_jax.data.files import METADATA
 from ttt_jax.data.skipped import Skipped
 from ttt_jax.data.tokens import fingerprint, token_dtype
@@ -75,19 +76,60 @@ def _check(
     raise UserError(f"{given} is damaged, {INDEX} has changed: restore it or prepare it again")
 
 
+def _check_boundaries(
+  metadata: dict[str, Any], given: str, tokenizer: Tokenizer | None, **asked: bool | None
+) -> None:
+  """Raises ValueError unless documents begin and end as asked, with tokens of this tokenizer."""
+  first, last = boundaries(tokenizer).start, () if tokenizer is None else tokenizer.eos_ids
+  known = {"start_of_text": (first, special_ids(tokenizer)[0]), "end_of_text": last}
+  for field, value in asked.items():
+    flag, token = field.replace("_", "-"), metadata[f"{field}_id"]
+    if value is not None and value != metadata[field]:
+      had = "" if metadata[field] else "no-"
+      raise UserError(
+        f"{given} was prepared with --{had}{flag}, but data.{field}={str(value).lower()}: leave "
+        f"data.{field} out to take its documents as they are, or prepare it again with "
+        f"--{'' if value else 'no-'}{flag}"
+      )
+    if token is not None and token not in known[field]:
+      raise UserError(
+        f"{given} was prepared with the {flag} token {token}, which is none of the tokenizer of this "
+        f"run: set data.tokenizer={metadata['tokenizer']}, or prepare it again with --tokenizer"
+      )
+
+
 class PreparedCorpus:
   """A prepared directory, checked: whole, made with this tokenizer, every file there.
 
   Attributes:
     lengths: tokens of each document.
     name_hashes: `stable_hash` of its name.
+    end_of_text: whether each document ends with an end-of-text token.
   """
 
-  def __init__(self, path: str, *, field: str, tokenizer: Tokenizer | None, skipped: Skipped):
+  def __init__(
+    self,
+    path: str,
+    *,
+    field: str,
+    tokenizer: Tokenizer | None,
+    skipped: Skipped,
+    start_of_text: bool | None = None,
+    end_of_text: bool | None = None,
+  ):
     self._directory = Path(path).expanduser()
     self._skipped = skipped
     metadata = read_metadata(self._directory)
-    _check(metadata, self._directory, f"{field}={path!r}", tokenizer)
+    given = f"{field}={path!r}"
+    _check(metadata, self._directory, given, tokenizer)
+    # An older version recorded nothing of it: it added nothing to what the tokenizer makes.
+    start = boundaries(tokenizer).start
+    older = {"start_of_text": start is not None, "start_of_text_id": start}
+    metadata = older | {"end_of_text": False, "end_of_text_id": None} | metadata
+    _check_boundaries(
+      metadata, given, tokenizer, start_of_text=start_of_text, end_of_text=end_of_text
+    )
+    self.end_of_text = metadata["end_of_text"]
     index = np.memmap(self._directory / INDEX, INDEX_DTYPE, mode="r")
     self.lengths, self.name_hashes = index["tokens"], index["name_hash"]
     self._dtype = token_dtype(tokenizer).newbyteorder("<")

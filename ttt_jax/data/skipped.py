@@ -14,12 +14,16 @@ class Skipped:
   def __init__(self, max_bad_records: int = 0):
     self._limit = max_bad_records
     self._counts = Counter()
+    self._notes: dict[str, str] = {}
     self._places: set[str] = set()
     self._lock = threading.Lock()
 
-  def add(self, reason: str, count: int = 1) -> None:
+  def add(self, reason: str, count: int = 1, *, note: str | None = None) -> None:
+    """Counts; the first note of a reason is its example in what people read."""
     with self._lock:
       self._counts[reason] += count
+      if note is not None:
+        self._notes.setdefault(reason, note)
 
   def add_corrupt(self, place: str, problem: Exception | str, records: int = 1) -> None:
     """Counts the corrupt records of a place once, with a warning.
@@ -47,7 +51,8 @@ class Skipped:
 
   def __str__(self) -> str:
     counts = sorted(self.counts().items())
-    parts = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts]
+    notes = {reason: f" ({note})" for reason, note in self._notes.items()}
+    parts = [f"{n:,} {reason.replace('_', ' ')}{notes.get(reason, '')}" for reason, n in counts]
     return ", ".join(parts) or "nothing"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Integer
 
+from ttt_jax.data.boundaries import Boundaries
 from ttt_jax.errors import UserError
 from ttt_jax.pretrained.tokenizer import Tokenizer
 
@@ -61,17 +62,26 @@ def fingerprint(tokenizer: Tokenizer | None) -> str:
 
 
 def tokenized(
-  texts: Iterable[tuple[str, bytes]], tokenizer: Tokenizer | None
+  texts: Iterable[tuple[str, bytes]],
+  tokenizer: Tokenizer | None,
+  boundaries: Boundaries,
 ) -> Iterator[tuple[str, Integer[np.ndarray, "T"]]]:
-  """(name, tokens) for every (name, UTF-8), in order, a few MB of text in memory at a time."""
+  """(name, tokens) for every (name, UTF-8), in order, a few MB of text in memory at a time.
+
+  Args:
+    boundaries: what documents of this tokenizer begin and end with; bytes have none.
+  """
   if tokenizer is None:
     yield from ((name, np.frombuffer(text, np.uint8)) for name, text in texts)
     return
   dtype = token_dtype(tokenizer)
 
   def encoded(batch):
-    ids = tokenizer.encode_batch([text.decode() for _, text in batch])
-    return ((name, np.asarray(tokens, dtype)) for (name, _), tokens in zip(batch, ids))
+    ids = tokenizer.encode_batch(
+      [text.decode() for _, text in batch], add_special_tokens=boundaries.special
+    )
+    whole = map(boundaries.around, ids)
+    return ((name, np.asarray(tokens, dtype)) for (name, _), tokens in zip(batch, whole))
 
   batch, size = [], 0
   for name, text in texts:

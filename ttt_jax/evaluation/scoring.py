@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ttt_jax.errors import UserError
 from ttt_jax.generation.generate import Stream
 from ttt_jax.generation.reader import Reader
+from ttt_jax.generation.sampling import stop_tokens
 from ttt_jax.loss import IGNORE, LOGITS_AT_ONCE, in_pieces, token_losses
 from ttt_jax.nn.transformer import Transformer, next_token_logits
 from ttt_jax.pretrained.tokenizer import Tokenizer
@@ -105,6 +106,7 @@ class Scorer:
     tokenizer.check_vocabulary(model.model.vocab_size)
     self._model, self._tokenizer, self._update = model, tokenizer, update
     self._batch_size, self._max_length, self._max_gen_toks = batch_size, max_length, max_gen_toks
+    self._stop = stop_tokens(model.model, tokenizer)
     self._reader: Reader | None = None
 
   @property
@@ -230,7 +232,12 @@ class Scorer:
         raise UserError(f"max_length={self._max_length} has no room for {max_new_tokens} tokens")
       prompts = [prompt[-room:] for prompt in prompts]
     stream = Stream(
-      self._reader, prompts, max_new_tokens=max_new_tokens, update=self._update, **how
+      self._reader,
+      prompts,
+      max_new_tokens=max_new_tokens,
+      stop=self._stop,
+      update=self._update,
+      **how,
     )
     made: list[list[int]] = [[] for _ in prompts]
     for new in stream:
@@ -241,7 +248,7 @@ class Scorer:
     return [_cut(self._text(row), until) for row in made]
 
   def _ended(self, tokens: list[int], until: list[str]) -> bool:
-    if tokens and tokens[-1] in self._model.model.eos_ids:
+    if tokens and tokens[-1] in self._stop:
       return True
     text = self._text(tokens) if until else ""
     return any(stop in text for stop in until)

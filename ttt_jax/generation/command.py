@@ -10,6 +10,7 @@ from rich.console import Console
 from ttt_jax.errors import UserError
 from ttt_jax.generation.generate import Generation, Stream, generate
 from ttt_jax.generation.reader import Reader
+from ttt_jax.generation.sampling import stop_tokens
 from ttt_jax.generation.state import GenerationState, load_state
 from ttt_jax.pretrained.sections import Fields
 from ttt_jax.pretrained.source import open_model, open_tokenizer
@@ -33,6 +34,7 @@ def run(parsed: argparse.Namespace, fields: Fields) -> None:
     top_k=parsed.top_k,
     top_p=parsed.top_p,
     seed=parsed.seed,
+    stop=stop_tokens(model.model, tokenizer),
     state=state,
     update=not parsed.no_update,
   )
@@ -54,12 +56,19 @@ def run(parsed: argparse.Namespace, fields: Fields) -> None:
 def _prompts(parsed: argparse.Namespace) -> list[str]:
   prompts = [*parsed.prompt, *(_read(path) for path in parsed.prompt_file)]
   if not prompts and not sys.stdin.isatty():
-    prompts = [sys.stdin.read()]
+    prompts = [_piped()]
   if not prompts:
     raise UserError(
       "there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in"
     )
   return prompts
+
+
+def _piped() -> str:
+  try:
+    return sys.stdin.read().removeprefix("\ufeff")
+  except UnicodeDecodeError as error:
+    raise UserError(f"what is piped in is not {sys.stdin.encoding} text: {error}") from error
 
 
 def _read(path: Path) -> str:

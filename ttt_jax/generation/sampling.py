@@ -1,10 +1,22 @@
-"""Which token comes next, given the logits."""
+"""Which token comes next, given the logits, and which is the last."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ttt_jax.config import ModelConfig
 from ttt_jax.errors import UserError
+from ttt_jax.pretrained.tokenizer import Tokenizer
+
+
+def stop_tokens(model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+  """The tokens that end a text: the model's own, and those that end its tokenizer's texts.
+
+  A model that was trained from scratch has none of its own.
+  """
+  known = () if tokenizer is None else tokenizer.eos_ids
+  ids = dict.fromkeys((*model.eos_ids, *known))
+  return tuple(token for token in ids if token < model.vocab_size)
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

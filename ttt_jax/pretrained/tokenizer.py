@@ -42,6 +42,7 @@ class Tokenizer:
     vocab_size: one more than the highest token.
     bos_id: the token that begins a text, or None.
     eos_ids: the tokens that end one.
+    eos_id: the one of them that the tokenizer itself names as its `eos_token`, else the first.
   """
 
   def __init__(
@@ -50,6 +51,7 @@ class Tokenizer:
     *,
     bos_id: int | None = None,
     eos_ids: tuple[int, ...] = (),
+    eos_id: int | None = None,
     chat_template: str | None = None,
     source: Path | None = None,
   ):
@@ -58,15 +60,19 @@ class Tokenizer:
     self._source = source  # the directory whose files `save` copies
     self.bos_id = bos_id
     self.eos_ids = eos_ids
+    self.eos_id = eos_id if eos_id in eos_ids else next(iter(eos_ids), None)
     self.vocab_size = 1 + max(self.vocabulary().values())
 
   def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """The tokens of a text; by default with those the tokenizer puts around it, as `transformers` does."""
     return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+  def encode_batch(
+    self, texts: Sequence[str], *, add_special_tokens: bool = True
+  ) -> list[list[int]]:
     """`encode` of many texts, by all cores."""
-    return [encoding.ids for encoding in self._backend.encode_batch_fast(texts)]
+    encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+    return [encoding.ids for encoding in encodings]
 
   def count_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[int]:
     """How many tokens `encode` makes of each text, by all cores."""
@@ -100,7 +106,7 @@ class Tokenizer:
       return
     self._backend.save(str(directory / _TOKENIZER))
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for key, token in (("bos_token", self.bos_id), ("eos_token", next(iter(self.eos_ids), None))):
+    for key, token in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
       if token is not None:
         config[key] = self._backend.id_to_token(token)
     if self._chat_template is not None:
@@ -157,13 +163,23 @@ def _from_directory(directory: Path, path: Path) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_file(str(file))
   except Exception as error:  # the library raises nothing more specific
     raise UserError(f"{file} is not a tokenizer: {str(error)[:200]}") from error
+  # A file may ask to cut or fill every text, which `transformers` too does only if it is told to.
+  backend.no_truncation()
+  backend.no_padding()
   named = _optional_json(directory / _TOKENIZER_CONFIG)
   config = _optional_json(directory / CONFIG)
   generation = _optional_json(directory / GENERATION_CONFIG)
   eos, bos = (
     _special(key, backend, generation, config, named) for key in ("eos_token", "bos_token")
   )
-  tokenizer = Tokenizer(backend, bos_id=next(iter(bos), None), eos_ids=eos, source=directory)
+  own_eos = _special("eos_token", backend, {}, {}, named)
+  tokenizer = Tokenizer(
+    backend,
+    bos_id=next(iter(bos), None),
+    eos_ids=eos,
+    eos_id=next(iter(own_eos), None),
+    source=directory,
+  )
   if isinstance(config.get("vocab_size"), int):
     tokenizer.check_vocabulary(config["vocab_size"], str(directory / CONFIG))
   return tokenizer

@@ -57,7 +57,7 @@ class SamplesConfig:
     return f"left out, for want of --squad or --hotpot: {', '.join(missing)}" if missing else None
 
   def ruler(self, tokenizer: Tokenizer) -> Ruler:
-    haystack = None if self.haystack is None else _read(self.haystack).decode("utf-8", "replace")
+    haystack = None if self.haystack is None else _text(self.haystack)
     return Ruler(tokenizer, seed=self.seed, haystack=haystack, squad=self.squad, hotpot=self.hotpot)
 
   def check(self, ruler: Ruler) -> None:
@@ -83,6 +83,13 @@ class SamplesConfig:
 
 def _digest(path: Path) -> str:
   return hashlib.sha256(_read(path)).hexdigest()[:16]
+
+
+def _text(path: Path) -> str:
+  try:
+    return _read(path).decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise UserError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _read(path: Path) -> bytes:

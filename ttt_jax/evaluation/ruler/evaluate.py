@@ -23,6 +23,7 @@ from ttt_jax.evaluation.ruler.sample import Sample
 from ttt_jax.evaluation.ruler.tasks import TASKS, Task
 from ttt_jax.generation.generate import generate
 from ttt_jax.generation.reader import Reader
+from ttt_jax.generation.sampling import stop_tokens
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.plots import plot_ruler
 from ttt_jax.pretrained.tokenizer import Tokenizer
@@ -147,7 +148,8 @@ def _answer(
     if strict:
       state = _learn(reader, tokenizer, [sample.context for sample in samples])
       prompts = [tokenizer.encode(sample.question) for sample in samples]
-    result = generate(reader, prompts, max_new_tokens=task.new_tokens, state=state)
+    stop = stop_tokens(reader.model, tokenizer)
+    result = generate(reader, prompts, max_new_tokens=task.new_tokens, stop=stop, state=state)
   return [tokenizer.decode(new.tolist(), skip_special_tokens=True) for new in result.new_tokens]
 
 

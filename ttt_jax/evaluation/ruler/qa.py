@@ -100,7 +100,7 @@ def draft(questions: Questions, draw: Draw) -> Draft:
 
 def _read(path: Path) -> dict | list:
   try:
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = json.loads(path.read_text(encoding="utf-8-sig"))
   except OSError as error:
     raise UserError(f"cannot read {path}: {error.strerror}") from error
   except ValueError as error:  # of Unicode and of JSON
