@@ -125,6 +125,7 @@ class Profile:
     self._steps = steps
     self._path = run_dir / "profile"
     self._running = False
+    self._latest = None  # what the last step of the trace will have made
 
   def __enter__(self) -> "Profile":
     return self
@@ -132,19 +133,27 @@ class Profile:
   def __exit__(self, *exception) -> None:
     self._stop()
 
-  def before(self, step: int) -> None:
-    """Called before a step is started."""
+  def before(self, step: int, state: Any) -> None:
+    """Called before a step is started, with the state that it will be given."""
     if self._steps is None:
       return
     first, last = self._steps
+    self._latest = None  # donated to the step
     if first <= step <= last and not self._running:
+      jax.block_until_ready(state)  # else the trace begins with the end of earlier steps
       jax.profiler.start_trace(str(self._path))
       self._running = True
-    elif step > last:
-      self._stop()
+
+  def after(self, step: int, state: Any) -> None:
+    """Called when a step was started, with the state that it will have made."""
+    if self._running:
+      self._latest = state
+      if step >= self._steps[1]:
+        self._stop()
 
   def _stop(self) -> None:
     if self._running:
-      jax.effects_barrier()
+      # A step is only dispatched when `after` is called; a trace stopped then would not have it.
+      jax.block_until_ready(self._latest)
       jax.profiler.stop_trace()
-      self._running = False
+      self._running, self._latest = False, None
