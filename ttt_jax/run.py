@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import Config
 from ttt_jax.data import VOCAB_SIZE, Corpus, load_corpus
 from ttt_jax.distributed import is_main, on_main, together
@@ -20,9 +19,9 @@ from ttt_jax.initial import initial_model, resolve
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.plots import plot_by_position, plot_training
 from ttt_jax.pretrained.tokenizer import load_tokenizer
+from ttt_jax.restore import load_model
 from ttt_jax.rundir import METRICS_FILE, hold_run, open_run, read_metrics, write_json
 from ttt_jax.sharding import make_mesh
-from ttt_jax.step import abstract_state
 from ttt_jax.train import model_summary, train
 
 BASELINE = "baseline"  # the twin's directory inside the run's
@@ -120,15 +119,6 @@ def load_data(config: Config) -> Corpus:
       )
     )
   return load_corpus(config.data, seed=config.seed, tokenizer=tokenizer)
-
-
-def load_model(config: Config, mesh: Mesh, run_dir: Path) -> Transformer:
-  """The model of a run's newest checkpoint."""
-  if not (run_dir / "checkpoints").is_dir():
-    raise UserError(f"run_dir={str(run_dir)!r} has no checkpoints: train there first")
-  abstract = {"model": abstract_state(config, mesh).model}
-  with Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-    return checkpoints.restore(abstract, partial=True)[1]["model"]
 
 
 def _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from ttt_jax.checkpoint import Checkpoints
+from ttt_jax.checkpoint import open_checkpoints
 from ttt_jax.config import Config
 from ttt_jax.data import Corpus, merge_states, training_rows
 from ttt_jax.distributed import gather, is_main, stop_requests
@@ -184,8 +184,7 @@ def train(
     slots=local_rows(mesh, config.train.batch_size),
     align=config.ttt.chunk_size if config.data.align_documents else 1,
   )
-  kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
-  with closing(rows), Checkpoints(run_dir / "checkpoints", **kept) as checkpoints:
+  with closing(rows), open_checkpoints(config.checkpoint, run_dir) as checkpoints:
     if checkpoints.latest_step is None:
       state, tokens = init_state(config, mesh), TokenCount(rows.slots)
     else:

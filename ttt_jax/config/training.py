@@ -7,6 +7,7 @@ from ttt_jax.config.checks import DTYPES, require, require_choice, require_posit
 
 TRAINABLE = ("all", "ttt", "ttt+down")
 WRITERS = ("tensorboard", "wandb")
+VERIFY = ("sizes", "checksums")
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,14 @@ class CheckpointConfig:
   every: int = 100  # steps
   keep: int = 2  # the newest ones
   keep_every: int | None = None  # also those of every so many steps, for ever
+  # What a restore compares: "sizes" finds files that are missing or cut short; "checksums" also bits that
+  # changed on the disk, for which each process reads what it wrote once more after every save, and its
+  # share of all files before a restore.
+  verify: str = "sizes"
 
   def __post_init__(self):
     require_positive("checkpoint", self, "every", "keep")
+    require_choice("checkpoint.verify", self.verify, VERIFY)
     if self.keep_every is not None:
       require_positive("checkpoint", self, "keep_every")
       require(

@@ -14,7 +14,6 @@ from ttt_jax.nn.transformer import Transformer
 from ttt_jax.pretrained.files import local_path
 from ttt_jax.pretrained.load import load_pretrained, open_checkpoint, stated_ttt
 from ttt_jax.pretrained.tokenizer import BYTES, Tokenizer, load_tokenizer
-from ttt_jax.run import load_model
 from ttt_jax.rundir import CONFIG_FILE
 from ttt_jax.sharding import make_mesh
 
@@ -62,6 +61,8 @@ def _from_run(run_dir: Path, dtype: str | None, overrides: Sequence[str]) -> Tra
       f"{overrides[0]} cannot be given for the run directory {run_dir}: its model has learned with its own "
       "config; convert it, then convert the result"
     )
+  from ttt_jax.restore import load_model  # with Orbax, which no other source needs
+
   config = load_config(run_dir / CONFIG_FILE)
   model = load_model(config, make_mesh(MeshConfig()), run_dir)
   return model if dtype is None else _cast(model, dtype)
