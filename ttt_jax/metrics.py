@@ -53,6 +53,12 @@ def open_log(config: Config, run_dir: Path, *, resume_step: int) -> Iterator[Log
     yield Log(writers)
 
 
+def check_writers(config: Config) -> None:
+  """Raises UserError for a writer of `train.writers` whose package is not there."""
+  for name in config.train.writers:
+    _extra(*_PACKAGES[name])
+
+
 def _open_jsonl(config: Config, run_dir: Path, resume_step: int) -> Writer:
   return MetricsLog.open(run_dir / METRICS_FILE, resume_step=resume_step)
 
@@ -60,7 +66,7 @@ def _open_jsonl(config: Config, run_dir: Path, resume_step: int) -> Writer:
 class _TensorBoard:
   def __init__(self, config: Config, run_dir: Path, resume_step: int):
     # Steps after the one resumed from are written again: TensorBoard drops the old ones.
-    self._writer = _extra("tensorboardX", "tensorboard").SummaryWriter(
+    self._writer = _extra(*_PACKAGES["tensorboard"]).SummaryWriter(
       str(run_dir / "tensorboard"), purge_step=resume_step + 1
     )
 
@@ -77,7 +83,7 @@ class _Wandb:
   def __init__(self, config: Config, run_dir: Path, resume_step: int):
     # One identity per run directory, so that a resumed run goes on in its own curves.
     file = run_dir / "wandb_id"
-    wandb = _extra("wandb", "wandb")
+    wandb = _extra(*_PACKAGES["wandb"])
     if not file.exists():
       file.write_text(wandb.util.generate_id())
     self._run = wandb.init(
@@ -95,6 +101,10 @@ _OPENERS: dict[str, Callable[[Config, Path, int], Writer]] = {
   "tensorboard": _TensorBoard,
   "wandb": _Wandb,
 }
+
+
+# By the name of a writer: what it imports, and the extra of ttt_jax that installs it.
+_PACKAGES = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb", "wandb")}
 
 
 def _extra(package: str, extra: str):
