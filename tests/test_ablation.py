@@ -286,6 +286,40 @@ def test_interval_of_one_value():
   assert interval([1.0]) == (None, None)
 
 
+@pytest.mark.parametrize(
+  ("question", "message"),
+  [
+    (
+      "probe: {lengths: [8, 190], block: 16}",
+      r"variant 'b': the longest of probe.lengths and the probe.block behind it=206 is longer than each",
+    ),
+    (
+      "probe: {lengths: [8], block: 8, reset_every: [8, 12]}",
+      r"variant 'a': probe.reset_every=12 is not a multiple of ttt.chunk_size=8",
+    ),
+    ("recall: 8", "variant 'a': the documents hold no pair twice"),
+  ],
+)
+def test_questions_that_documents_cannot_answer_are_refused_before_training(
+  here, monkeypatch, question, message
+):
+  """What a corpus that is not there says is left to the run."""
+  for name, size in (("long", 300), ("short", 200)):
+    Path(name).mkdir()
+    for i in range(8):
+      Path(f"{name}/{i}.txt").write_text("to read is to learn " * (size // 20))
+  ablation = load_ablation(
+    _write(
+      GOOD
+      + "variants: {nowhere: {data.path: none}, a: {data.path: long}, b: {data.path: short}}\n"
+      + question
+    )
+  )
+  monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: pytest.fail("was run"))
+  with pytest.raises(ValueError, match=message):
+    run_all(ablation, Console(quiet=True))
+
+
 def test_a_run_that_another_grid_is_at_is_waited_for_and_left_alone(here, monkeypatch):
   """Two calls share a grid: no run is made twice, no log is overwritten, both report everything."""
   ablation = load_ablation(

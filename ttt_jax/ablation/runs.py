@@ -51,13 +51,18 @@ def run_all(
       run at a time on all devices.
 
   Raises:
-    ValueError: a run's directory holds something else. No run has been started.
+    ValueError: a run's directory holds something else; documents that cannot answer what the grid asks.
+      No run has been started.
   """
   runs, todo = list(ablation.runs()), []
   for variant, config in runs:
     open_run(config.resolved_run_dir, config, may_change=())
     if not finished(ablation, config):
       todo.append((variant, config))
+  if ablation.probe is not None or ablation.recall is not None:
+    from ttt_jax.ablation.check import check_questions  # with the data readers
+
+    check_questions(ablation, [(v, config) for v, config in todo if not _is_trained(config)])
   done, total = len(runs) - len(todo), len(runs)
   console.print(f"{ablation.name}: {total} runs, {done} of them finished", highlight=False)
   groups: SimpleQueue[str | None] = SimpleQueue()
