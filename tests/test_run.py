@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import sys
 import tempfile
+import time
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,10 @@ from ttt_jax.config import (
 )
 from ttt_jax.data import Corpus
 from ttt_jax.generation.reader import Reader
+from ttt_jax.progress import TrainingProgress
 from ttt_jax.run import run_evaluation, run_training
+from ttt_jax.rundir import read_metrics
+from ttt_jax.train import Clock
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -175,3 +179,48 @@ def test_models_that_stay_the_callers(config):
     ]
   }
   assert Reader.of(model).fingerprint() == Reader.of(jax.tree.map(jnp.copy, model)).fingerprint()
+
+
+def test_heldout_loss_during_training(config, tmp_path, monkeypatch):
+  """Logged though other steps are not; the same after a stop; the last one is the summary's."""
+  asked = with_fields(
+    config,
+    train={"steps": 6, "log_every": 5},
+    eval={"every": 2, "baseline": True},
+    checkpoint={"every": 3},
+  )
+  summary = run_training(asked, QUIET)
+  whole, twin = (read_metrics(tmp_path / "run" / d / "metrics.jsonl") for d in (".", "baseline"))
+  for records, name in ((whole, "heldout_loss"), (twin, "heldout_loss_baseline")):
+    assert [(r["step"], "heldout_loss" in r) for r in records] == [
+      *((2, True), (4, True), (5, False), (6, True))
+    ]
+    assert records[-1]["heldout_loss"] == pytest.approx(summary[name], rel=1e-5)
+    assert len({r.get("heldout_loss") for r in records}) == 4
+
+  update = TrainingProgress.update
+
+  def die(self, done, record):
+    update(self, done, record)
+    if done == 4:
+      raise RuntimeError("power failure")
+
+  other = dataclasses.replace(asked, run_dir=str(tmp_path / "other"))
+  with monkeypatch.context() as patch:
+    patch.setattr(TrainingProgress, "update", die)
+    with pytest.raises(RuntimeError, match="power failure"):
+      run_training(other, QUIET)
+  run_training(other, QUIET)
+  again = read_metrics(tmp_path / "other" / "metrics.jsonl")
+  assert [r.get("heldout_loss") for r in again] == [r.get("heldout_loss") for r in whole]
+  assert [r["tokens"] for r in again] == [r["tokens"] for r in whole]
+
+
+def test_time_of_an_evaluation_is_no_training_time(config, monkeypatch):
+  seconds = iter([10.0, 12.0, 20.0, 21.0])
+  monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+  clock = Clock(config, 1)
+  clock.read(0)
+  assert clock.read(8)["tokens_per_second"] == 4
+  clock.restart()
+  assert clock.read(11)["tokens_per_second"] == 3

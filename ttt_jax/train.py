@@ -18,6 +18,7 @@ from ttt_jax.config import Config
 from ttt_jax.data import Corpus, merge_states, training_rows
 from ttt_jax.distributed import gather, is_main, stop_requests
 from ttt_jax.errors import UserError
+from ttt_jax.evaluate import evaluation_rows, losses_by_token
 from ttt_jax.flops import training_flops
 from ttt_jax.metrics import Profile, open_log
 from ttt_jax.nn.transformer import Transformer, count_parameters
@@ -121,6 +122,10 @@ class Clock:
     self._since, self._tokens, self._waited = now, tokens, 0.0
     return values
 
+  def restart(self) -> None:
+    """What came since `read` was no step."""
+    self._since = time.perf_counter()
+
 
 def metrics_record(
   config: Config, step: int, metrics: dict[str, Any], tokens: int
@@ -169,7 +174,8 @@ def train(
   """Trains to `train.steps`, from the newest checkpoint under `run_dir` if there is one.
 
   Writes `metrics.jsonl` and `checkpoints/` there. Ctrl-C and SIGTERM finish the running step, save
-  and return; the same call again goes on from there, with every logged step in the metrics once.
+  and return; the same call again goes on from there, with every logged step in the metrics once. With
+  `eval.every` the records of those steps have the `heldout_loss`, the mean over `evaluation_rows`.
 
   Raises:
     ValueError: a checkpoint that cannot be read or is another model's; nothing is overwritten. More than
@@ -205,6 +211,7 @@ def train(
       )
 
     step = jit_train_step(config, mesh)
+    heldout = None if config.eval.every is None else evaluation_rows(config, corpus)
     clock = Clock(config, mesh.size)
     with (
       jax.set_mesh(mesh),
@@ -222,12 +229,16 @@ def train(
         state, metrics = step(state, batch)
         done += 1
         profile.after(done, state)
-        due = done % config.train.log_every == 0 or done == steps
+        judged = heldout is not None and done % config.eval.every == 0
+        due = judged or done % config.train.log_every == 0 or done == steps
         if due or not clock.started:
           # The only transfer from the devices between two checkpoints.
           metrics = jax.device_get(metrics)
           read = tokens.total()
           record = metrics_record(config, done, metrics, read) | clock.read(read) | device_memory()
+          if judged:
+            record["heldout_loss"] = float(losses_by_token(state.model, heldout, mesh).mean())
+            clock.restart()
           if due:
             log.write(record)
           progress.update(done, record)

@@ -158,6 +158,9 @@ class EvalConfig:
 
   baseline: bool = False  # also train a twin without TTT on the same batches
   before: bool = False  # also evaluate the model as it was before the first step
+  every: int | None = (
+    None  # also during training, every so many steps: `heldout_loss` in metrics.jsonl
+  )
   seq_len: int | None = None  # may be longer than the rows trained on; None: data.seq_len
   documents: int = 32
   buckets: int = 8
@@ -166,7 +169,8 @@ class EvalConfig:
   temperature: float = 0.7
 
   def __post_init__(self):
-    if self.seq_len is not None:
-      require_positive("eval", self, "seq_len")
+    for name in ("seq_len", "every"):
+      if getattr(self, name) is not None:
+        require_positive("eval", self, name)
     require_positive("eval", self, "documents", "buckets", "prompt_tokens", "sample_tokens")
     require(self.temperature >= 0, f"eval.temperature={self.temperature} must not be negative")
