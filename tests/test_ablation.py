@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from rich.console import Console
 
 from ttt_jax import cli
@@ -283,6 +284,95 @@ def test_nothing_is_compared_with_a_reference_that_is_not_finished(here):
 
 def test_interval_of_one_value():
   assert interval([1.0]) == (None, None)
+
+
+@pytest.mark.parametrize(
+  ("question", "message"),
+  [
+    (
+      "probe: {lengths: [8, 190], block: 16}",
+      r"variant 'b': the longest of probe.lengths and the probe.block behind it=206 is longer than each",
+    ),
+    (
+      "probe: {lengths: [8], block: 8, reset_every: [8, 12]}",
+      r"variant 'a': probe.reset_every=12 is not a multiple of ttt.chunk_size=8",
+    ),
+    ("recall: 8", "variant 'a': the documents hold no pair twice"),
+  ],
+)
+def test_questions_that_documents_cannot_answer_are_refused_before_training(
+  here, monkeypatch, question, message
+):
+  """What a corpus that is not there says is left to the run."""
+  for name, size in (("long", 300), ("short", 200)):
+    Path(name).mkdir()
+    for i in range(8):
+      Path(f"{name}/{i}.txt").write_text("to read is to learn " * (size // 20))
+  ablation = load_ablation(
+    _write(
+      GOOD
+      + "variants: {nowhere: {data.path: none}, a: {data.path: long}, b: {data.path: short}}\n"
+      + question
+    )
+  )
+  monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: pytest.fail("was run"))
+  with pytest.raises(ValueError, match=message):
+    run_all(ablation, Console(quiet=True))
+
+
+def test_a_run_that_another_grid_is_at_is_waited_for_and_left_alone(here, monkeypatch):
+  """Two calls share a grid: no run is made twice, no log is overwritten, both report everything."""
+  ablation = load_ablation(
+    _write("name: q\nbase: base.yaml\nseeds: [0]\nvariants: {a: {}, b: {}}\n")
+  )
+  (_, a), (_, b) = ablation.runs()
+  for config in (a, b):
+    open_run(config.resolved_run_dir, config, may_change=())
+  other = FileLock(Path(a.resolved_run_dir).with_suffix(".lock"), thread_local=False)
+  other.acquire()
+  log = Path(a.resolved_run_dir).with_suffix(".log")
+  log.write_text("the other's words")
+  started = []
+
+  def start(command, **_):
+    started.append(command[-1])
+    _finish(b, [1.0])
+    _finish(a, [2.0])  # by the other one, meanwhile
+    other.release()
+    return SimpleNamespace(returncode=0)
+
+  monkeypatch.setattr(runs.subprocess, "run", start)
+  assert run_all(ablation, Console(quiet=True)) == {}
+  assert started == ["runs/q/b/seed0/config.yaml"]
+  assert log.read_text() == "the other's words"
+
+
+def test_a_run_that_another_grid_finished_meanwhile(here, monkeypatch):
+  ablation = load_ablation(
+    _write("name: q\nbase: base.yaml\nseeds: [0]\nvariants: {a: {}, b: {}}\n")
+  )
+  (_, a), (_, b) = ablation.runs()
+  started = []
+
+  def start(command, **_):
+    started.append(command[-1])
+    _finish(a, [1.0])
+    _finish(b, [2.0])  # by another ttt-jax ablate
+    return SimpleNamespace(returncode=0)
+
+  monkeypatch.setattr(runs.subprocess, "run", start)
+  assert run_all(ablation, Console(quiet=True)) == {}
+  assert started == ["runs/q/a/seed0/config.yaml"]
+
+
+def test_an_evaluation_of_half_a_training_is_no_finished_run(here):
+  ablation = load_ablation(_write("name: q\nbase: base.yaml\nseeds: [0]\nvariants: {a: {}}\n"))
+  ((_, config),) = ablation.runs()
+  _finish(config, [1.0])
+  path = Path(config.resolved_run_dir) / "summary.json"
+  for steps, is_finished in ((1, False), (2, True)):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": steps}))
+    assert runs.finished(ablation, config) == is_finished
 
 
 def test_groups_of_devices_run_side_by_side(here, monkeypatch):

@@ -19,7 +19,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ttt_jax import checkpoint
 from ttt_jax.checkpoint import Checkpoints
+from ttt_jax.config import CheckpointConfig
 
 
 class Layer(nnx.Module):
@@ -71,8 +73,8 @@ def assert_same(got, want):
     np.testing.assert_array_equal(x, y, err_msg=str(path))
 
 
-def save_steps(directory, steps, keep=2):
-  with Checkpoints(directory, keep=keep) as checkpoints:
+def save_steps(directory, steps, keep=2, verify="sizes"):
+  with Checkpoints(directory, keep=keep, verify=verify) as checkpoints:
     for step in steps:
       checkpoints.save(step, arrays=make_state(step), data_state={"next": step})
 
@@ -89,9 +91,21 @@ def saved(tmp_path_factory) -> Path:
   return directory
 
 
+@pytest.fixture(scope="module")
+def saved_with_checksums(tmp_path_factory) -> Path:
+  directory = tmp_path_factory.mktemp("checksums") / "checkpoints"
+  save_steps(directory, [1, 2], verify="checksums")
+  return directory
+
+
 @pytest.fixture
 def copy(saved, tmp_path) -> Path:
   return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+@pytest.fixture
+def copy_with_checksums(saved_with_checksums, tmp_path) -> Path:
+  return shutil.copytree(saved_with_checksums, tmp_path / "checkpoints")
 
 
 def test_module_and_optimizer_come_back_exactly(saved):
@@ -284,16 +298,25 @@ def damaged(directory: Path, file: Path, how: str) -> None:
     (directory / file).write_bytes(data[:half] + bytes([data[half] ^ 255]) + data[half + 1 :])
 
 
-@pytest.mark.parametrize("how", ["removed", "cut", "flipped"])
-def test_damage_to_any_file_is_found(copy, how):
+@pytest.mark.parametrize(
+  ("how", "verify"),
+  [
+    ("removed", "sizes"),
+    ("cut", "sizes"),
+    ("removed", "checksums"),
+    ("cut", "checksums"),
+    ("flipped", "checksums"),
+  ],
+)
+def test_damage_to_any_file_is_found(copy_with_checksums, how, verify):
   """Files of Orbax's own beside the arrays may go: the arrays come back without them."""
-  want = make_state(2)
+  want, copy = make_state(2), copy_with_checksums
   found = set()
   for file in contents(copy / "2"):
     intact = (copy / "2" / file).read_bytes()
     damaged(copy / "2", file, how)
     before = contents(copy)
-    with Checkpoints(copy, keep=2) as checkpoints:
+    with Checkpoints(copy, keep=2, verify=verify) as checkpoints:
       assert checkpoints.latest_step == 2
       try:
         assert_same(checkpoints.restore(make_state(0))[1], want)
@@ -307,6 +330,62 @@ def test_damage_to_any_file_is_found(copy, how):
     (copy / "2" / file).write_bytes(intact)
   everything = {str(file) for file in contents(copy / "2")}
   assert everything - found <= {"_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+def test_sizes_read_no_file_and_checksums_every_file(tmp_path, monkeypatch):
+  """What a save and a restore read of a large checkpoint; once without checksums it stays so."""
+  read = []
+  crc = checkpoint._crc
+  monkeypatch.setattr(checkpoint, "_crc", lambda file: read.append(file) or crc(file))
+  for verify in ("sizes", "checksums"):
+    directory = tmp_path / verify
+    save_steps(directory, [1], verify=verify)
+    arrays = [file for file in (directory / "1" / "arrays").rglob("*") if file.is_file()]
+    assert len(read) == (0 if verify == "sizes" else len(arrays))
+    with Checkpoints(directory, keep=2, verify="sizes") as checkpoints:
+      checkpoints.restore(make_state(0))
+    assert len(read) == (0 if verify == "sizes" else len(arrays))
+  read.clear()
+  with Checkpoints(tmp_path / "checksums", keep=2, verify="checksums") as checkpoints:
+    checkpoints.restore(make_state(0))
+  assert sorted(read) == sorted(arrays)
+  without = pytest.warns(UserWarning, match=r"have no checksum \(checkpoint\.verify was 'sizes'")
+  with Checkpoints(tmp_path / "sizes", keep=2, verify="checksums") as checkpoints, without:
+    assert_same(checkpoints.restore(make_state(0))[1], make_state(1))
+  assert len(read) == len(arrays)
+
+
+def test_processes_share_the_reading(copy_with_checksums, monkeypatch):
+  """Each of three reads a part, together they read every file once, and the largest ones apart."""
+  path, read, parts = copy_with_checksums / "2", [], []
+  sizes = {name: size for name, (size, _) in checkpoint._read_record(path)["files"].items()}
+  monkeypatch.setattr(checkpoint, "_crc", lambda file: read.append(file) or 0)
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  checkpoints = Checkpoints(copy_with_checksums, keep=1, verify="checksums")
+  for process in range(3):
+    monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+    read.clear()
+    checkpoints._verify(path, {name: (size, 0) for name, size in sizes.items()})
+    parts.append({file.relative_to(path).as_posix() for file in read})
+  assert sum(map(len, parts)) == len(sizes)
+  assert set.union(*parts) == set(sizes)
+  largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:3]
+  assert all(len(part & set(largest)) == 1 for part in parts)
+
+
+def test_a_checkpoint_of_the_first_format_is_read(copy_with_checksums):
+  """Its record has the checksums of all files."""
+  file = copy_with_checksums / "2" / "ttt_jax.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"format": "ttt_jax/1"}))
+  with Checkpoints(copy_with_checksums, keep=2, verify="checksums") as checkpoints:
+    assert_same(checkpoints.restore(make_state(0))[1], make_state(2))
+
+
+def test_an_unknown_way_to_verify():
+  with pytest.raises(ValueError, match=r"verify='none' is not one of 'sizes', 'checksums'"):
+    Checkpoints("x", keep=1, verify="none")
+  with pytest.raises(ValueError, match=r"checkpoint\.verify='md5'"):
+    CheckpointConfig(verify="md5")
 
 
 def test_deleting_the_damaged_step_goes_on_from_the_earlier(copy):
@@ -360,7 +439,7 @@ def test_full_disk_leaves_the_earlier_checkpoint(copy, monkeypatch):
   before = contents(copy)
   with monkeypatch.context() as patch:
     patch.setattr("ttt_jax.checkpoint._crc", full)  # called while the checkpoint is being written
-    checkpoints = Checkpoints(copy, keep=1)
+    checkpoints = Checkpoints(copy, keep=1, verify="checksums")
     with pytest.raises(ValueError, match=r"checkpoint 3 could not be written .*No space left"):  # noqa: PT012
       checkpoints.save(3, arrays=make_state(3), data_state={})
       checkpoints.close()
@@ -377,7 +456,7 @@ def test_killed_while_saving(tmp_path):
   program = textwrap.dedent(f"""
     import os, signal, jax.numpy as jnp
     from ttt_jax import checkpoint
-    with checkpoint.Checkpoints({str(tmp_path)!r}, keep=2) as checkpoints:
+    with checkpoint.Checkpoints({str(tmp_path)!r}, keep=2, verify="checksums") as checkpoints:
       checkpoints.save(1, arrays={{"x": jnp.ones(3)}}, data_state={{}})
       checkpoints.wait()
       checkpoint._crc = lambda file: os.kill(os.getpid(), signal.SIGKILL)

@@ -173,7 +173,7 @@ def test_sigterm_to_one_process_saves_them_all(config, tmp_path, undisturbed):
   What one of them cannot do stops all, too, with its reason.
   """
   run_dir = tmp_path / "run"
-  words = ["--checkpoint.every", "1000"]
+  words = ["--checkpoint.every", "1000", "--checkpoint.verify", "checksums"]
   running = start(config, run_dir, 2, 4, *words)
   wait_until(lambda: logged(run_dir) >= 1, running)
   running[1].send_signal(signal.SIGTERM)
@@ -182,6 +182,20 @@ def test_sigterm_to_one_process_saves_them_all(config, tmp_path, undisturbed):
   assert [p.name for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit()] == [str(done)]
   if done < 8:
     assert f"stopped after step {done}, saved" in outputs[0]
+  saved = run_dir / "checkpoints" / str(done)
+  everything = json.loads((saved / "ttt_jax.json").read_text())["files"]
+  later = json.loads((saved / "ttt_jax.checksums.1.json").read_text())
+  assert {name for name, (_, checksum) in everything.items() if checksum is None} == set(later)
+  assert set(later) < set(everything)
+  assert {name.split("/")[1] for name in later} == {"ocdbt.process_1"}
+  file = saved / max(later, key=lambda name: everything[name][0])
+  intact = file.read_bytes()
+  half = len(intact) // 2
+  file.write_bytes(intact[:half] + bytes([intact[half] ^ 1]) + intact[half + 1 :])
+  outputs = finish(start(config, run_dir, 2, 4, *words), code=2)
+  assert all(f"{file.relative_to(saved)} has changed" in output for output in outputs)
+  file.write_bytes(intact)
+
   outputs = finish(start(config, run_dir, 2, 4, "--model.d_ff", "32"), code=2)
   assert all("model.d_ff: 24 -> 32" in output for output in outputs)
   finish(start(config, run_dir, 1, 4, *words))

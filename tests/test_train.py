@@ -3,8 +3,12 @@
 import dataclasses
 import signal
 import sys
+import time
+from collections import Counter
+from itertools import islice
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
@@ -16,14 +20,19 @@ from helpers import (
 )
 from rich.console import Console
 
+from ttt_jax import train as training
 from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import AttentionConfig, CheckpointConfig, Config, DataConfig, TrainConfig
-from ttt_jax.data import Corpus, Document, InMemory, Source
+from ttt_jax.data import Corpus, Document, InMemory, Source, training_rows
+from ttt_jax.flops import training_flops
 from ttt_jax.hlo import count_collectives
+from ttt_jax.metrics import Profile
+from ttt_jax.ops.cost import find_device
+from ttt_jax.optim import learning_rate
 from ttt_jax.progress import TrainingProgress
 from ttt_jax.rundir import read_metrics
 from ttt_jax.step import init_state, jit_train_step, put_batch
-from ttt_jax.train import train
+from ttt_jax.train import Clock, metrics_record, train
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -49,8 +58,14 @@ def _corpus() -> Corpus:
   return Corpus((source,))
 
 
+def _rows():
+  """What every run here reads."""
+  return training_rows(_corpus().sources, seq_len=64, batch_size=2, seed=CONFIG.seed)
+
+
 def _losses(path):
-  return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(path / "metrics.jsonl")]
+  names = ("step", "loss", "grad_norm", "tokens", "learning_rate")
+  return [tuple(r[name] for name in names) for r in read_metrics(path / "metrics.jsonl")]
 
 
 def test_loss_falls(tmp_path, capsys):
@@ -62,13 +77,67 @@ def test_loss_falls(tmp_path, capsys):
   records = read_metrics(tmp_path / "metrics.jsonl")
   assert [r["step"] for r in records] == list(range(1, 21))
   assert np.mean([r["loss"] for r in records[-3:]]) < records[0]["loss"] - 1
-  assert records[-1]["tokens"] == 20 * 2 * 64
+  read = [np.count_nonzero(rows["segment_ids"]) for rows in islice(_rows(), 20)]
+  assert [r["tokens"] for r in records] == np.cumsum(read).tolist()
+  slots = 20 * 2 * 64
+  assert records[-1]["tokens"] < slots
+  assert records[-1]["padding"] == pytest.approx(1 - sum(read) / slots)
   assert records[0]["learning_rate"] == 0.0
   assert records[2]["learning_rate"] == pytest.approx(1e-2)
   assert set(records[-1]["ttt"]) == {"0"}
   for layer in records[-1]["ttt"].values():
     assert layer["update_ratio"] > 0
     assert layer["output_ratio"] > 0
+
+
+def test_speed_and_mfu_count_no_padding(monkeypatch):
+  """Against the clock's own seconds: 30 of 2 * 64 slots hold tokens."""
+  seconds = iter([10.0, 14.0])
+  monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+  clock = Clock(CONFIG, 4)
+  assert clock.read(100)["tokens_per_second"] is None
+  values = clock.read(130)
+  assert values["tokens_per_second"] == 30 / 4
+  flops = training_flops(CONFIG) * 30 / (2 * 64)
+  assert values["mfu"] == pytest.approx(flops / 4 / (4 * find_device().peak))
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
+  """It did not count tokens: the slots so far stand for them, and a warning says so."""
+  with monkeypatch.context() as patch:
+    patch.setattr(training, "_TOKENS", "not known yet")
+    half = dataclasses.replace(CONFIG.train, steps=4)
+    train(dataclasses.replace(CONFIG, train=half), _corpus(), mesh_of(1, 1), tmp_path)
+  with pytest.warns(
+    UserWarning, match=r"step 4 .* did not count tokens: 'tokens' goes on from 512"
+  ):
+    train(CONFIG, _corpus(), mesh_of(1, 1), tmp_path)
+  read = [np.count_nonzero(rows["segment_ids"]) for rows in islice(_rows(), 8)]
+  records = read_metrics(tmp_path / "metrics.jsonl")
+  assert records[-1]["tokens"] == 4 * 2 * 64 + sum(read[4:])
+
+
+def test_the_rate_logged_is_the_one_used(monkeypatch):
+  """Skipped steps do not advance the schedule. Adam's first update is the rate, whatever the gradient."""
+  plain = dataclasses.replace(
+    CONFIG.train, warmup_steps=0, weight_decay=0.0, clip_grad_norm=1e9, learning_rate=0.01
+  )
+  config, mesh = dataclasses.replace(CONFIG, train=plain), mesh_of(1, 1)
+  step, batch = jit_train_step(config, mesh), put_batch(next(_rows()), mesh)
+  state = init_state(config, mesh)
+  good = jax.device_get(state.model)
+  with jax.set_mesh(mesh):
+    for skipped in (1, 2):
+      poisoned = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), good)
+      state, metrics = step(state._replace(model=jax.device_put(poisoned)), batch)
+      assert int(metrics["skipped"]) == skipped
+    state, metrics = step(state._replace(model=jax.device_put(good)), batch)
+  assert int(metrics["skipped"]) == 2
+  record = metrics_record(config, 3, metrics, 1)
+  moved = [np.max(np.abs(a - b)) for a, b in zip(*map(jax.tree.leaves, (state.model, good)))]
+  assert record["learning_rate"] == pytest.approx(float(max(moved)), rel=1e-4)
+  assert record["learning_rate"] == pytest.approx(float(learning_rate(plain)(0)))
+  assert record["learning_rate"] != pytest.approx(float(learning_rate(plain)(2)), rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +217,33 @@ def test_other_writers_and_a_trace(tmp_path):
   train(config, _corpus(), mesh_of(1, 1), tmp_path)
   (events,) = (tmp_path / "tensorboard").iterdir()
   assert b"ttt/0/state_ratio" in events.read_bytes()
-  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+  (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+  planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+  events = [event for plane in planes for line in plane.lines for event in line.events]
+  ops = Counter(
+    event.name for event in events if "train_step" in dict(event.stats).get("hlo_module", "")
+  )
+  assert len(ops) > 10
+  assert all(count % 2 == 0 for count in ops.values())  # two whole steps
+
+
+def test_a_trace_is_stopped_when_its_last_step_is_done(tmp_path, monkeypatch):
+  """A step is only dispatched when the loop goes on: what it makes is waited for."""
+  calls = []
+  monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append("start"))
+  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+  monkeypatch.setattr(jax, "block_until_ready", calls.append)
+  with Profile((2, 3), tmp_path) as profile:
+    for step in range(1, 6):
+      profile.before(step, f"state {step - 1}")
+      profile.after(step, f"state {step}")
+  assert calls == ["state 1", "start", "state 3", "stop"]
+  calls.clear()
+  with Profile((2, 9), tmp_path) as profile:  # stopped after step 3
+    for step in range(1, 4):
+      profile.before(step, f"state {step - 1}")
+      profile.after(step, f"state {step}")
+  assert calls == ["state 1", "start", "state 3", "stop"]
 
 
 def test_a_writer_that_is_not_installed(tmp_path, monkeypatch):

@@ -2,10 +2,18 @@
 
 Arrays are stored under their path in the pytree, `model/blocks/0/w/value`, so that a checkpoint
 depends on no Python class and can be restored onto any mesh. When to save is the trainer's business.
+
+A restore first asks whether the files are those that were written. Sizes are always compared, which finds
+files that are missing, cut short or of another save, and costs nothing. Checksums, `verify="checksums"`,
+also find bits that changed on the disk; every process then reads what it wrote once more after each save,
+and its share of all files before each restore. Without them most changed bits are still found: TensorStore
+keeps a checksum of its own with its index and its chunks.
 """
 
 import base64
 import json
+import re
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,12 +22,21 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import SingleDeviceSharding
 
+from ttt_jax.config import CheckpointConfig
+from ttt_jax.config.training import VERIFY
+from ttt_jax.distributed import is_main, together
 from ttt_jax.errors import UserError
+from ttt_jax.rundir import write_whole
 from ttt_jax.tree import named_leaves
 
-_FORMAT = "ttt_jax/1"
+# 2: a file's checksum may be null, or stand in the file of the process that wrote it.
+_FORMAT, _READABLE = "ttt_jax/2", ("ttt_jax/1", "ttt_jax/2")
 _ARRAYS = "arrays"  # Orbax's directory in a checkpoint
-_RECORD = "ttt_jax.json"  # ours: the data state, the arrays' kinds, every file with size and CRC
+_RECORD = (
+  "ttt_jax.json"  # ours: the data state, the arrays' kinds, every file with size and checksum
+)
+_CHECKSUMS = "ttt_jax.checksums.{}.json"  # of the files of a process but the first
+_WRITER = re.compile(r"ocdbt\.process_(\d+)/")  # in the path of a file: the process that wrote it
 _TMP_SUFFIX = ".orbax-checkpoint-tmp"
 _MAX_NAMED = 10  # how many misfits an error spells out
 
@@ -32,9 +49,24 @@ class Checkpoints:
   the older ones as they were. Until the first `save` nothing in the directory is created, changed or
   deleted. Of many processes, which share the directory, all call every method, and each writes and reads
   its own parts of the arrays.
+
+  Args:
+    directory: of the checkpoints.
+    keep, keep_every: which of them stay.
+    verify: "sizes" or "checksums", what is written of the files and what a restore compares.
   """
 
-  def __init__(self, directory: str | Path, *, keep: int, keep_every: int | None = None):
+  def __init__(
+    self,
+    directory: str | Path,
+    *,
+    keep: int,
+    keep_every: int | None = None,
+    verify: str = "sizes",
+  ):
+    if verify not in VERIFY:
+      raise UserError(f"verify={verify!r} is not one of {', '.join(map(repr, VERIFY))}")
+    self._with_checksums = verify == "checksums"
     self._directory = Path(directory).resolve()
     self._shown = Path(directory)  # in messages: as the user wrote it
     policies = ocp.training.preservation_policies
@@ -44,6 +76,7 @@ class Checkpoints:
     self._kept = policies.AnyPreservationPolicy(kept)
     self._writer: ocp.training.Checkpointer | None = None
     self._saving: tuple[int, dict[str, Any]] | None = None  # the last save's step and record
+    self._owes_checksums = False  # of this process's files in the last save
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -95,6 +128,7 @@ class Checkpoints:
     }
     json.dumps(record)  # a data state that is not JSON-able fails here, not in the background
     self._saving = (step, record)
+    self._owes_checksums = self._with_checksums and not is_main()
     if self._writer is None:
       self._writer = self._open_writer()
     self._writer.save_checkpointables_async(step, {_ARRAYS: named}, force=True)
@@ -111,8 +145,8 @@ class Checkpoints:
       partial: allow arrays in the checkpoint that `abstract_arrays` does not have, and leave them.
 
     Raises:
-      ValueError: there is no such checkpoint, it is damaged or not ours, or its arrays are not
-        those of `abstract_arrays`. Nothing has been changed.
+      UserError: there is no such checkpoint, it is damaged or not ours, or its arrays are not
+        those of `abstract_arrays`; on all processes, if one of them finds it so. Nothing has been changed.
     """
     steps = self.steps
     if not steps:
@@ -124,8 +158,9 @@ class Checkpoints:
       )
     path = self._directory / str(step)
     try:
-      record = _read_record(path)
-    except (OSError, ValueError) as error:
+      record = together(lambda: _read_record(path))
+      together(lambda: self._verify(path, record["files"]))
+    except UserError as error:
       raise self._unreadable(step, steps, error) from error
 
     wanted = named_leaves(abstract_arrays)
@@ -168,6 +203,9 @@ class Checkpoints:
           f"checkpoint {self._saving[0]} could not be written to {self._shown}, the earlier ones are "
           f"as they were: {_reason(error)}"
         ) from error
+      if self._owes_checksums:
+        self._owes_checksums = False
+        self._write_checksums(self._directory / str(self._saving[0]))
 
   def close(self) -> None:
     """Waits for the last `save`, with the errors of `wait`."""
@@ -190,15 +228,56 @@ class Checkpoints:
     )
 
   def _write_record(self) -> None:
-    """Orbax's call when all arrays are written, just before it renames the directory."""
+    """Orbax's call on the first process when all arrays are written, before it renames the directory.
+
+    The checksums of what the first process wrote itself are part of it, those of the others follow
+    (`_write_checksums`).
+    """
     step, record = self._saving
     path = self._directory / f"{step}{_TMP_SUFFIX}"
-    files = {
-      file.relative_to(path).as_posix(): [file.stat().st_size, _crc(file)]
-      for file in sorted((path / _ARRAYS).rglob("*"))
-      if file.is_file()
-    }
+    files = {}
+    for name, file in _files(path).items():
+      crc = _crc(file) if self._with_checksums and _writer_of(name) == 0 else None
+      files[name] = [file.stat().st_size, crc]
     (path / _RECORD).write_text(json.dumps({**record, "files": files}, indent=1))
+
+  def _write_checksums(self, path: Path) -> None:
+    """Those of the files that this process wrote; a checkpoint that was deleted meanwhile has none."""
+    if not path.is_dir():
+      return
+    mine = jax.process_index()
+    checksums = {
+      name: _crc(file) for name, file in _files(path).items() if _writer_of(name) == mine
+    }
+    write_whole(path / _CHECKSUMS.format(mine), json.dumps(checksums))
+
+  def _verify(self, path: Path, files: dict[str, tuple[int, int | None]]) -> None:
+    """Compares this process's share of a checkpoint's files with its record.
+
+    Raises:
+      UserError: a file is not as it was written, or cannot be read.
+    """
+    unknown = [name for name, (_, crc) in files.items() if crc is None]
+    if self._with_checksums and unknown and is_main():
+      warnings.warn(
+        f"{len(unknown)} of the {len(files)} files of {path} have no checksum "
+        "(checkpoint.verify was 'sizes' when they were written, or the run was killed): only their "
+        "sizes are compared",
+        stacklevel=5,
+      )
+    # Dealt out from the largest on, so that all processes read about as much.
+    by_size = sorted(files.items(), key=lambda item: (-item[1][0], item[0]))
+    for name, (size, crc) in by_size[jax.process_index() :: jax.process_count()]:
+      file = path / name
+      try:
+        if not file.is_file():
+          raise UserError(f"{name} is missing")
+        if file.stat().st_size != size:
+          raise UserError(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        if self._with_checksums and crc is not None and _crc(file) != crc:
+          raise UserError(f"{name} has changed")
+      except OSError as error:
+        raise UserError(f"{name} cannot be read: {_reason(error)}") from error
 
   def _unreadable(self, step: int, steps: list[int], error: Exception) -> ValueError:
     earlier = [s for s in steps if s < step]
@@ -209,33 +288,63 @@ class Checkpoints:
     )
 
 
+def open_checkpoints(config: CheckpointConfig, run_dir: Path) -> Checkpoints:
+  """Those of a run."""
+  return Checkpoints(
+    run_dir / "checkpoints", keep=config.keep, keep_every=config.keep_every, verify=config.verify
+  )
+
+
 def _reason(error: Exception) -> str:
   """The first line of a message; Orbax's and TensorStore's go on for pages."""
   return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-  """The record of a checkpoint whose files are all as they were written, else OSError or ValueError.
+  """The record of a checkpoint; its `files` are the size and checksum of every file by name.
 
-  Orbax would find most damage too, but says so in hundreds of lines, and cannot tell flipped bits.
+  Raises:
+    UserError: there is none of ours.
   """
-  try:
-    record = json.loads((path / _RECORD).read_text())
-  except FileNotFoundError:
-    raise UserError(f"it has no {_RECORD}") from None
-  except ValueError:
-    raise UserError(f"{_RECORD} is not JSON") from None
-  if not isinstance(record, dict) or record.get("format") != _FORMAT:
+  record = _read_json(path / _RECORD)
+  if record.get("format") not in _READABLE:
     raise UserError(f"{_RECORD} is not of the format {_FORMAT}")
-  for name, (size, crc) in record["files"].items():
-    file = path / name
-    if not file.is_file():
-      raise UserError(f"{name} is missing")
-    if file.stat().st_size != size:
-      raise UserError(f"{name} has {file.stat().st_size} bytes instead of {size}")
-    if _crc(file) != crc:
-      raise UserError(f"{name} has changed")
-  return record
+  files = {name: tuple(known) for name, known in record["files"].items()}
+  for others in sorted(path.glob(_CHECKSUMS.format("*"))):
+    for name, crc in _read_json(others).items():
+      if name in files:
+        files[name] = (files[name][0], crc)
+  return {**record, "files": files}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+  try:
+    value = json.loads(file.read_text())
+  except FileNotFoundError:
+    raise UserError(f"it has no {file.name}") from None
+  except OSError as error:
+    raise UserError(f"{file.name} cannot be read: {_reason(error)}") from error
+  except ValueError:
+    raise UserError(f"{file.name} is not JSON") from None
+  if not isinstance(value, dict):
+    raise UserError(f"{file.name} is not of the format {_FORMAT}")
+  return value
+
+
+def _files(path: Path) -> dict[str, Path]:
+  """The files of the arrays by their name in the record."""
+  return {
+    file.relative_to(path).as_posix(): file
+    for file in sorted((path / _ARRAYS).rglob("*"))
+    if file.is_file()
+  }
+
+
+def _writer_of(name: str) -> int:
+  """The process that wrote a file and checks it; what many wrote is the first one's."""
+  found = _WRITER.search(name)
+  process = int(found[1]) if found else 0
+  return process if process < jax.process_count() else 0
 
 
 def _crc(file: Path) -> int:

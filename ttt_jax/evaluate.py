@@ -7,7 +7,7 @@ fast ones and rely on them; a twin trained without fast weights on the same batc
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import jax
@@ -15,16 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Integer, Shaped
+from jaxtyping import Array, Float, Int, Int32, Integer, Shaped
 
 from ttt_jax.config import Config
-from ttt_jax.data import Corpus, heldout_rows
+from ttt_jax.data import VOCAB_SIZE, Corpus, heldout_rows
 from ttt_jax.generation.generate import generate
+from ttt_jax.generation.reader import Reader
 from ttt_jax.generation.sampling import stop_tokens
 from ttt_jax.generation.segments import row_shards
 from ttt_jax.loss import IGNORE, model_losses
 from ttt_jax.nn.transformer import Transformer
+from ttt_jax.restore import abstract_model
 from ttt_jax.sharding import put
+from ttt_jax.tree import delete
 
 
 @partial(jax.jit, static_argnames="update")
@@ -81,20 +84,36 @@ def heldout_by_position(
   such model, and for the updates of a model that has none to switch off.
   """
 
-  def column(model, update):
-    if model is None or not (update or config.ttt.layers):
-      return [(None, None, None)] * config.eval.buckets
-    return by_position(losses_by_token(model, rows, mesh, update=update), config.eval.buckets)
+  columns = {}
+  for name, read in (("loss", model), ("loss_baseline", baseline), ("loss_before", before)):
+    if read is not None:
+      columns |= _columns(config, read, rows, mesh, name)
+  return _table(config, columns)
 
-  columns = {
-    "loss": column(model, True),
-    "loss_updates_off": column(model, False),
-    "loss_baseline": column(baseline, True),
-    "loss_before": column(before, True),
-    "loss_before_updates_off": column(before, False),
+
+# Of `heldout_by_position`, in the order of `summary.json`; a twin has no updates to switch off.
+_COLUMNS = ("loss", "loss_updates_off", "loss_baseline", "loss_before", "loss_before_updates_off")
+
+
+def _columns(
+  config: Config, model: Transformer, rows: Int[np.ndarray, "B T"], mesh: Mesh, name: str
+) -> dict[str, list[tuple[int, int, float]]]:
+  """The columns of a model, of which `name` is that with updates."""
+  updates = {name: True}
+  if config.ttt.layers and f"{name}_updates_off" in _COLUMNS:
+    updates[f"{name}_updates_off"] = False
+  return {
+    column: by_position(losses_by_token(model, rows, mesh, update=update), config.eval.buckets)
+    for column, update in updates.items()
   }
+
+
+def _table(
+  config: Config, columns: dict[str, list[tuple[int, int, float]]]
+) -> list[dict[str, Any]]:
+  nothing = [(None, None, None)] * config.eval.buckets
   return [
-    {"from": low, "to": high, **{name: parts[i][2] for name, parts in columns.items()}}
+    {"from": low, "to": high, **{name: columns.get(name, nothing)[i][2] for name in _COLUMNS}}
     for i, (low, high, _) in enumerate(columns["loss"])
   ]
 
@@ -108,7 +127,7 @@ def mean_of_buckets(table: list[dict[str, Any]], column: str) -> float | None:
 
 
 def continue_row(
-  model: Transformer,
+  model: Transformer | Reader,
   prompt: Integer[np.ndarray, "T"],
   *,
   new_tokens: int,
@@ -132,40 +151,70 @@ def continue_row(
   return result.new_tokens[0]
 
 
-def evaluate(
-  config: Config,
-  model: Transformer,
-  baseline: Transformer | None,
-  before: Transformer | None,
-  corpus: Corpus,
-  mesh: Mesh,
-) -> dict[str, Any]:
-  """The evaluation part of `summary.json`."""
-  rows = heldout_rows(
+def evaluation_rows(config: Config, corpus: Corpus) -> Int32[np.ndarray, "B T"]:
+  """The held-out documents that `evaluate` reads.
+
+  Raises:
+    UserError: no document has `eval.seq_len` tokens.
+  """
+  return heldout_rows(
     corpus.sources,
     seq_len=config.eval_seq_len,
     max_documents=config.eval.documents,
     seed=config.seed,
   )
-  table = heldout_by_position(config, model, baseline, rows, mesh, before=before)
+
+
+def check_evaluation(config: Config, mesh: Mesh) -> None:
+  """Traces what `evaluate` will compute, on shapes alone.
+
+  Raises:
+    UserError, UnsupportedError: rows of `eval.seq_len` tokens, which may be longer than those of
+      `data.seq_len`, cannot be read so.
+  """
+  tokens = jax.ShapeDtypeStruct((row_shards(mesh), config.eval_seq_len), jnp.int32)
+  with jax.set_mesh(mesh):
+    for update in (True, False) if config.ttt.layers else (True,):
+      jax.eval_shape(partial(_losses, update=update), abstract_model(config, mesh), tokens)
+
+
+def evaluate(
+  config: Config,
+  model: Transformer | Callable[[], Transformer],
+  baseline: Transformer | Callable[[], Transformer] | None,
+  before: Transformer | Callable[[], Transformer] | None,
+  corpus: Corpus,
+  mesh: Mesh,
+  *,
+  rows: Int32[np.ndarray, "B T"] | None = None,
+) -> dict[str, Any]:
+  """The evaluation part of `summary.json`.
+
+  Args:
+    model, baseline, before: as in `heldout_by_position`; or functions that hand a model over, so that
+      there is one at a time: each is called when its turn comes, and its model deleted before the next.
+    rows: `evaluation_rows`, if they are known already.
+  """
+  rows = evaluation_rows(config, corpus) if rows is None else rows
+  owned = not isinstance(model, Transformer)
+  model = model() if owned else model
+  columns = _columns(config, model, rows, mesh, "loss")
   sample = None
   if (
     jax.process_count() == 1
   ):  # `generate` reads every token it draws, which no process has of all rows
-    prompt = rows[0][: min(config.eval.prompt_tokens, config.eval_seq_len)]
-    stop = stop_tokens(config.model, corpus.tokenizer)
-    if len(prompt) > 1 and prompt[-1] in stop:
-      prompt = prompt[:-1]  # a whole document: what is behind its end is another one
-    continuation = continue_row(
-      model,
-      prompt,
-      new_tokens=config.eval.sample_tokens,
-      temperature=config.eval.temperature,
-      seed=config.seed,
-      stop=stop,
-    )
-    texts = (corpus.decode(x, skip_special_tokens=True) for x in (prompt, continuation))
-    sample = dict(zip(("prompt", "continuation"), texts))
+    model = Reader.of(model, donate=owned)
+    sample = _sample(config, model, corpus, rows[0])
+  if owned:
+    delete(model)
+  for name, other in (("loss_baseline", baseline), ("loss_before", before)):
+    if isinstance(other, Transformer):
+      columns |= _columns(config, other, rows, mesh, name)
+    elif other is not None:
+      read = other()
+      columns |= _columns(config, read, rows, mesh, name)
+      delete(read)
+  table = _table(config, columns)
   return {
     "heldout_documents": len(rows),
     "heldout_seq_len": config.eval_seq_len,
@@ -173,3 +222,32 @@ def evaluate(
     "heldout_by_position": table,
     "sample": sample,
   }
+
+
+def _sample(
+  config: Config, model: Reader, corpus: Corpus, row: Int32[np.ndarray, "T"]
+) -> dict[str, str]:
+  """The beginning of a held-out document, and what the model makes of it."""
+  prompt = row[: min(config.eval.prompt_tokens, config.eval_seq_len)]
+  stop = stop_tokens(config.model, corpus.tokenizer)
+  if len(prompt) > 1 and prompt[-1] in stop:
+    prompt = prompt[:-1]  # a whole document: what is behind its end is another one
+  continuation = continue_row(
+    model,
+    prompt,
+    new_tokens=config.eval.sample_tokens,
+    temperature=config.eval.temperature,
+    seed=config.seed,
+    stop=stop,
+  )
+  return {"prompt": _text(corpus, prompt), "continuation": _text(corpus, continuation)}
+
+
+def _text(corpus: Corpus, tokens: Integer[np.ndarray, "T"]) -> str:
+  """The text of tokens; U+FFFD for one that only the model has, whose vocabulary may be padded."""
+  known = VOCAB_SIZE if corpus.tokenizer is None else corpus.tokenizer.vocab_size
+  parts = [
+    corpus.decode(list(part), skip_special_tokens=True) if is_known else "\ufffd" * len(list(part))
+    for is_known, part in groupby(tokens.tolist(), lambda token: token < known)
+  ]
+  return "".join(parts)

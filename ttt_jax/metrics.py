@@ -53,6 +53,12 @@ def open_log(config: Config, run_dir: Path, *, resume_step: int) -> Iterator[Log
     yield Log(writers)
 
 
+def check_writers(config: Config) -> None:
+  """Raises UserError for a writer of `train.writers` whose package is not there."""
+  for name in config.train.writers:
+    _extra(*_PACKAGES[name])
+
+
 def _open_jsonl(config: Config, run_dir: Path, resume_step: int) -> Writer:
   return MetricsLog.open(run_dir / METRICS_FILE, resume_step=resume_step)
 
@@ -60,7 +66,7 @@ def _open_jsonl(config: Config, run_dir: Path, resume_step: int) -> Writer:
 class _TensorBoard:
   def __init__(self, config: Config, run_dir: Path, resume_step: int):
     # Steps after the one resumed from are written again: TensorBoard drops the old ones.
-    self._writer = _extra("tensorboardX", "tensorboard").SummaryWriter(
+    self._writer = _extra(*_PACKAGES["tensorboard"]).SummaryWriter(
       str(run_dir / "tensorboard"), purge_step=resume_step + 1
     )
 
@@ -77,7 +83,7 @@ class _Wandb:
   def __init__(self, config: Config, run_dir: Path, resume_step: int):
     # One identity per run directory, so that a resumed run goes on in its own curves.
     file = run_dir / "wandb_id"
-    wandb = _extra("wandb", "wandb")
+    wandb = _extra(*_PACKAGES["wandb"])
     if not file.exists():
       file.write_text(wandb.util.generate_id())
     self._run = wandb.init(
@@ -95,6 +101,10 @@ _OPENERS: dict[str, Callable[[Config, Path, int], Writer]] = {
   "tensorboard": _TensorBoard,
   "wandb": _Wandb,
 }
+
+
+# By the name of a writer: what it imports, and the extra of ttt_jax that installs it.
+_PACKAGES = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb", "wandb")}
 
 
 def _extra(package: str, extra: str):
@@ -125,6 +135,7 @@ class Profile:
     self._steps = steps
     self._path = run_dir / "profile"
     self._running = False
+    self._latest = None  # what the last step of the trace will have made
 
   def __enter__(self) -> "Profile":
     return self
@@ -132,19 +143,27 @@ class Profile:
   def __exit__(self, *exception) -> None:
     self._stop()
 
-  def before(self, step: int) -> None:
-    """Called before a step is started."""
+  def before(self, step: int, state: Any) -> None:
+    """Called before a step is started, with the state that it will be given."""
     if self._steps is None:
       return
     first, last = self._steps
+    self._latest = None  # donated to the step
     if first <= step <= last and not self._running:
+      jax.block_until_ready(state)  # else the trace begins with the end of earlier steps
       jax.profiler.start_trace(str(self._path))
       self._running = True
-    elif step > last:
-      self._stop()
+
+  def after(self, step: int, state: Any) -> None:
+    """Called when a step was started, with the state that it will have made."""
+    if self._running:
+      self._latest = state
+      if step >= self._steps[1]:
+        self._stop()
 
   def _stop(self) -> None:
     if self._running:
-      jax.effects_barrier()
+      # A step is only dispatched when `after` is called; a trace stopped then would not have it.
+      jax.block_until_ready(self._latest)
       jax.profiler.stop_trace()
-      self._running = False
+      self._running, self._latest = False, None

@@ -54,6 +54,8 @@ class TrainingProgress:
     """Shows the newest record."""
     speed = record["tokens_per_second"]
     status = f"loss {record['loss']:.3f}" + (f"  {speed:,.0f} tok/s" if speed else "")
+    if "heldout_loss" in record:
+      status += f"  held-out loss {record['heldout_loss']:.3f}"
     self._progress.update(self._task, completed=done, status=status)
     if not self._console.is_terminal and (done >= self._next_line or done == self._steps):
       self._next_line = done + self._every

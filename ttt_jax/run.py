@@ -1,29 +1,34 @@
 """A whole run: corpus, mesh, training, its twin, evaluation, and what they leave in the run directory."""
 
 import statistics
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int32
 from rich.console import Console
 from rich.table import Table
 
-from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.config import Config
 from ttt_jax.data import VOCAB_SIZE, Corpus, load_corpus
 from ttt_jax.distributed import is_main, on_main, together
 from ttt_jax.errors import UserError
-from ttt_jax.evaluate import evaluate
+from ttt_jax.evaluate import check_evaluation, evaluate, evaluation_rows
 from ttt_jax.initial import initial_model, resolve, resolve_run
+from ttt_jax.metrics import check_writers
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.plots import plot_by_position, plot_training
 from ttt_jax.pretrained.tokenizer import load_tokenizer
+from ttt_jax.restore import abstract_model, load_model
 from ttt_jax.rundir import METRICS_FILE, as_begun, hold_run, open_run, read_metrics, write_json
 from ttt_jax.sharding import make_mesh
-from ttt_jax.step import abstract_state
 from ttt_jax.train import model_summary, train
+from ttt_jax.tree import delete
 
 BASELINE = "baseline"  # the twin's directory inside the run's
 
@@ -41,29 +46,73 @@ def run_training(config: Config, console: Console | None = None) -> dict[str, An
   config = as_begun(resolve(config))
   mesh = make_mesh(config.mesh)
   corpus = together(lambda: load_data(config))
+  rows = together(lambda: check_ready(config, corpus, mesh))
   run_dir = Path(config.resolved_run_dir)
   with ExitStack() as held:
     on_main(lambda: held.enter_context(hold_run(run_dir, config)))
-    return _train_and_report(config, corpus, mesh, run_dir, console)
+    return _train_and_report(config, corpus, mesh, run_dir, rows, console)
 
 
-def _train_and_report(config, corpus, mesh, run_dir, console) -> dict[str, Any] | None:
+def check_ready(config: Config, corpus: Corpus, mesh: Mesh) -> Int32[np.ndarray, "B T"]:
+  """Asks before the first step what would else be missing after the last; returns `evaluation_rows`.
+
+  Nothing has been written by then.
+
+  Raises:
+    UserError, UnsupportedError: no held-out document is long enough; documents of that length cannot be
+      read on this mesh; a trace of steps that do not come; a writer whose package is not there.
+  """
+  if is_main():
+    check_writers(config)
+  profile = config.train.profile
+  if profile is not None and profile[1] > config.train.steps:
+    raise UserError(
+      f"train.profile={list(profile)} ends after the last step, train.steps={config.train.steps}: choose "
+      "earlier steps, or null"
+    )
+  rows = evaluation_rows(config, corpus)
+  check_evaluation(config, mesh)
+  if config.eval.baseline:
+    check_evaluation(config.without_ttt(), mesh)
+  return rows
+
+
+def _train_and_report(config, corpus, mesh, run_dir, rows, console) -> dict[str, Any] | None:
   console.print(corpus.report(), highlight=False)
   console.print(f"{_devices(mesh)}; run directory {run_dir}", highlight=False)
 
-  result = train(config, corpus, mesh, run_dir, console=console)
+  twin = config.eval.baseline
+  finished, step, model = _train(
+    config, corpus, mesh, run_dir, console=console, keep_model=not twin
+  )
   baseline = None
-  if result.finished and config.eval.baseline:
+  if finished and twin:
+    # It has all the memory; then the models are read from their checkpoints, one at a time.
     plain, where = config.without_ttt(), run_dir / BASELINE
-    twin = train(plain, corpus, mesh, where, title="twin without TTT", console=console)
-    result = result if twin.finished else twin
-    baseline = twin.state.model
-  if not result.finished:
-    console.print(
-      f"stopped after step {int(result.state.step)}, saved: the same command goes on from there"
-    )
+    named = {"title": "twin without TTT", "console": console}
+    finished, step, _ = _train(plain, corpus, mesh, where, keep_model=False, **named)
+    model = partial(load_model, config, mesh, run_dir)
+    baseline = partial(load_model, plain, mesh, where)
+  if not finished:
+    console.print(f"stopped after step {step}, saved: the same command goes on from there")
     return None
-  return _evaluate_and_report(config, result.state.model, baseline, corpus, mesh, run_dir, console)
+  return _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, rows, console)
+
+
+def _train(*args, keep_model: bool, **kwargs) -> tuple[bool, int, Callable[[], Transformer] | None]:
+  """`train`: whether it finished, its last step, and its model to be handed over.
+
+  All other arrays of its state are deleted: a run that just fits has no room for more.
+  """
+  result = train(*args, **kwargs)
+  finished, step, state = result.finished, int(result.state.step), result.state
+  delete(state._replace(model=None) if keep_model else state)
+  return finished, step, _handed_over(state.model) if keep_model else None
+
+
+def _handed_over(model: Transformer) -> Callable[[], Transformer]:
+  """A function that returns the model once and keeps no reference to it."""
+  return [model].pop
 
 
 def run_evaluation(
@@ -84,13 +133,14 @@ def run_evaluation(
   mesh = make_mesh(config.mesh)
   run_dir = Path(config.resolved_run_dir)
   corpus = together(lambda: load_data(config))
-  model, baseline = evaluated_model(config, mesh, is_run=is_run), None
+  rows = together(lambda: evaluation_rows(config, corpus))
+  model, baseline = _handed_over(evaluated_model(config, mesh, is_run=is_run)), None
   if is_run and config.eval.baseline:
-    baseline = load_model(config.without_ttt(), mesh, run_dir / BASELINE)
+    baseline = partial(load_model, config.without_ttt(), mesh, run_dir / BASELINE)
   if not is_run:
     on_main(lambda: open_run(run_dir, config))
   console.print(corpus.report(), highlight=False)
-  return _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console)
+  return _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, rows, console)
 
 
 def evaluated_model(config: Config, mesh: Mesh, *, is_run: bool) -> Transformer:
@@ -123,16 +173,10 @@ def load_data(config: Config) -> Corpus:
   return load_corpus(config.data, seed=config.seed, tokenizer=tokenizer)
 
 
-def load_model(config: Config, mesh: Mesh, run_dir: Path) -> Transformer:
-  """The model of a run's newest checkpoint."""
-  if not (run_dir / "checkpoints").is_dir():
-    raise UserError(f"run_dir={str(run_dir)!r} has no checkpoints: train there first")
-  abstract = {"model": abstract_state(config, mesh).model}
-  with Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-    return checkpoints.restore(abstract, partial=True)[1]["model"]
-
-
-def _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console) -> dict[str, Any]:
+def _evaluate_and_report(
+  config, model, baseline, corpus, mesh, run_dir, rows, console
+) -> dict[str, Any]:
+  """`model` and `baseline` are functions that hand them over."""
   console.print("evaluating on held-out documents ...")
   runs = {}
   if (run_dir / METRICS_FILE).exists():  # else nothing was trained: a pretrained model as it is
@@ -140,13 +184,16 @@ def _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console
     runs[name] = read_metrics(run_dir / METRICS_FILE)
   if baseline is not None:
     runs["twin without"] = read_metrics(run_dir / BASELINE / METRICS_FILE)
-  before = initial_model(config, mesh) if config.eval.before else None
+  before = partial(initial_model, config, mesh) if config.eval.before else None
+  shapes = abstract_model(config, mesh)
   records = next(iter(runs.values()), [])
   summary = {
     "name": config.name,
     "steps": records[-1]["step"] if records else 0,
-    "params": count_parameters(model),
-    "params_baseline": None if baseline is None else count_parameters(baseline),
+    "params": count_parameters(shapes),
+    "params_baseline": None
+    if baseline is None
+    else count_parameters(abstract_model(config.without_ttt(), mesh)),
     "devices": mesh.size,
     "processes": jax.process_count(),
     "device_kind": mesh.devices.flat[0].device_kind,
@@ -156,9 +203,9 @@ def _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, console
     "tokens_per_second": _speed(records),
     "tokens_per_second_baseline": _speed(runs["twin without"]) if baseline is not None else None,
     "skipped": corpus.skipped.counts(),
-    **evaluate(config, model, baseline, before, corpus, mesh),
+    **evaluate(config, model, baseline, before, corpus, mesh, rows=rows),
   }
-  on_main(lambda: _write_summary(config, model, summary, runs, run_dir, console))
+  on_main(lambda: _write_summary(config, shapes, summary, runs, run_dir, console))
   return summary
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,6 +37,8 @@ _AS_BEGUN = {"data.start_of_text": None, "data.end_of_text": False}
 MAY_CHANGE = (
   "train.steps",
   "train.log_every",
+  "train.writers",
+  "train.profile",
   "data.max_bad_records",
   "mesh",
   "checkpoint",
@@ -81,11 +84,16 @@ def hold_run(path: str | Path, config: Config) -> Iterator[None]:
   locked, a warning says that nothing holds it.
 
   Raises:
-    ValueError: another process is at it; as `open_run`. Nothing has been changed.
+    ValueError: another process is at it; it cannot be written to; as `open_run`. Nothing has been
+      changed.
   """
   path = Path(path)
   _check_run(path, config, MAY_CHANGE)
   _make_directory(path)
+  try:
+    tempfile.TemporaryFile(dir=path).close()
+  except OSError as error:
+    raise UserError(f"run_dir={str(path)!r} cannot be written to: {error.strerror}") from error
   with ExitStack() as held:
     try:
       held.enter_context(FileLock(path / _LOCK_FILE, timeout=0))

@@ -16,7 +16,7 @@ from ttt_jax.loss import IGNORE, mean_loss, model_losses
 from ttt_jax.nn.mlp import merge_stats
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.ops.numerics import accumulation_dtype
-from ttt_jax.optim import make_optimizer
+from ttt_jax.optim import learning_rate, make_optimizer
 from ttt_jax.partition import constrain_parameters, shardings
 from ttt_jax.sharding import constrain, put_rows, sharding
 from ttt_jax.trainable import trained_parameters, with_parameters
@@ -85,6 +85,11 @@ def train_step(
 
   Where the loss or a gradient is not finite, nothing changes but the counters. Pure; jit it under
   `jax.set_mesh`.
+
+  Returns:
+    The next state, and the metrics: `loss`, `grad_norm`, `update_norm` (0 if skipped), `learning_rate` of
+    this update, `skipped` and `bad_in_a_row` with this step, and the statistics of the fast weights as
+    `ttt`.
   """
   loss, grads, stats = _gradients(state.model, batch, config.train)
   grad_norm = optax.tree.norm(grads)
@@ -115,6 +120,8 @@ def train_step(
     "loss": loss,
     "grad_norm": grad_norm,
     "update_norm": jnp.where(good, optax.tree.norm(updates), 0),
+    # Optax counts updates, of which a skipped step is none.
+    "learning_rate": learning_rate(config.train)(state.step - state.skipped),
     "skipped": new.skipped,
     "bad_in_a_row": new.bad_in_a_row,
     "ttt": stats,

@@ -2,25 +2,27 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from ttt_jax.checkpoint import Checkpoints
+from ttt_jax.checkpoint import open_checkpoints
 from ttt_jax.config import Config
 from ttt_jax.data import Corpus, merge_states, training_rows
-from ttt_jax.distributed import gather, stop_requests
+from ttt_jax.distributed import gather, is_main, stop_requests
 from ttt_jax.errors import UserError
+from ttt_jax.evaluate import evaluation_rows, losses_by_token
 from ttt_jax.flops import training_flops
 from ttt_jax.metrics import Profile, open_log
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.ops.cost import find_device
-from ttt_jax.optim import learning_rate
 from ttt_jax.progress import TrainingProgress
 from ttt_jax.sharding import local_rows
 from ttt_jax.step import TrainState, abstract_state, init_state, jit_train_step, put_batch
@@ -35,13 +37,56 @@ class TrainResult:
   finished: bool  # False: it was interrupted, and saved
 
 
+class TokenCount:
+  """Tokens that all steps have read, on all processes, without the padding of their rows.
+
+  Counted on the host, by the slots of the batch: in a step it would be an all-reduce more, and processes
+  whose devices split a sequence hold the same slots.
+  """
+
+  def __init__(self, slots: Sequence[int], before: int = 0):
+    self._before = before
+    self._counts = dict.fromkeys(slots, 0)
+
+  @classmethod
+  def resumed(
+    cls, config: Config, slots: Sequence[int], step: int, data_state: dict[str, Any]
+  ) -> "TokenCount":
+    """The count that goes on from a checkpoint, by the total in its data state."""
+    if _TOKENS in data_state:
+      return cls(slots, data_state[_TOKENS])
+    filled = step * config.train.batch_size * config.data.seq_len
+    if is_main():
+      warnings.warn(
+        f"the checkpoint of step {step} is of an earlier version of ttt_jax, which did not count tokens: "
+        f"'tokens' goes on from {filled}, the padding of the rows so far included",
+        stacklevel=3,
+      )
+    return cls(slots, filled)
+
+  def add(self, rows: dict[str, np.ndarray]) -> None:
+    """Those of the rows that this process has of one more batch."""
+    for slot, segment_ids in zip(self._counts, rows["segment_ids"], strict=True):
+      self._counts[slot] += int(np.count_nonzero(segment_ids))
+
+  def total(self) -> int:
+    """Called by all processes."""
+    of_slots = {}
+    for counts in gather({str(slot): count for slot, count in self._counts.items()}):
+      of_slots |= counts
+    return self._before + sum(of_slots.values())
+
+
+_TOKENS = "tokens"  # in the data state of a checkpoint
+
+
 class Clock:
   """Speed and waiting of the steps between two records; the step that compiles counts in neither."""
 
   def __init__(self, config: Config, devices: int):
-    self._tokens = config.train.batch_size * config.data.seq_len
-    self._flops = training_flops(config) / devices
-    self._since, self._steps, self._waited = None, 0, 0.0
+    self._flops_per_token = training_flops(config) / config.train.batch_size / config.data.seq_len
+    self._devices = devices
+    self._since, self._tokens, self._waited = None, 0, 0.0
 
   @property
   def started(self) -> bool:
@@ -54,41 +99,51 @@ class Clock:
     yield
     self._waited += time.perf_counter() - start
 
-  def count(self) -> None:
-    """A step was started."""
-    self._steps += 1
-
-  def read(self) -> dict[str, float | None]:
+  def read(self, tokens: int) -> dict[str, float | None]:
     """What a record says of the steps since the last call; call it when their results are there.
 
-    `mfu` is `training_flops` against the peak of the devices for products of bfloat16, and
-    `waiting_for_data` the part of the time that the host spent on rows, whether or not the devices had
-    to wait for them.
+    `tokens_per_second` counts no padding, nor does `mfu`: the FLOPs of the tokens read, by
+    `training_flops`, against the peak of the devices for products of bfloat16. `waiting_for_data` is the
+    part of the time that the host spent on rows, whether or not the devices had to wait for them.
+
+    Args:
+      tokens: read in all, by `TokenCount`.
     """
     now = time.perf_counter()
     values = dict.fromkeys(("tokens_per_second", "mfu", "waiting_for_data"))
     if self._since is not None:
-      seconds = now - self._since
+      speed = (tokens - self._tokens) / (now - self._since)
+      peak = self._devices * find_device().peak
       values = {
-        "tokens_per_second": self._steps * self._tokens / seconds,
-        "mfu": self._steps * self._flops / seconds / find_device().peak,
-        "waiting_for_data": self._waited / seconds,
+        "tokens_per_second": speed,
+        "mfu": speed * self._flops_per_token / peak,
+        "waiting_for_data": self._waited / (now - self._since),
       }
-    self._since, self._steps, self._waited = now, 0, 0.0
+    self._since, self._tokens, self._waited = now, tokens, 0.0
     return values
 
+  def restart(self) -> None:
+    """What came since `read` was no step."""
+    self._since = time.perf_counter()
 
-def metrics_record(config: Config, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-  """What a line of `metrics.jsonl` says of a step: its loss and norms, and all that was skipped so far."""
+
+def metrics_record(
+  config: Config, step: int, metrics: dict[str, Any], tokens: int
+) -> dict[str, Any]:
+  """What a line of `metrics.jsonl` says of a step: its loss, norms and learning rate.
+
+  And of all steps so far, with those that were skipped: the `tokens` read, the part of their rows that
+  was `padding` instead, and how many were `skipped`.
+  """
   record = {
     "step": step,
     "loss": float(metrics["loss"]),
-    "tokens": step * config.train.batch_size * config.data.seq_len,
+    "tokens": tokens,
+    "padding": 1 - tokens / (step * config.train.batch_size * config.data.seq_len),
     "grad_norm": float(metrics["grad_norm"]),
     "update_norm": float(metrics["update_norm"]),
     "skipped": int(metrics["skipped"]),
-    # The rate this step was taken with: the schedule counts steps from 0.
-    "learning_rate": float(learning_rate(config.train)(step - 1)),
+    "learning_rate": float(metrics["learning_rate"]),
   }
   stats = metrics["ttt"]
   if stats is not None:
@@ -119,7 +174,8 @@ def train(
   """Trains to `train.steps`, from the newest checkpoint under `run_dir` if there is one.
 
   Writes `metrics.jsonl` and `checkpoints/` there. Ctrl-C and SIGTERM finish the running step, save
-  and return; the same call again goes on from there, with every logged step in the metrics once.
+  and return; the same call again goes on from there, with every logged step in the metrics once. With
+  `eval.every` the records of those steps have the `heldout_loss`, the mean over `evaluation_rows`.
 
   Raises:
     ValueError: a checkpoint that cannot be read or is another model's; nothing is overwritten. More than
@@ -134,13 +190,13 @@ def train(
     slots=local_rows(mesh, config.train.batch_size),
     align=config.ttt.chunk_size if config.data.align_documents else 1,
   )
-  kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
-  with closing(rows), Checkpoints(run_dir / "checkpoints", **kept) as checkpoints:
+  with closing(rows), open_checkpoints(config.checkpoint, run_dir) as checkpoints:
     if checkpoints.latest_step is None:
-      state = init_state(config, mesh)
+      state, tokens = init_state(config, mesh), TokenCount(rows.slots)
     else:
-      _, arrays, data_state = checkpoints.restore(abstract_state(config, mesh)._asdict())
+      at, arrays, data_state = checkpoints.restore(abstract_state(config, mesh)._asdict())
       state = TrainState(**arrays)
+      tokens = TokenCount.resumed(config, rows.slots, at, data_state)
       rows.set_state(data_state)
     done = int(state.step)
 
@@ -150,11 +206,12 @@ def train(
       checkpoints.save(
         done,
         arrays=state._asdict(),
-        data_state=merge_states(gather(rows.get_state())),
+        data_state={**merge_states(gather(rows.get_state())), _TOKENS: tokens.total()},
         config=dataclasses.asdict(config),
       )
 
     step = jit_train_step(config, mesh)
+    heldout = None if config.eval.every is None else evaluation_rows(config, corpus)
     clock = Clock(config, mesh.size)
     with (
       jax.set_mesh(mesh),
@@ -164,17 +221,24 @@ def train(
       Profile(config.train.profile, run_dir) as profile,
     ):
       while done < steps and not stop(done):
-        profile.before(done + 1)
+        profile.before(done + 1, state)
         with clock.waiting():
-          batch = put_batch(next(rows), mesh)
+          batch = next(rows)
+          tokens.add(batch)
+          batch = put_batch(batch, mesh)
         state, metrics = step(state, batch)
         done += 1
-        clock.count()
-        due = done % config.train.log_every == 0 or done == steps
+        profile.after(done, state)
+        judged = heldout is not None and done % config.eval.every == 0
+        due = judged or done % config.train.log_every == 0 or done == steps
         if due or not clock.started:
           # The only transfer from the devices between two checkpoints.
           metrics = jax.device_get(metrics)
-          record = metrics_record(config, done, metrics) | clock.read() | device_memory()
+          read = tokens.total()
+          record = metrics_record(config, done, metrics, read) | clock.read(read) | device_memory()
+          if judged:
+            record["heldout_loss"] = float(losses_by_token(state.model, heldout, mesh).mean())
+            clock.restart()
           if due:
             log.write(record)
           progress.update(done, record)

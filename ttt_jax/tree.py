@@ -13,3 +13,9 @@ def named_leaves(tree: Any, separator: str = "/") -> dict[str, Any]:
   }
   assert len(named) == len(leaves), "two leaves with one name"
   return named
+
+
+def delete(tree: Any) -> None:
+  """Frees the arrays of a pytree now, whoever else refers to them."""
+  for leaf in jax.tree.leaves(tree):
+    leaf.delete()

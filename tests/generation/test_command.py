@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import subprocess
+import sys
 from codecs import BOM_UTF8
 
 import numpy as np
@@ -128,3 +130,19 @@ def test_bench(tmp_path, capsys):
   assert len(fast["seconds_per_step"]) == 5
   assert np.all(np.array(fast["seconds_per_step"]) > 0)
   assert "with fast weights" in capsys.readouterr().out
+
+
+def test_generating_and_converting_import_no_trainer(checkpoint, tmp_path):
+  """Optax is Flax's own import."""
+  words = ["generate", str(checkpoint), "--prompt", "to read", "--max-new-tokens", "2"]
+  code = (
+    "import sys; from ttt_jax.cli import main; "
+    f"assert main({words!r}) == 0; "
+    f"assert main(['convert', {str(checkpoint)!r}, {str(tmp_path / 'converted')!r}]) in (0, None); "
+    "print(*sys.modules)"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  imported = set(done.stdout.splitlines()[-1].split())
+  trainer = {f"ttt_jax.{name}" for name in ("run", "train", "step", "optim", "plots", "checkpoint")}
+  assert not imported & ({"orbax", "grain", "matplotlib"} | trainer)
+  assert "ttt_jax.pretrained.source" in imported

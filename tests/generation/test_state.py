@@ -1,14 +1,17 @@
 """States in files: as if there had been no break, and never half a file."""
 
 import dataclasses
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import MODEL, TTT, mesh_of, random_model, randomized
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ttt_jax.generation import reader as reader_module
 from ttt_jax.generation import state as module
 from ttt_jax.generation.generate import generate
 from ttt_jax.generation.reader import Reader
@@ -111,3 +114,68 @@ def test_a_failing_save_leaves_the_old_state(model, saved, monkeypatch):
     state.save(saved)
   assert saved.read_bytes() == before
   assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_fingerprint_is_taken_once_and_only_where_a_state_leaves_its_model(
+  model, tmp_path, monkeypatch
+):
+  taken, cut = [], []
+  bit_sums, layer = reader_module._bit_sums, reader_module._layer
+  monkeypatch.setattr(reader_module, "_bit_sums", lambda r: taken.append(r) or bit_sums(r))
+  monkeypatch.setattr(reader_module, "_layer", lambda *args: cut.append(args[1]) or layer(*args))
+  mine = jax.tree.map(jnp.copy, model)
+  state = generate(mine, PROMPTS, max_new_tokens=2).state
+  for _ in range(3):
+    state = generate(mine, [[]] * 3, max_new_tokens=1, state=state).state
+  learned = state.fast_weights_only()
+  generate(mine, PROMPTS, max_new_tokens=1, state=learned)
+  assert (len(taken), len(cut)) == (0, MODEL.num_layers)
+  state.save(tmp_path / "state")
+  learned.save(tmp_path / "learned")
+  for path in ("state", "learned"):
+    generate(mine, PROMPTS, max_new_tokens=1, state=load_state(tmp_path / path, mine))
+  assert (len(taken), len(cut)) == (1, MODEL.num_layers)
+  same = jax.tree.map(jnp.copy, model)
+  generate(same, PROMPTS, max_new_tokens=1, state=learned)
+  assert (len(taken), len(cut)) == (2, 2 * MODEL.num_layers)
+
+
+def test_a_model_that_is_trained_in_place_is_read_anew(model, tmp_path):
+  """Its states stay those of the parameters that they were made with, also of those that nobody cut."""
+  mine = jax.tree.map(jnp.copy, model)
+  reader, state = Reader.of(mine), generate(mine, PROMPTS, max_new_tokens=2).state
+  assert Reader.of(mine) is reader
+  moved = randomized(model, seed=3)
+  for name in ("embed", "groups"):
+    old = Reader.of(mine)
+    nnx.update(mine, nnx.state({name: getattr(moved, name)}))
+    assert Reader.of(mine) is not old
+  fresh = jax.tree.map(lambda x: x, mine)
+  assert as_lists(generate(mine, PROMPTS, max_new_tokens=9)) == as_lists(
+    generate(fresh, PROMPTS, max_new_tokens=9)
+  )
+  with pytest.raises(ValueError, match="the state is of a model with fingerprint"):
+    generate(mine, PROMPTS, max_new_tokens=1, state=state)
+  state.save(tmp_path / "state")
+  load_state(tmp_path / "state", jax.tree.map(jnp.copy, model))
+
+
+def test_what_is_kept_goes_with_the_model(model):
+  mine = jax.tree.map(jnp.copy, model)
+  copied = weakref.ref(Reader.of(mine).blocks[0].mlp.down[...])
+  assert copied() is not None
+  del mine
+  assert copied() is None
+
+
+def test_a_donated_model_is_there_once(model):
+  mine = jax.tree.map(jnp.copy, model)
+  stacks = jax.tree.leaves(mine.groups)
+  reader = Reader.of(mine, donate=True)
+  assert all(x.is_deleted() for x in stacks)
+  assert reader.fingerprint() == Reader.of(model).fingerprint()
+  state = generate(reader, PROMPTS, max_new_tokens=2).state
+  for x in jax.tree.leaves(reader):
+    x.delete()
+  with pytest.raises(ValueError, match="was deleted or donated before its fingerprint"):
+    state.model  # noqa: B018

@@ -75,8 +75,9 @@ class Config:
       "model with its updates off is the one without TTT",
     )
     require(
-      self.eval_seq_len >= self.eval.buckets,
-      f"eval.buckets={self.eval.buckets} is more than eval.seq_len={self.eval_seq_len}",
+      self.eval_seq_len > self.eval.buckets,
+      f"eval.buckets={self.eval.buckets} is more than the {self.eval_seq_len - 1} losses of a document of "
+      f"eval.seq_len={self.eval_seq_len} tokens",
     )
 
   @property

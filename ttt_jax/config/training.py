@@ -8,6 +8,7 @@ from ttt_jax.config.given import records_given
 
 TRAINABLE = ("all", "ttt", "ttt+down")
 WRITERS = ("tensorboard", "wandb")
+VERIFY = ("sizes", "checksums")
 
 
 @records_given
@@ -148,9 +149,14 @@ class CheckpointConfig:
   every: int = 100  # steps
   keep: int = 2  # the newest ones
   keep_every: int | None = None  # also those of every so many steps, for ever
+  # What a restore compares: "sizes" finds files that are missing or cut short; "checksums" also bits that
+  # changed on the disk, for which each process reads what it wrote once more after every save, and its
+  # share of all files before a restore.
+  verify: str = "sizes"
 
   def __post_init__(self):
     require_positive("checkpoint", self, "every", "keep")
+    require_choice("checkpoint.verify", self.verify, VERIFY)
     if self.keep_every is not None:
       require_positive("checkpoint", self, "keep_every")
       require(
@@ -166,6 +172,9 @@ class EvalConfig:
 
   baseline: bool = False  # also train a twin without TTT on the same batches
   before: bool = False  # also evaluate the model as it was before the first step
+  every: int | None = (
+    None  # also during training, every so many steps: `heldout_loss` in metrics.jsonl
+  )
   seq_len: int | None = None  # may be longer than the rows trained on; None: data.seq_len
   documents: int = 32
   buckets: int = 8
@@ -174,7 +183,8 @@ class EvalConfig:
   temperature: float = 0.7
 
   def __post_init__(self):
-    if self.seq_len is not None:
-      require_positive("eval", self, "seq_len")
+    for name in ("seq_len", "every"):
+      if getattr(self, name) is not None:
+        require_positive("eval", self, name)
     require_positive("eval", self, "documents", "buckets", "prompt_tokens", "sample_tokens")
     require(self.temperature >= 0, f"eval.temperature={self.temperature} must not be negative")

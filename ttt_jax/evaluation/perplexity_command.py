@@ -60,7 +60,7 @@ def run_perplexity(
   )
   if len(rows) < how.documents:
     console.print(f"{len(rows)} held-out documents have {how.tokens} tokens", highlight=False)
-  model = Reader.of(evaluated_model(config, make_mesh(config.mesh), is_run=is_run))
+  model = Reader.of(evaluated_model(config, make_mesh(config.mesh), is_run=is_run), donate=True)
   cells = Cells(out / "cells.jsonl", settings(model, rows, how))
   with EvaluationProgress("reading", tokens_to_read(model, len(rows), how)) as progress:
     report = evaluate_perplexity(model, rows, how, cells, on_read=progress.advance)

@@ -24,7 +24,6 @@ from ttt_jax.generation.segments import room_for, row_shards, segment_length
 from ttt_jax.generation.state import (
   NOTHING,
   GenerationState,
-  check_model,
   grow,
   new_state,
   place,
@@ -84,6 +83,8 @@ def generate(
   and `fsdp`.
 
   Args:
+    model: its layers are copied once, and the copy stays until its parameters change or go; give
+      `Reader.of(model, donate=True)` where there is no room for both.
     tokens: prompts, `[B, T]` or lists of different lengths. With a state, what follows it: may be empty.
     max_new_tokens: for each row.
     temperature: 0 takes the likeliest token.
@@ -143,9 +144,8 @@ class Stream:
       raise UserError(f"max_new_tokens={max_new_tokens} must not be negative")
     check_sampling(temperature, top_k, top_p)
     self._reader = model = Reader.of(model)
-    self._fingerprint = model.fingerprint()
     if state is not None:
-      check_model(state.model, self._fingerprint)
+      state.check(model)
     stop = model.model.eos_ids if stop is None else tuple(stop)
     if any(not 0 <= token < model.model.vocab_size for token in stop):
       raise UserError(f"stop={list(stop)}: the model has tokens 0 to {model.model.vocab_size - 1}")
@@ -195,7 +195,7 @@ class Stream:
       tokens=tokens,
       prompt_lengths=np.array([len(prompt) for prompt in self._prompts], np.int64),
       lengths=lengths,
-      state=GenerationState(*kept, self._fingerprint),
+      state=GenerationState(*kept, self._reader),
       read_seconds=self._read_seconds,
       write_seconds=self._write_seconds,
     )

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,7 +50,8 @@ class Reader:
   """Every layer of a `Transformer` by itself, as a program that reads token by token needs them.
 
   Cut out of the stacked layers inside of such a program, they would be copied again at every call.
-  A reader takes the memory of the layers once more: delete the model if it is not needed.
+  A reader takes the memory of the layers once more: delete the model if it is not needed, or donate it.
+  It keeps the parameters that it was made of, whatever is written into the model afterwards.
   """
 
   embed: Embed
@@ -60,13 +63,30 @@ class Reader:
   ttt: TTTConfig
 
   @staticmethod
-  def of(model: "Transformer | Reader") -> "Reader":
+  def of(model: "Transformer | Reader", *, donate: bool = False) -> "Reader":
+    """The reader of a model: the same one at every call, while the model and its parameters stay.
+
+    Args:
+      model: one whose parameters change or go takes the reader that is kept for it along.
+      donate: delete the model's stacked layers one array after another, so that there are never two
+        copies of them; the model cannot be used afterwards.
+    """
     if isinstance(model, Reader):
       return model
-    blocks = [_layer(model.groups[g][p], r) for g, p, r in model.layers()]
-    return Reader(
-      model.embed, blocks, model.norm, model.head, model.model, model.attention, model.ttt
-    )
+    if donate:
+      return _reader(model, _take_apart(model))
+    leaves = jax.tree.leaves(model)
+    if not all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in leaves):
+      return _reader(model, _copied_layers(model))  # shapes only: nothing to be kept
+    kept = _KEPT.get(id(model))
+    if kept is not None:
+      arrays, reader = kept
+      configs = reader.model, reader.attention, reader.ttt
+      if _are(arrays, leaves) and configs == (model.model, model.attention, model.ttt):
+        return reader
+    reader = _reader(model, _copied_layers(model))
+    _KEPT[id(model)] = _references(leaves, partial(_KEPT.pop, id(model), None)), reader
+    return reader
 
   def read(
     self,
@@ -150,7 +170,18 @@ class Reader:
     return where.mesh if isinstance(where, NamedSharding) and where.mesh.size > 1 else None
 
   def fingerprint(self) -> str:
-    """A number that tells models apart: of their configs and of every bit of their parameters."""
+    """A number that tells models apart: of their configs and of every bit of their parameters.
+
+    All parameters are read for it, once.
+    """
+    leaves = jax.tree.leaves(self)
+    arrays, known = self.__dict__.get(_FINGERPRINT, ((), ""))
+    if not known or not _are(arrays, leaves):
+      known = self._computed_fingerprint()
+      object.__setattr__(self, _FINGERPRINT, (_references(leaves), known))
+    return known
+
+  def _computed_fingerprint(self) -> str:
     configs = [
       {
         name: value
@@ -172,6 +203,53 @@ _HOW_COMPUTED = (
   ("implementation", "balance", "mixer", "mixer_layers", "short_conv"),
   ("implementation", "merge", "collective", "wire_dtype"),
 )
+
+
+_FINGERPRINT = "_fingerprint"  # of a reader: references to its parameters, and theirs
+# By the id of a model: references to its parameters, and the reader made of them.
+_KEPT: dict[int, tuple[tuple[weakref.ref, ...], Reader]] = {}
+
+
+def _references(
+  leaves: list[Array], forget: Callable[[], Any] = lambda: None
+) -> tuple[weakref.ref, ...]:
+  """Weak references, so that what is kept for some arrays does not outlive them."""
+  return tuple(weakref.ref(x, lambda _: forget()) for x in leaves)
+
+
+def _are(arrays: tuple[weakref.ref, ...], leaves: list[Array]) -> bool:
+  """Whether they refer to these very arrays: a module's parameters may be written anew."""
+  return len(arrays) == len(leaves) and all(ref() is x for ref, x in zip(arrays, leaves))
+
+
+def _reader(model: Transformer, blocks: list[Block]) -> Reader:
+  # Modules of its own, so that a reader is not half new after a training step in place.
+  embed, norm, head = jax.tree.map(lambda x: x, (model.embed, model.norm, model.head))
+  return Reader(embed, blocks, norm, head, model.model, model.attention, model.ttt)
+
+
+def _copied_layers(model: Transformer) -> list[Block]:
+  return [_layer(model.groups[g][p], r) for g, p, r in model.layers()]
+
+
+def _take_apart(model: Transformer) -> list[Block]:
+  """The layers of a model whose stacks are deleted, each as soon as it is cut."""
+  cut = {}
+  for g, group in enumerate(model.groups):
+    for p, stacked in enumerate(group):
+      stacks, structure = jax.tree.flatten(stacked)
+      parts = []
+      for stack in stacks:
+        parts.append(_slices(stack))
+        stack.delete()
+      for r, layer in enumerate(zip(*parts)):
+        cut[g, p, r] = jax.tree.unflatten(structure, layer)
+  return [cut[place] for place in model.layers()]
+
+
+@jax.jit
+def _slices(stack: Array) -> tuple[Array, ...]:
+  return tuple(stack[i] for i in range(stack.shape[0]))
 
 
 @partial(jax.jit, static_argnums=1)

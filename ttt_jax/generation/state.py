@@ -45,12 +45,36 @@ class GenerationState:
     cache: fast weights, unfinished chunks, keys and values or the states in their place;
       `cache.lengths` tokens of a row were read.
     logits: of each row's next token; of no meaning where nothing was read.
-    model: a fingerprint of the model, whose parameters give the cache its meaning.
+    origin: the model whose parameters give the cache its meaning, or its fingerprint. The model is kept
+      in memory until the fingerprint is asked for, or the state is saved.
   """
 
   cache: Cache
   logits: Float[Array, "B V"]
-  model: str
+  origin: Reader | str
+
+  @property
+  def model(self) -> str:
+    """The fingerprint of the model.
+
+    Raises:
+      UserError: the model's arrays were deleted or donated since.
+    """
+    if isinstance(self.origin, str):
+      return self.origin
+    if any(x.is_deleted() for x in jax.tree.leaves(self.origin)):
+      raise UserError(
+        "the state's model was deleted or donated before its fingerprint was taken: save the state, or "
+        "ask for state.model, before that"
+      )
+    fingerprint = self.origin.fingerprint()
+    object.__setattr__(self, "origin", fingerprint)
+    return fingerprint
+
+  def check(self, reader: Reader) -> None:
+    """Raises UserError unless the state is of this model; only another reader takes fingerprints."""
+    if self.origin is not reader:
+      check_model(self.model, reader.fingerprint())
 
   def fast_weights_only(self) -> "GenerationState":
     """What was learned, without the text: no keys and values, linear attention empty, positions from 0.
@@ -71,7 +95,7 @@ class GenerationState:
     return GenerationState(
       cache=Cache(jnp.zeros_like(self.cache.lengths), layers),
       logits=jnp.zeros_like(self.logits),
-      model=self.model,
+      origin=self.origin,
     )
 
   def save(self, path: str | Path) -> None:

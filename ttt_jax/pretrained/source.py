@@ -16,7 +16,6 @@ from ttt_jax.pretrained.load import load_model as load_checkpoint
 from ttt_jax.pretrained.load import open_checkpoint, resolve_sections
 from ttt_jax.pretrained.sections import Fields
 from ttt_jax.pretrained.tokenizer import BYTES, Tokenizer, load_tokenizer
-from ttt_jax.run import load_model
 from ttt_jax.rundir import CONFIG_FILE, recorded_config
 from ttt_jax.sharding import make_mesh
 
@@ -59,6 +58,8 @@ def open_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def _from_run(run_dir: Path, dtype: str | None, fields: dict[str, dict[str, Any]]) -> Transformer:
+  from ttt_jax.restore import load_model  # with Orbax, which no other source needs
+
   recorded = recorded_config(run_dir)
   dtypes = {"dtype": recorded.model.dtype, "param_dtype": recorded.model.param_dtype}
   stored = {**fields, "model": {**fields.get("model", {}), **dtypes}}
