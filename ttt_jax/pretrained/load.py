@@ -26,6 +26,8 @@ from ttt_jax.pretrained.files import (
   CONFIG,
   GENERATION_CONFIG,
   StoredTensor,
+  gguf_models,
+  is_gguf,
   local_path,
   open_tensors,
   read_json,
@@ -39,8 +41,10 @@ _TTT_TENSORS = tuple(
   f".mlp.{name}"
   for name in ("ttt_conv.weight", "ttt_proj.weight", "ttt_log_rate", "ttt_log_half_life")
 )
-# Constants that old checkpoints store; the model forms them itself.
-_DERIVED = ".self_attn.rotary_emb.inv_freq"
+# Constants of the rotary embedding that some checkpoints store; the model forms them itself.
+_DERIVED = tuple(
+  f".rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
+)
 
 
 class Checkpoint(NamedTuple):
@@ -93,6 +97,8 @@ def load_pretrained(
   model = dataclasses.replace(
     architecture.model, dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype
   )
+  if model.tie_embeddings:
+    checkpoint = checkpoint._replace(tensors=_with_embedding(checkpoint.tensors))
   fresh_allowed = ttt is not None
   if ttt is None:
     ttt = own_ttt(checkpoint)
@@ -118,6 +124,11 @@ def load_pretrained(
 def open_checkpoint(path: Path) -> Checkpoint:
   """The checkpoint at a path, its weights not yet read."""
   if path.is_dir():
+    if not (path / CONFIG).is_file() and (models := gguf_models(path)):
+      raise UserError(
+        f"{path} has no {CONFIG} but {len(models)} GGUF files, {', '.join(x.name for x in models[:5])}"
+        f"{', ...' if len(models) > 5 else ''}: give the path of the one to read"
+      )
     generation = path / GENERATION_CONFIG
     return Checkpoint(
       str(path),
@@ -125,7 +136,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
       read_json(generation) if generation.is_file() else {},
       open_tensors(path),
     )
-  if path.suffix == ".gguf":
+  if is_gguf(path):
     from ttt_jax.pretrained.gguf import open_gguf
 
     config, tensors = open_gguf(path)
@@ -142,6 +153,13 @@ def _widest(dtypes: Iterable[np.dtype]) -> str:
   if "float64" in names:
     return "float64"
   return "bfloat16" if names == {"bfloat16"} else "float32"
+
+
+def _with_embedding(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+  """The tensors of a tied model, whose one table may be stored under the head's name alone."""
+  if EMBEDDING in tensors or HEAD not in tensors:
+    return tensors
+  return {EMBEDDING if name == HEAD else name: stored for name, stored in tensors.items()}
 
 
 def stated_ttt(checkpoint: Checkpoint) -> TTTConfig | None:

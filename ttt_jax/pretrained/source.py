@@ -11,7 +11,7 @@ from ttt_jax.config import MeshConfig, TTTConfig
 from ttt_jax.errors import UserError
 from ttt_jax.load_config import load_config, override_section
 from ttt_jax.nn.transformer import Transformer
-from ttt_jax.pretrained.files import local_path
+from ttt_jax.pretrained.files import is_gguf, local_path
 from ttt_jax.pretrained.load import load_pretrained, open_checkpoint, stated_ttt
 from ttt_jax.pretrained.tokenizer import BYTES, Tokenizer, load_tokenizer
 from ttt_jax.run import load_model
@@ -52,7 +52,7 @@ def _ttt(path: Path, overrides: Sequence[str]) -> TTTConfig | None:
   if not overrides:
     return None
   # A GGUF file says nothing of fast weights, and takes seconds to parse.
-  stated = None if path.suffix == ".gguf" else stated_ttt(open_checkpoint(path))
+  stated = None if is_gguf(path) else stated_ttt(open_checkpoint(path))
   return override_section(TTTConfig() if stated is None else stated, "ttt", overrides)
 
 

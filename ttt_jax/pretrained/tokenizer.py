@@ -12,6 +12,7 @@ from ttt_jax.errors import UserError
 from ttt_jax.pretrained.files import (
   CONFIG,
   GENERATION_CONFIG,
+  is_gguf,
   local_path,
   read_json,
   write_json,
@@ -118,7 +119,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   if str(path) == BYTES:
     return byte_tokenizer()
   path = local_path(path)
-  if path.suffix == ".gguf":
+  if is_gguf(path):
     from ttt_jax.pretrained.gguf_tokenizer import gguf_tokenizer
 
     return gguf_tokenizer(path)
