@@ -266,7 +266,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def gguf_parts(path: Path) -> list[Path]:
-  """The paths of all parts of a split GGUF file, first to last, that need not exist; else the path alone."""
+  """The paths of all parts of a split GGUF file, which need not exist; of any other, the path alone."""
   named = _PART.search(path.name)
   if named is None:
     return [path]

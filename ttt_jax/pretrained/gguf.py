@@ -2,8 +2,8 @@
 
 The package `gguf` parses the file and dequantises. llama.cpp rotates neighbouring channels where Llama's
 published layout rotates channels half a head apart, so its files hold permuted query and key projections.
-`gguf_keys.py` says which metadata is known, `gguf_special.py` which tokens are special; the tokenizer inside
-is `gguf_tokenizer.py`'s.
+`gguf_keys.py` says which metadata is known, `gguf_special.py` which tokens are special; `gguf_tokenizer.py`
+makes the tokenizer inside.
 """
 
 from functools import partial

@@ -1,7 +1,7 @@
 """Which metadata of a Llama's GGUF file is known, and which values of it change the numbers.
 
 The one list of keys in the architecture's namespace: those that `gguf.py` reads, those that describe the
-file, and those of other models, refused unless they are switched off. A key in no list is refused too, since
+file, and those of other models, refused unless they are switched off. A key in no list is refused too:
 llama.cpp gets new ones with every new kind of model.
 """
 

@@ -92,13 +92,15 @@ class SpecialTokens(NamedTuple):
 
   Attributes:
     bos_id: begins a text, or None.
-    eos_ids: each ends one; the file's own eos first.
+    eos_id: ends a text by the file's own word, or None.
+    eos_ids: each ends one, `eos_id` first.
     unknown_id: stands for what has no token, or None.
     special: all that are special: no part of a text.
-    add_bos, add_eos: whether `bos_id` and the first of `eos_ids` are put around a text.
+    add_bos, add_eos: whether `bos_id` and `eos_id` are put around a text.
   """
 
   bos_id: int | None
+  eos_id: int | None
   eos_ids: tuple[int, ...]
   unknown_id: int | None
   special: tuple[int, ...]
@@ -126,6 +128,7 @@ def special_tokens(fields: dict[str, Any]) -> SpecialTokens:
   begins = fields.get(f"{_KEY}.model") == "llama" or fields.get(f"{_KEY}.pre") in _BEGIN_WITH_BOS
   return SpecialTokens(
     bos_id=bos,
+    eos_id=eos,
     eos_ids=ends,
     unknown_id=unknown,
     special=tuple(sorted(special)),

@@ -104,7 +104,7 @@ def _around(tokens: list[str], special: SpecialTokens) -> processors.TemplatePro
   if special.add_bos:
     names["BOS"] = special.bos_id
   if special.add_eos:
-    names["EOS"] = special.eos_ids[0]
+    names["EOS"] = special.eos_id
 
   def template(text: str) -> str:
     before, after = ("BOS " if "BOS" in names else ""), (" EOS" if "EOS" in names else "")
