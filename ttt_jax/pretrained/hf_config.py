@@ -71,7 +71,7 @@ _NEUTRAL = {
 # Keys of a window that an architecture does not have, nor does `transformers` use there.
 _NO_WINDOW = {
   "llama": ("sliding_window", "layer_types", "use_sliding_window"),
-  "mistral": ("layer_types", "use_sliding_window"),
+  "mistral": ("use_sliding_window",),
 }
 
 
@@ -262,14 +262,14 @@ def model_tokens(
 
 
 def _read_windows(config: dict[str, Any], kind: str, num_layers: int) -> AttentionConfig:
-  if kind == "mistral":
-    return AttentionConfig(window=config.get("sliding_window", 4096))
   if kind == "llama":
     return AttentionConfig()
-  window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+  # Mistral's window is in use wherever there is one; with layer_types transformers reads it as Ministral.
+  uses = kind == "mistral" or config.get("use_sliding_window")
+  window = _optional_integer(config, "sliding_window", 4096) if uses else None
   types = config.get("layer_types")
   if types is None:
-    first = config.get("max_window_layers", 28)
+    first = 0 if kind == "mistral" else config.get("max_window_layers", 28)
     types = [
       "full_attention" if window is None or layer < first else "sliding_attention"
       for layer in range(num_layers)

@@ -127,7 +127,7 @@ def _kind(scaling: dict[str, Any]) -> str:
 
 
 def _complete_yarn(config: dict[str, Any], scaling: dict[str, Any]) -> None:
-  """A factor of null is the ratio of the two lengths, a beta of 0 or null the default, as in `transformers`."""
+  """A factor of null is the ratio of the two lengths; a beta of 0 or null is the default."""
   for key in ("beta_fast", "beta_slow"):
     if not scaling.get(key):
       scaling.pop(key, None)
