@@ -166,8 +166,8 @@ class Scorer:
 
     Args:
       requests: contexts, each with the harness's options, which mean what they mean to its own model of
-        `transformers`: `until`; `max_gen_toks` or a synonym; `temperature`, which samples where it is above 0
-        unless `do_sample` is false; `top_k`, `top_p`, `min_p`. Without a `top_k`, or with one of 0 or -1,
+        `transformers`: `until`; `max_gen_toks` or a synonym; `temperature`, which samples where it is above
+        0 unless `do_sample` is false; `top_k`, `top_p`, `min_p`. Without a `top_k`, or with one of 0 or -1,
         all tokens are drawn from. Options of `transformers` pass with values that change nothing.
 
     Raises:
@@ -279,9 +279,9 @@ def _check_options(options: dict[str, Any]) -> None:
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:
   """The arguments of `generate` that say how tokens are drawn."""
   samples, temperature = options.get("do_sample"), options.get("temperature")
-  if samples and temperature is not None and not float(temperature) > 0:
+  if temperature is not None and not float(temperature) >= (0 if not samples else 1e-9):
     raise UserError(
-      f"do_sample=true needs a temperature above 0, got {temperature}: leave do_sample out for the likeliest"
+      f"temperature={temperature} must be above 0, or 0 without do_sample for the likeliest token"
     )
   if samples is None:
     samples = float(temperature or 0) > 0

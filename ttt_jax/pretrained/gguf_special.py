@@ -117,14 +117,14 @@ def special_tokens(fields: dict[str, Any]) -> SpecialTokens:
   tokens = fields.get(f"{_KEY}.tokens") or []
   place = {token: i for i, token in enumerate(tokens)}
   bos, eos, unknown = (_id(fields, name, len(tokens)) for name in ("bos", "eos", "unknown"))
-  named = [eos, *(_id(fields, name, len(tokens)) for name in ("eot", "eom"))]
-  code = [_code_end(fields, name, spellings, place) for name, spellings in _CODE_ENDS.items()]
-  spelled = sorted(place[text] for text in _ENDS if text in place)
-  found = dict.fromkeys(i for i in (*named, *spelled, *code) if i is not None)
-  ends = tuple(i for i in found if i not in _no_ends(place))
+  found = {_id(fields, name, len(tokens)) for name in ("eot", "eom")}
+  found |= {_code_end(fields, name, spellings, place) for name, spellings in _CODE_ENDS.items()}
+  found |= {place[text] for text in _ENDS if text in place}
+  ends = [i for i in (eos, *sorted(found - {None, eos})) if i is not None]
+  ends = tuple(i for i in ends if i not in _no_ends(place))
   types = fields.get(f"{_KEY}.token_type") or []
   special = {i for i, type_ in enumerate(types) if type_ in (_UNKNOWN, _CONTROL)}
-  special |= {place[text] for text in _CODE_MARKS if text in place} | set(spelled) | set(ends)
+  special |= {place[text] for text in _CODE_MARKS if text in place} | set(ends)
   begins = fields.get(f"{_KEY}.model") == "llama" or fields.get(f"{_KEY}.pre") in _BEGIN_WITH_BOS
   return SpecialTokens(
     bos_id=bos,
