@@ -114,6 +114,11 @@ def test_named_tokens_are_special(write, files):
   assert tokenizer.decode([97, 256, 98], skip_special_tokens=True) == "ab"
 
 
+def test_named_tokens_come_in_the_order_of_their_roles(write):
+  files = {"special_tokens_map": {"image_token": "<i>", "eos_token": "<e>", "bos_token": "<b>"}}
+  assert load_tokenizer(write(**files)).encode("<b><e><i>") == [256, 257, 258]
+
+
 def test_a_named_token_that_the_model_has_no_row_for(write):
   files = {"tokenizer_config": {"pad_token": "[PAD]"}, "config": {"vocab_size": 256}}
   with pytest.warns(

@@ -344,6 +344,14 @@ def test_capitals_and_directories(write, tmp_path):
     load_tokenizer(directory)
 
 
+def test_tokens_that_are_spelled_by_nothing(write):
+  metadata = dict(bpe("gpt-2"))
+  metadata["add_token_list"] = ([*BYTE_TOKENS, *EXTRA[:-2], "", ""],)
+  tokenizer = load_tokenizer(write(list(metadata.items()), BPE))
+  assert tokenizer.encode("x") == byte("x")
+  assert tokenizer.decode([FILE]) == f"[EMPTY_{FILE}]"
+
+
 def test_scores_that_are_missing(write):
   metadata = [("add_tokenizer_model", ("llama",)), ("add_token_list", (["<unk>", "a"],))]
   with pytest.raises(UserError, match="has 0 numbers for 2 tokens"):

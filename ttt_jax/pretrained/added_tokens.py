@@ -14,7 +14,8 @@ from tokenizers import AddedToken
 
 from ttt_jax.errors import UserError
 
-_ROLE = "_token"  # ends the keys that name one: eos_token, image_token
+_ROLE = "_token"  # ends the keys that name one; these come first, others are of single models
+_ROLES = tuple(name + _ROLE for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
@@ -64,7 +65,8 @@ def add_tokens(
 
 def _named(config: dict[str, Any]) -> dict[str, AddedToken]:
   """The special tokens that the config names, by their spelling."""
-  entries = [value for key, value in config.items() if key.endswith(_ROLE)]
+  others = [key for key in config if key.endswith(_ROLE) and key not in _ROLES]
+  entries = [config.get(key) for key in (*_ROLES, *others)]
   for key in _LISTS:
     more = config.get(key) or []
     entries += more.values() if isinstance(more, dict) else more
@@ -101,8 +103,11 @@ def _add_with_ids(
   backend: tokenizers.Tokenizer, tokens: dict[int, AddedToken], where: Path
 ) -> None:
   """Adds tokens in the order of their ids; those that tokenizer.json has get the flags given here."""
+  there = {repr(token) for token in backend.get_added_tokens_decoder().values()}
   for index, token in sorted(tokens.items()):
     known = backend.token_to_id(token.content)
+    if known == index and repr(token) in there:
+      continue  # adding makes the search for all tokens anew
     if known is not None and known != index:
       warnings.warn(
         f"{where}: tokenizer.json has {token.content!r} as token {known}, tokenizer_config.json as "

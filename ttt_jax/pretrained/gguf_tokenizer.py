@@ -65,6 +65,9 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
   kind, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
   if not tokens:
     raise UserError(f"{path} has no tokenizer: give the path of another one")
+  # As llama.cpp names tokens that are spelled by nothing.
+  tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+  fields["tokenizer.ggml.tokens"] = tokens
   if len(set(tokens)) != len(tokens):
     raise UserError(
       f"{path}: tokenizer.ggml.tokens names {len(tokens) - len(set(tokens))} tokens twice"

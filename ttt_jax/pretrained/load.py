@@ -68,8 +68,8 @@ def load_pretrained(
 
   Args:
     path: a directory with config.json and safetensors of a Llama, Mistral, Qwen2 or Qwen3 model, with or
-      without fast weights in the published format; a `.gguf` file of a Llama; or the name of a model on
-      the hub, which is asked only if there is no such path.
+      without fast weights in the published format; a `.gguf` file of a Llama, any part of a split one, or
+      the directory of one alone; or the name of a model on the hub, asked only if there is no such path.
     dtype: of the computation, "float32", "bfloat16" or "float64". None: the widest that the tensors are
       stored in, so that nothing is lost (float32 for float16 and GGUF).
     param_dtype: of the parameters; None: `dtype`.

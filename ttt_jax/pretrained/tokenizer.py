@@ -123,6 +123,9 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
   """The tokenizer of a model.
 
+  Tokens that other files of a directory add are there, as in `transformers` 5; truncation and padding that
+  tokenizer.json was saved with are not applied. A GGUF file's tokenizer follows llama.cpp.
+
   Args:
     path: a Hugging Face directory or a hub name with tokenizer.json, that file, a `.gguf` file, or
       "bytes": one token per byte of UTF-8, as models that `ttt-jax train` made from scratch read.
