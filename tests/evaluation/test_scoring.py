@@ -158,6 +158,50 @@ def test_continuations(model):
     assert cut == texts[0][: texts[0].index(stop)]
 
 
+# Options of the harness, and the arguments of `generate` that they mean, beside five new tokens.
+ARGUMENTS = [
+  ({"max_new_tokens": 5}, {}),
+  ({"max_tokens": 5}, {}),
+  ({"max_completion_tokens": 5}, {}),
+  ({"max_gen_toks": 5, "max_new_tokens": 9, "max_tokens": 11}, {}),
+  ({"max_gen_toks": None, "max_new_tokens": 5}, {}),
+  ({"max_gen_toks": 5, "num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}, {}),
+  ({"max_gen_toks": 5, "do_sample": False, "temperature": 3.0, "top_k": 2, "min_p": 0.5}, {}),
+  ({"max_gen_toks": 5, "temperature": 0.0, "top_k": 0}, {}),
+  ({"max_gen_toks": 5, "temperature": 3.0, "seed": 2}, {"temperature": 3.0, "seed": 2}),
+  (
+    {"max_gen_toks": 5, "temperature": 3.0, "top_k": 0, "top_p": 1, "seed": 2},
+    {"temperature": 3.0, "seed": 2},
+  ),
+  (
+    {"max_gen_toks": 5, "temperature": 3.0, "top_k": -1, "seed": 2},
+    {"temperature": 3.0, "seed": 2},
+  ),
+  (
+    {"max_gen_toks": 5, "temperature": 3.0, "top_k": 40, "min_p": 0.3, "seed": 2},
+    {"temperature": 3.0, "top_k": 40, "min_p": 0.3, "seed": 2},
+  ),
+  ({"max_gen_toks": 5, "do_sample": True, "seed": 2}, {"temperature": 1.0, "seed": 2}),
+  ({"max_gen_toks": 5, "do_sample": True, "temperature": 9.0, "top_p": 0}, {}),
+]
+
+
+@pytest.mark.parametrize(("options", "how"), ARGUMENTS)
+def test_arguments_of_the_harness(model, options, how):
+  """As the Hugging Face model of lm_eval 0.4.13 takes them."""
+  (text,) = Scorer(model, byte_tokenizer()).generate([("to read", options | {"until": []})])
+  (made,) = generate(model, [list(b"to read")], max_new_tokens=5, **how).new_tokens
+  assert text == byte_tokenizer().decode(made.tolist())
+
+
+@pytest.mark.parametrize(("options", "how"), ARGUMENTS)
+def test_the_harness_itself_agrees(options, how):
+  utils = pytest.importorskip("lm_eval.models.utils")
+  theirs = utils.normalize_gen_kwargs(options)
+  assert theirs["max_gen_toks"] == 5
+  assert theirs["do_sample"] == (bool(how) or options.get("top_p") == 0)
+
+
 def test_stops_early(model, monkeypatch):
   """No more tokens are made once every row has met its stop text."""
   from ttt_jax.evaluation import scoring
@@ -210,8 +254,17 @@ def test_bad_input(model):
     with pytest.raises(ValueError, match=f"{name}="):
       Scorer(model, byte_tokenizer(), **{name: value})
   scorer = Scorer(model, byte_tokenizer(), max_length=20)
-  with pytest.raises(ValueError, match="option 'num_beams' is not one of until"):
+  with pytest.raises(
+    ValueError, match=r"option 'num_beams' is not one of until.*4 given; 1 passes"
+  ):
     scorer.generate([("x", {"num_beams": 4})])
+  with pytest.raises(ValueError, match="option 'magic' is not one of until"):
+    scorer.generate([("x", {"magic": 1})])
+  for options in ({"do_sample": True, "temperature": 0.0}, {"temperature": -1.0}):
+    with pytest.raises(ValueError, match="must be above 0, or 0 without do_sample"):
+      scorer.generate([("x", options)])
+  with pytest.raises(ValueError, match=r"min_p=1\.5 must be in \[0, 1\]"):
+    scorer.generate([("x", {"max_gen_toks": 5, "temperature": 1.0, "min_p": 1.5})])
   with pytest.raises(ValueError, match="max_length=20 has no room for 20 tokens"):
     scorer.generate([("x", {"max_gen_toks": 20})])
   with pytest.raises(ValueError, match="has no tokens of its own"):

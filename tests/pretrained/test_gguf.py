@@ -1,6 +1,7 @@
 """GGUF files as llama.cpp writes them: permuted heads, quantised tensors, the tokenizer inside."""
 
 import dataclasses
+import shutil
 
 import gguf
 import jax
@@ -48,11 +49,12 @@ def permuted(x, heads):
   return x.reshape(heads, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
 
 
-def write_gguf(path, model, *, kind=None, architecture="llama", metadata=(), extra=None):
-  """A GGUF of a model; matrices in `kind` of quantisation."""
+def write_gguf(path, model, *, kind=None, architecture="llama", metadata=(), extra=None, **split):
+  """A GGUF of a model; matrices in `kind` of quantisation, in several files as `split` says."""
+  shutil.rmtree(path.with_suffix(".hf"), ignore_errors=True)
   save_pretrained(model, path.with_suffix(".hf"))
   config = model.model
-  writer = gguf.GGUFWriter(path, architecture)
+  writer = gguf.GGUFWriter(path, architecture, **split)
   writer.add_block_count(config.num_layers)
   writer.add_context_length(config.max_positions)
   writer.add_embedding_length(config.d_model)

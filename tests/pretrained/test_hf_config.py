@@ -120,6 +120,76 @@ def test_rope_scaling(name, key):
   assert read_config(write_config(model, AttentionConfig())).model == model
 
 
+# From `transformers` 5.24.0: ROPE_INIT_FUNCTIONS of a LlamaConfig with head_dim=20, rope_theta=10000 and
+# these keys; the frequencies, the factor of cos and sin. They are not those of 4.57.
+_YARN = {"rope_type": "yarn", "factor": 4.0}
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_TRAINED = "original_max_position_embeddings"
+ROPE_5 = {
+  "yarn, length at the top": (
+    {"rope_scaling": _YARN, "max_position_embeddings": 1024, _TRAINED: 64},
+    "1 0.298580348 0.0792446584 0.0157739315 0.0062797158 0.00249999994 0.000995267648 "
+    "0.000396223331 0.000157739327 6.27971749e-05",
+    1.138629436111989,
+  ),
+  "yarn, length at the top before the inner one": (
+    {"rope_scaling": _YARN | {_TRAINED: 512}, "max_position_embeddings": 1024, _TRAINED: 64},
+    "1 0.298580348 0.0792446584 0.0157739315 0.0062797158 0.00249999994 0.000995267648 "
+    "0.000396223331 0.000157739327 6.27971749e-05",
+    1.138629436111989,
+  ),
+  "yarn, no length": (
+    {"rope_scaling": _YARN, "max_position_embeddings": 128},
+    "1 0.323462069 0.0990558267 0.0276043806 0.0062797158 0.00249999994 0.000995267648 "
+    "0.000396223331 0.000157739327 6.27971749e-05",
+    1.138629436111989,
+  ),
+  "yarn, factor of null": (
+    {
+      "rope_scaling": {"rope_type": "yarn", "factor": None, _TRAINED: 64},
+      "max_position_embeddings": 192,
+    },
+    "1 0.309638888 0.0880496204 0.0210319106 0.00837295409 0.00333333341 0.00132702361 "
+    "0.000528297795 0.000210319107 8.37295665e-05",
+    1.109861228866811,
+  ),
+  "yarn, truncate of null": (
+    {"rope_scaling": _YARN | {_TRAINED: 64, "truncate": None, "beta_fast": None}},
+    "1 0.279622912 0.0641504377 0.0157739315 0.0062797158 0.00249999994 0.000995267648 "
+    "0.000396223331 0.000157739327 6.27971749e-05",
+    1.138629436111989,
+  ),
+  "llama3, length at the top": (
+    {"rope_scaling": _LLAMA3 | {_TRAINED: 512}, "max_position_embeddings": 1024, _TRAINED: 64},
+    "1 0.398107171 0.0482105464 0.00788696576 0.0031398579 0.00124999997 0.000497633824 "
+    "0.000198111666 7.88696634e-05 3.13985875e-05",
+    1.0,
+  ),
+  "llama3, no length": (
+    {"rope_scaling": _LLAMA3, "max_position_embeddings": 64},
+    "1 0.398107171 0.0482105464 0.00788696576 0.0031398579 0.00124999997 0.000497633824 "
+    "0.000198111666 7.88696634e-05 3.13985875e-05",
+    1.0,
+  ),
+  "the older dictionary counts": (
+    {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"factor": 8.0}},
+    "0.5 0.199053586 0.0792446584 0.031547863 0.0125594316 0.00499999989 0.0019905353 "
+    "0.000792446663 0.000315478654 0.00012559435",
+    1.0,
+  ),
+}
+
+
+@pytest.mark.parametrize("name", ROPE_5)
+def test_rope_scaling_of_transformers_5(name):
+  keys, frequencies, factor = ROPE_5[name]
+  model = read_config(of("llama", head_dim=20, **keys)).model
+  actual, actual_factor = scaled_frequencies(20, model.rope_theta, model.rope_scaling)
+  np.testing.assert_allclose(actual, np.array(frequencies.split(), np.float64), rtol=3e-7)
+  assert actual_factor == pytest.approx(factor, rel=1e-7)
+  assert read_config(write_config(model, AttentionConfig())).model == model
+
+
 def test_rope_scaling_in_a_yaml_file(tmp_path):
   path = tmp_path / "x.yaml"
   path.write_text("model: {rope_scaling: {kind: llama3, factor: 8, original_max_positions: 64}}")
@@ -146,6 +216,7 @@ def test_rope_scaling_in_a_yaml_file(tmp_path):
     (of("mistral"), AttentionConfig(window=4096)),
     (of("mistral", sliding_window=None), AttentionConfig()),
     (of("mistral", sliding_window=8), AttentionConfig(window=8)),
+    (of("mistral", layer_types=["full_attention"] * 4), AttentionConfig()),
     (of("qwen2", sliding_window=8, max_window_layers=2), AttentionConfig()),
     (
       of("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2),
@@ -187,6 +258,13 @@ def test_windows(config, attention):
     (of("llama"), "tie_embeddings", False),
     (of("llama", eos_token_id=3, bos_token_id=1), "eos_ids", (3,)),
     (of("llama", eos_token_id=[3, 5]), "eos_ids", (3, 5)),
+    (of("llama", eos_token_id=[3, 5.0, 3]), "eos_ids", (3, 5)),
+    (of("llama", bos_token_id=2.0), "bos_id", 2),
+    (of("llama", tie_word_embeddings=None), "tie_embeddings", False),
+    (of("llama", rope_scaling={"rope_type": None, "type": "default"}), "rope_scaling", None),
+    (of("llama", rope_parameters={"partial_rotary_factor": None}), "rope_scaling", None),
+    (of("llama", rope_parameters={"rope_theta": 500.0}), "rope_theta", 500.0),
+    (of("llama", mlp_bias=None, logits_scaling=1.0, num_experts=0), "head_size", 6),
     (of("llama", architectures=None), "qk_norm", False),
   ],
 )
@@ -247,6 +325,26 @@ def test_special_tokens_of_the_generation_config_count():
       ValueError,
       "there is no window: use_sliding_window=None",
     ),
+    (of("llama", attention_multiplier=0.1), NotImplementedError, "attention_multiplier=0.1"),
+    (of("llama", logits_scaling=8.0), NotImplementedError, "logits_scaling=8.0 .* only 1"),
+    (of("qwen2", final_logit_softcapping=30.0), NotImplementedError, "final_logit_softcapping"),
+    (of("mistral", num_local_experts=8), NotImplementedError, "num_local_experts=8"),
+    (of("llama", clip_qkv=8), NotImplementedError, "clip_qkv=8"),
+    (
+      of("llama", rope_parameters={"partial_rotary_factor": 0.5}),
+      NotImplementedError,
+      "partial_rotary_factor is not supported",
+    ),
+    (of("llama", model_type="qwen2"), ValueError, "says architectures=.*Llama.*model_type='qwen2'"),
+    (of("llama", head_dim="6"), ValueError, "head_dim='6' must be an integer"),
+    (of("llama", hidden_size=True), ValueError, "hidden_size=True must be an integer"),
+    (
+      of("mistral", sliding_window=None, layer_types=["sliding_attention"] * 4),
+      ValueError,
+      "no win",
+    ),
+    (of("llama", eos_token_id="</s>"), ValueError, "eos_token_id='</s>' must be the id"),
+    (of("llama", eos_token_id=[1, -1]), ValueError, "-1 is no token"),
     (of("llama", num_key_value_heads=3), ValueError, r"model\.num_kv_heads=3 does not divide"),
     (of("llama", eos_token_id=17), ValueError, "17 is no token"),
   ],
@@ -254,6 +352,13 @@ def test_special_tokens_of_the_generation_config_count():
 def test_what_is_not_there_is_named(config, error, message):
   with pytest.raises(error, match=message):
     read_config(config)
+
+
+def test_alternating_windows_of_mistral():
+  """`transformers` 5 reads them as Ministral's."""
+  types = ["full_attention", "sliding_attention"] * 2
+  attention = read_config(of("mistral", sliding_window=8, layer_types=types)).attention
+  assert attention == AttentionConfig(window=8, full_layers=(0, 2))
 
 
 def test_what_has_no_effect_is_said():

@@ -187,9 +187,30 @@ def test_a_head_stored_beside_a_tied_embedding(write):
   assert made.head is None
 
 
-def test_frequencies_that_old_checkpoints_store_are_ignored(write):
+def test_a_tied_table_under_the_name_of_the_head(write):
+  path, made = write()
+  edit_tensors(path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+  loaded = load_pretrained(path)
+  assert loaded.head is None
+  assert np.array_equal(loaded.embed.table[...], made.embed.table[...])
+  edit_config(path, tie_word_embeddings=False)
+  with pytest.raises(
+    ValueError, match=r"model\.embed_tokens\.weight: .* missing in the checkpoint"
+  ):
+    load_pretrained(path)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "model.layers.0.self_attn.rotary_emb.inv_freq",
+    "model.rotary_emb.inv_freq",
+    "model.rotary_emb.original_inv_freq",
+    "model.layers.1.self_attn.rotary_emb.cos_cached",
+  ],
+)
+def test_constants_of_the_rotary_embedding_are_ignored(write, name):
   path, _ = write()
-  name = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
   def edit(tensors):
     tensors |= {key: x.astype(ml_dtypes.bfloat16) for key, x in tensors.items()}

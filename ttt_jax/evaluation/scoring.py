@@ -21,7 +21,26 @@ from ttt_jax.nn.transformer import Transformer, next_token_logits
 from ttt_jax.pretrained.tokenizer import Tokenizer
 
 _SMALLEST_ROW = 64
-_GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "seed")
+# The names of the greatest number of new tokens, the first one that is given counts.
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_GENERATION = ("until", *_LENGTHS, "do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
+# Options of `transformers` that are not there, and the values with which they change nothing.
+_NEUTRAL = {
+  "num_beams": (1,),
+  "num_beam_groups": (1,),
+  "num_return_sequences": (1,),
+  "repetition_penalty": (1,),
+  "length_penalty": (1,),
+  "diversity_penalty": (0,),
+  "no_repeat_ngram_size": (0,),
+  "typical_p": (1,),
+  "epsilon_cutoff": (0,),
+  "eta_cutoff": (0,),
+  "min_length": (0,),
+  "min_new_tokens": (0,),
+  "early_stopping": (False, True),  # of beams
+  "use_cache": (False, True),
+}
 
 
 class Score(NamedTuple):
@@ -148,11 +167,13 @@ class Scorer:
     """What the model writes behind every context, up to the first of its stop texts.
 
     Args:
-      requests: contexts, each with the harness's options: `until`, `max_gen_toks`, `do_sample`,
-        `temperature`, `top_k`, `top_p`; without `do_sample` the likeliest token is taken.
+      requests: contexts, each with the harness's options, which mean what they mean to its own model of
+        `transformers`: `until`; `max_gen_toks` or a synonym; `temperature`, which samples where it is above
+        0 unless `do_sample` is false; `top_k`, `top_p`, `min_p`. Without a `top_k`, or with one of 0 or -1,
+        all tokens are drawn from. Options of `transformers` pass with values that change nothing.
 
     Raises:
-      ValueError: an option that is not known.
+      ValueError: an option that is not known, or a value out of range.
     """
     groups: dict[str, list[int]] = {}
     for index, (_, options) in enumerate(requests):
@@ -207,18 +228,14 @@ class Scorer:
       yield ordered[start : start + self._batch_size]
 
   def _generation(self, options: dict[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(options) - set(_GENERATION))
-    if unknown:
-      raise UserError(f"generation option {unknown[0]!r} is not one of {', '.join(_GENERATION)}")
+    _check_options(options)
     until = options.get("until") or []
-    temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
-    drawn = {name: options.get(name) for name in ("top_k", "top_p")} if temperature else {}
+    lengths = [options[name] for name in _LENGTHS if options.get(name) is not None]
     return {
       "until": [until] if isinstance(until, str) else [text for text in until if text],
-      "max_new_tokens": int(options.get("max_gen_toks", self._max_gen_toks)),
-      "temperature": float(temperature),
+      "max_new_tokens": int(next(iter(lengths), self._max_gen_toks)),
       "seed": options.get("seed", 0),
-      **drawn,
+      **_sampling(options),
     }
 
   def _continue(
@@ -255,6 +272,35 @@ class Scorer:
 
   def _text(self, tokens: list[int]) -> str:
     return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+  """Raises ValueError for options that are not known, or that would have an effect and are not there."""
+  for name in sorted(set(options) - set(_GENERATION)):
+    neutral = _NEUTRAL.get(name)
+    if neutral is None or options[name] not in (None, *neutral):
+      passes = "" if neutral is None else f" ({options[name]!r} given; {neutral[0]!r} passes)"
+      raise UserError(f"generation option {name!r} is not one of {', '.join(_GENERATION)}{passes}")
+
+
+def _sampling(options: dict[str, Any]) -> dict[str, Any]:
+  """The arguments of `generate` that say how tokens are drawn."""
+  samples, temperature = options.get("do_sample"), options.get("temperature")
+  if temperature is not None and not float(temperature) >= (0 if not samples else 1e-9):
+    raise UserError(
+      f"temperature={temperature} must be above 0, or 0 without do_sample for the likeliest token"
+    )
+  if samples is None:
+    samples = float(temperature or 0) > 0
+  if not samples:
+    return {"temperature": 0.0}
+  top_k, top_p, min_p = (options.get(name) for name in ("top_k", "top_p", "min_p"))
+  return {
+    "temperature": 1.0 if temperature is None else float(temperature),
+    "top_k": 1 if top_p == 0 else None if top_k in (None, 0, -1) else int(top_k),
+    "top_p": None if top_p in (None, 0) else float(top_p),
+    "min_p": None if min_p is None else float(min_p),
+  }
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

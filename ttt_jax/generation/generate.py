@@ -70,6 +70,7 @@ def generate(
   temperature: float = 0.0,
   top_k: int | None = None,
   top_p: float | None = None,
+  min_p: float | None = None,
   seed: int = 0,
   stop: Sequence[int] | None = None,
   state: GenerationState | None = None,
@@ -90,6 +91,7 @@ def generate(
     temperature: 0 takes the likeliest token.
     top_k, top_p: draw from the `top_k` likeliest tokens, and of these from the fewest whose probabilities
       sum to at least `top_p`.
+    min_p: draw from the tokens that are at least `min_p` times as likely as the likeliest.
     seed: of the draws. A row's draws do not depend on the other rows, nor on interruptions.
     stop: tokens after which a row ends; None for the model's own, () for none.
     state: what an earlier call returned, with as many rows; it stays usable.
@@ -110,6 +112,7 @@ def generate(
     temperature=temperature,
     top_k=top_k,
     top_p=top_p,
+    min_p=min_p,
     seed=seed,
     stop=stop,
     state=state,
@@ -135,6 +138,7 @@ class Stream:
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     seed: int = 0,
     stop: Sequence[int] | None = None,
     state: GenerationState | None = None,
@@ -142,7 +146,7 @@ class Stream:
   ):
     if max_new_tokens < 0:
       raise UserError(f"max_new_tokens={max_new_tokens} must not be negative")
-    check_sampling(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p, min_p)
     self._reader = model = Reader.of(model)
     if state is not None:
       state.check(model)
@@ -160,6 +164,7 @@ class Stream:
       "temperature": jnp.float32(temperature),
       "top_k": top_k,
       "top_p": top_p,
+      "min_p": min_p,
       "stop": stop,
     }
     started = time.perf_counter()
@@ -325,7 +330,7 @@ def trace_read(
 
 @partial(
   jax.jit,
-  static_argnames=("chunk_size", "top_k", "top_p", "stop"),
+  static_argnames=("chunk_size", "top_k", "top_p", "min_p", "stop"),
   donate_argnames=("logits", "cache"),
 )
 def _write(
@@ -340,6 +345,7 @@ def _write(
   chunk_size: int | None,
   top_k: int | None,
   top_p: float | None,
+  min_p: float | None,
   stop: tuple[int, ...],
 ) -> tuple[Int[Array, "B steps"], Bool[Array, "B"], Float[Array, "B V"], Cache]:
   """Draws a token for every active row and reads it, up to `limit` times.
@@ -357,7 +363,7 @@ def _write(
 
   def make(carry):
     step, active, _, made, logits, cache = carry
-    token = sample(logits, seed, cache.lengths, temperature, top_k=top_k, top_p=top_p)
+    token = sample(logits, seed, cache.lengths, temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     new, cache = reader.read(jnp.where(active, token, 0)[:, None], cache, active.astype(jnp.int32))
     logits = jnp.where(active[:, None], new, logits)
     made = made.at[:, step].set(jnp.where(active, token, NOTHING))

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ttt_jax.nn.transformer import Transformer, count_parameters
-from ttt_jax.pretrained.files import GENERATION_CONFIG, local_path, new_directory
+from ttt_jax.pretrained.files import GENERATION_CONFIG, is_gguf, local_path, new_directory
 from ttt_jax.pretrained.save import write_model
 from ttt_jax.pretrained.sections import Fields
 from ttt_jax.pretrained.source import is_run, open_model, open_tokenizer
@@ -40,7 +40,7 @@ def convert(
   with new_directory(destination) as directory:
     model = open_model(path, dtype=dtype, fields=fields)
     # A Hugging Face directory's tokenizer is copied file by file.
-    tokenizer = open_tokenizer(path) if is_run(path) or path.suffix == ".gguf" else None
+    tokenizer = open_tokenizer(path) if is_run(path) or is_gguf(path) else None
     write_model(model, directory)
     _write_tokenizer(path, tokenizer, model, directory)
     there = sorted(file.name for file in directory.iterdir())

@@ -6,6 +6,7 @@ memory map, whose pages would count as the process's memory; and written without
 
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+_OTHER_MODELS = (CONFIG, WEIGHTS, INDEX, "config.yaml")  # the last one is a run's
 SHARD_BYTES = 5_000_000_000  # of a file that is written, as in transformers
 
 _DTYPES = {
@@ -32,6 +34,7 @@ _DTYPES = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)  # as llama.cpp names split files
 _HEADER_LENGTH = struct.Struct("<Q")  # the first bytes of a safetensors file
 _ALIGNMENT = 64  # of arrays that JAX takes on a CPU without a copy
 
@@ -45,13 +48,13 @@ class StoredTensor(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """The object in a JSON file.
+  """The object in a JSON file; a byte order mark before it does not count.
 
   Raises:
     ValueError: no such file, or not a JSON object.
   """
   try:
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = json.loads(path.read_text(encoding="utf-8-sig"))
   except FileNotFoundError:
     raise UserError(f"{path} does not exist") from None
   except ValueError as error:
@@ -257,15 +260,38 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     raise
 
 
+def is_gguf(path: Path) -> bool:
+  """Whether a path is named as a GGUF file."""
+  return path.suffix.lower() == ".gguf"
+
+
+def gguf_parts(path: Path) -> list[Path]:
+  """The paths of all parts of a split GGUF file, which need not exist; of any other, the path alone."""
+  named = _PART.search(path.name)
+  if named is None:
+    return [path]
+  stem, ending = path.name[: named.start()], path.suffix
+  count = int(named[2])
+  return [path.with_name(f"{stem}-{i:05}-of-{count:05}{ending}") for i in range(1, count + 1)]
+
+
+def gguf_models(directory: Path) -> list[Path]:
+  """The GGUF files in a directory; of one that is split, its first part."""
+  files = (path for path in directory.iterdir() if is_gguf(path) and path.is_file())
+  return sorted({gguf_parts(path)[0] for path in files})
+
+
 def local_path(path: str | Path) -> Path:
   """The path, or where the hub's package has put the model of that name.
+
+  A directory that is no Hugging Face model and no run but holds one GGUF model stands for that file.
 
   Raises:
     ValueError: there is no such path, nor a package to ask the hub for a model of that name.
   """
   local = Path(path).expanduser()
   if local.exists():
-    return local
+    return _model_path(local)
   parts = str(path).split("/")
   if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~")):
     raise UserError(f"{str(path)!r} does not exist: give a directory, a .gguf file or a hub name")
@@ -282,3 +308,10 @@ def local_path(path: str | Path) -> Path:
       f"{str(path)!r} does not exist here, and could not be had from the hub: "
       f"{str(error).splitlines()[0]}"
     ) from error
+
+
+def _model_path(path: Path) -> Path:
+  if not path.is_dir() or any((path / name).is_file() for name in _OTHER_MODELS):
+    return path
+  models = gguf_models(path)
+  return models[0] if len(models) == 1 else path

@@ -2,7 +2,8 @@
 
 The package `gguf` parses the file and dequantises. llama.cpp rotates neighbouring channels where Llama's
 published layout rotates channels half a head apart, so its files hold permuted query and key projections.
-The tokenizer inside is `gguf_tokenizer.py`'s.
+`gguf_keys.py` says which metadata is known, `gguf_special.py` which tokens are special; `gguf_tokenizer.py`
+makes the tokenizer inside.
 """
 
 from functools import partial
@@ -16,7 +17,15 @@ from gguf.quants import dequantize
 from ttt_jax.config import RopeScaling
 from ttt_jax.errors import UnsupportedError, UserError
 from ttt_jax.nn.rope import scaled_frequencies
-from ttt_jax.pretrained.files import StoredTensor
+from ttt_jax.pretrained.files import StoredTensor, gguf_parts
+from ttt_jax.pretrained.gguf_keys import (
+  ARCHITECTURE,
+  check_heads,
+  check_keys,
+  need_number,
+  rope_scaling,
+)
+from ttt_jax.pretrained.gguf_special import special_tokens
 from ttt_jax.pretrained.tensors import EMBEDDING, HEAD
 
 _NAMES = {"token_embd": EMBEDDING, "output_norm": "model.norm.weight", "output": HEAD}
@@ -35,11 +44,37 @@ _ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
-  """Metadata by key, and the tensors as they are stored.
+  """Metadata by key, and the tensors as they are stored, of all parts of a split file.
 
   Raises:
-    ValueError: the file is cut short, damaged or no GGUF.
+    ValueError: the file is cut short, damaged or no GGUF, or one of its parts is not there.
   """
+  parts = gguf_parts(path)
+  if missing := [part.name for part in parts if not part.is_file()]:
+    raise UserError(
+      f"{path} is one of {len(parts)} parts of a model, of which {', '.join(missing[:5])}"
+      f"{', ...' if len(missing) > 5 else ''} {'is' if len(missing) == 1 else 'are'} not there: download "
+      "the whole model"
+    )
+  fields, tensors = _read_part(parts[0])
+  count = fields.get("split.count", 1)
+  if max(count, 1) != len(parts):
+    raise UserError(
+      f"{path}: split.count={count}, but its name is that of one of {len(parts)} parts: llama.cpp names "
+      f"them as model-00001-of-{count:05}.gguf"
+    )
+  for part in parts[1:]:
+    tensors += _read_part(part)[1]
+  expected = fields.get("split.tensors.count", len(tensors))
+  if expected != len(tensors) or len({tensor.name for tensor in tensors}) != len(tensors):
+    raise UserError(
+      f"{path}: the {len(parts)} parts hold {len(tensors)} tensors, and split.tensors.count is {expected}: "
+      "they are not of one model, download it again"
+    )
+  return fields, tensors
+
+
+def _read_part(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
   try:
     reader = GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -47,7 +82,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
     raise UserError(
       f"{path} is cut short, damaged or no GGUF file ({error}): download it again"
     ) from error
-  return fields, reader.tensors
+  return fields, list(reader.tensors)
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
@@ -59,15 +94,20 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
   """
   fields, stored = read_gguf(path)
   architecture = fields.get("general.architecture")
-  if architecture != "llama":
+  if architecture != ARCHITECTURE:
     raise UnsupportedError(
-      f"{path}: general.architecture={architecture!r} is not supported, only 'llama'"
+      f"{path}: general.architecture={architecture!r} is not supported, only {ARCHITECTURE!r}"
     )
-  _refuse_features(path, fields)
+  check_keys(path, fields)
   tensors = {tensor.name: tensor for tensor in stored}
   config = _config(path, fields, tensors)
   frequencies = tensors.pop(_ROPE_FREQUENCIES, None)
   if frequencies is not None:
+    if config["rope_scaling"] is not None:
+      raise UnsupportedError(
+        f"{path} scales its rotary frequencies twice, by {_ROPE_FREQUENCIES} and by "
+        f"{config['rope_scaling']}: one is supported"
+      )
     config["rope_scaling"] = _llama3_scaling(path, config, frequencies)
   heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
   return config, {
@@ -76,61 +116,36 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
   }
 
 
-def special_tokens(fields: dict[str, Any]) -> dict[str, Any]:
-  """`bos_token_id` and `eos_token_id` as in config.json."""
-  ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-  return {
-    "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-    "eos_token_id": list(dict.fromkeys(token for token in ends if token is not None)),
-  }
-
-
-def _refuse_features(path: Path, fields: dict[str, Any]) -> None:
-  for key, supported in (
-    ("expert_count", (None, 0)),
-    ("rope.scaling.type", (None, "none", "linear")),
-    ("attention.sliding_window", (None, 0)),
-  ):
-    value = fields.get(f"llama.{key}")
-    if value not in supported:
-      raise UnsupportedError(f"{path}: llama.{key}={value!r} is not supported")
-
-
 def _config(path: Path, fields: dict[str, Any], tensors: dict[str, ReaderTensor]) -> dict[str, Any]:
-  def need(key: str) -> int:
-    value = fields.get(f"llama.{key}")
-    if not isinstance(value, int):
-      raise UserError(f"{path}: llama.{key}={value!r} must be one number")
-    return value
+  def optional(name: str, default: Any, kind: type = int) -> Any:
+    there = fields.get(f"{ARCHITECTURE}.{name}") is not None
+    return need_number(path, fields, name, kind) if there else default
 
-  d, heads = need("embedding_length"), need("attention.head_count")
-  head_dim = fields.get("llama.attention.key_length", d // heads)
-  rotated = fields.get("llama.rope.dimension_count", head_dim)
-  if rotated != head_dim:
-    raise UnsupportedError(
-      f"{path}: llama.rope.dimension_count={rotated} of {head_dim} channels of a head is not supported"
-    )
+  d, heads = (need_number(path, fields, x) for x in ("embedding_length", "attention.head_count"))
+  head_dim = optional("attention.key_length", d // heads)
+  check_heads(path, fields, head_dim)
   if "token_embd.weight" not in tensors:
     raise UserError(f"{path} has no token_embd.weight: it is not a whole model")
-  scaling = None
-  if fields.get("llama.rope.scaling.type") == "linear":
-    scaling = {"rope_type": "linear", "factor": fields.get("llama.rope.scaling.factor", 1.0)}
+  biased = [f"blk.0.attn_{x}.bias" in tensors for x in ("q", "output")]
+  special = special_tokens(fields)
   return {
-    "model_type": "llama",
+    # Llama's config knows biases on all four projections only; those on three are Qwen2's.
+    "model_type": "qwen2" if biased == [True, False] else "llama",
     "vocab_size": int(tensors["token_embd.weight"].shape[1]),
     "hidden_size": d,
-    "intermediate_size": need("feed_forward_length"),
-    "num_hidden_layers": need("block_count"),
+    "intermediate_size": need_number(path, fields, "feed_forward_length"),
+    "num_hidden_layers": need_number(path, fields, "block_count"),
     "num_attention_heads": heads,
-    "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+    "num_key_value_heads": optional("attention.head_count_kv", heads),
     "head_dim": head_dim,
-    "rms_norm_eps": fields.get("llama.attention.layer_norm_rms_epsilon", 1e-6),
-    "rope_theta": fields.get("llama.rope.freq_base", 10000.0),
-    "rope_scaling": scaling,
-    "max_position_embeddings": fields.get("llama.context_length"),
-    "attention_bias": "blk.0.attn_q.bias" in tensors,
+    "rms_norm_eps": need_number(path, fields, "attention.layer_norm_rms_epsilon", float),
+    "rope_theta": optional("rope.freq_base", 10000.0, float),
+    "rope_scaling": rope_scaling(path, fields),
+    "max_position_embeddings": optional("context_length", None),
+    "attention_bias": any(biased),
     "tie_word_embeddings": "output.weight" not in tensors,
-    **special_tokens(fields),
+    "bos_token_id": special.bos_id,
+    "eos_token_id": list(special.eos_ids),
   }
 
 

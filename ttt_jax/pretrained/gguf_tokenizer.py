@@ -19,10 +19,11 @@ from tokenizers import (
 )
 
 from ttt_jax.errors import UnsupportedError, UserError
-from ttt_jax.pretrained.gguf import read_gguf, special_tokens
+from ttt_jax.pretrained.gguf import read_gguf
+from ttt_jax.pretrained.gguf_special import LLAMA3_NAMES, SpecialTokens, special_tokens
 from ttt_jax.pretrained.tokenizer import Tokenizer
 
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_USER_DEFINED = 4  # of tokenizer.ggml.token_type
 _SPACE = "\u2581"  # how SentencePiece writes one
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -31,18 +32,26 @@ _LLAMA3 = (
   r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_DIGITS = (r"\p{N}", _GPT2)  # one by one
+_TEKKEN = (
+  r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+  r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+  r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # How text is cut, by tokenizer.ggml.pre: each rule cuts the pieces of the one before. As in llama.cpp.
 _RULES = {
-  "gpt-2": (_GPT2,),
-  "gpt2": (_GPT2,),
-  "smollm": (r"\p{N}", _GPT2),
-  "llama-bpe": (_LLAMA3,),
-  "llama3": (_LLAMA3,),
-  "llama-v3": (_LLAMA3,),
-  "qwen2": (_QWEN2,),
+  **dict.fromkeys(LLAMA3_NAMES, (_LLAMA3,)),
+  **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), (_LLAMA3,)),
+  **dict.fromkeys(("gpt-2", "gpt2", "phi-2", "gigachat", "a.x-4.0", "mellum", "mpt"), (_GPT2,)),
+  **dict.fromkeys(("olmo", "jais", "trillion", "granite-docling", "exaone4"), (_GPT2,)),
+  **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGITS),
+  **dict.fromkeys(("exaone", "minerva-7b", "mellum2"), _DIGITS),
+  **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "stablelm2"), (_QWEN2,)),
+  **dict.fromkeys(("megrez", "hunyuan", "solar-open", "grok-2"), (_QWEN2,)),
+  "tekken": (_TEKKEN,),
   "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_IGNORE_MERGES = (*LLAMA3_NAMES, "tekken")  # a word that is a token is that token
 
 
 def gguf_tokenizer(path: Path) -> Tokenizer:
@@ -56,6 +65,9 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
   kind, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
   if not tokens:
     raise UserError(f"{path} has no tokenizer: give the path of another one")
+  # As llama.cpp names tokens that are spelled by nothing.
+  tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+  fields["tokenizer.ggml.tokens"] = tokens
   if len(set(tokens)) != len(tokens):
     raise UserError(
       f"{path}: tokenizer.ggml.tokens names {len(tokens) - len(set(tokens))} tokens twice"
@@ -63,29 +75,50 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
   if kind == "gpt2":
     backend = _byte_level(path, fields)
   elif kind == "llama":
-    backend = _sentence_piece(fields)
+    backend = _sentence_piece(path, fields)
   else:
     raise UnsupportedError(
       f"{path}: tokenizer.ggml.model={kind!r} is not supported: there are 'gpt2' and 'llama'"
     )
   types = fields.get("tokenizer.ggml.token_type", [])
-  special = [tokens[i] for i, type_ in enumerate(types) if type_ == _CONTROL]
-  defined = [tokens[i] for i, type_ in enumerate(types) if type_ == _USER_DEFINED]
-  backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
-  backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in defined])
-  ids = special_tokens(fields)
-  bos = ids["bos_token_id"]
-  if bos is not None and fields.get("tokenizer.ggml.add_bos_token", kind == "llama"):
-    backend.post_processor = processors.TemplateProcessing(
-      single=f"{tokens[bos]} $A",
-      pair=f"{tokens[bos]} $A {tokens[bos]} $B",
-      special_tokens=[(tokens[bos], bos)],
-    )
+  special = special_tokens(fields)
+  marks = [AddedToken(tokens[i], normalized=False, special=True) for i in special.special]
+  defined = [i for i, type_ in enumerate(types) if type_ == _USER_DEFINED]
+  backend.add_special_tokens(marks)
+  backend.add_tokens(
+    [
+      AddedToken(tokens[i], normalized=False, special=False)
+      for i in defined
+      if i not in special.special
+    ]
+  )
+  backend.post_processor = _around(tokens, special)
   return Tokenizer(
     backend,
-    bos_id=bos,
-    eos_ids=tuple(ids["eos_token_id"]),
+    bos_id=special.bos_id,
+    eos_ids=special.eos_ids,
     chat_template=fields.get("tokenizer.chat_template"),
+  )
+
+
+def _around(tokens: list[str], special: SpecialTokens) -> processors.TemplateProcessing:
+  """Puts the tokens around a text that belong there."""
+  names = {}  # a token's spelling may hold what a template splits at
+  if special.add_bos:
+    names["BOS"] = special.bos_id
+  if special.add_eos:
+    names["EOS"] = special.eos_id
+
+  def template(text: str) -> str:
+    before, after = ("BOS " if "BOS" in names else ""), (" EOS" if "EOS" in names else "")
+    return f"{before}{text}{after}"
+
+  return processors.TemplateProcessing(
+    single=template("$A"),
+    pair=f"{template('$A')} {template('$B')}",
+    special_tokens=[
+      {"id": name, "ids": [token], "tokens": [tokens[token]]} for name, token in names.items()
+    ],
   )
 
 
@@ -99,7 +132,7 @@ def _byte_level(path: Path, fields: dict[str, Any]) -> tokenizers.Tokenizer:
   # A merge is "left right"; neither has a space, which byte-level BPE writes as another character.
   merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
   backend = tokenizers.Tokenizer(
-    models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _LLAMA3_NAMES)
+    models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _IGNORE_MERGES)
   )
   if rule == "qwen2":
     backend.normalizer = normalizers.NFC()
@@ -113,9 +146,13 @@ def _byte_level(path: Path, fields: dict[str, Any]) -> tokenizers.Tokenizer:
   return backend
 
 
-def _sentence_piece(fields: dict[str, Any]) -> tokenizers.Tokenizer:
+def _sentence_piece(path: Path, fields: dict[str, Any]) -> tokenizers.Tokenizer:
   """BPE that merges the pair whose token has the highest score, with a fallback to bytes."""
-  tokens, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
+  tokens, scores = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.scores") or []
+  if len(scores) < len(tokens):
+    raise UserError(
+      f"{path}: tokenizer.ggml.scores has {len(scores)} numbers for {len(tokens)} tokens: it is damaged"
+    )
   vocabulary = {token: i for i, token in enumerate(tokens)}
   merges = [
     (-score, vocabulary[token[:cut]], vocabulary[token[cut:]], token[:cut], token[cut:])
@@ -123,7 +160,7 @@ def _sentence_piece(fields: dict[str, Any]) -> tokenizers.Tokenizer:
     for cut in range(1, len(token))
     if token[:cut] in vocabulary and token[cut:] in vocabulary
   ]
-  unknown = fields.get("tokenizer.ggml.unknown_token_id")
+  unknown = special_tokens(fields).unknown_id
   backend = tokenizers.Tokenizer(
     models.BPE(
       vocab=vocabulary,

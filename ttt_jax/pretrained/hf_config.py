@@ -1,14 +1,16 @@
 """config.json of a Hugging Face directory, to our configs and back.
 
-What `transformers` 4.57 does with a key is done here or refused by name; the defaults of absent keys are
-its config classes'. `rope_parameters`, of transformers 5, is read too.
+What `transformers` 5 does with a key is done here or refused by name; the defaults of absent keys are its
+config classes'. Where versions 4 and 5 differ, as in the trained length of YaRN, the newer one counts.
+`hf_rope.py` reads the rotary embedding.
 """
 
 import warnings
 from typing import Any, NamedTuple
 
-from ttt_jax.config import AttentionConfig, ModelConfig, RopeScaling
+from ttt_jax.config import AttentionConfig, ModelConfig
 from ttt_jax.errors import UnsupportedError, UserError
+from ttt_jax.pretrained.hf_rope import number, read_rope, write_rope
 
 # The architectures, by their model_type.
 ARCHITECTURES = {
@@ -19,37 +21,57 @@ ARCHITECTURES = {
 }
 _QWEN = ("qwen2", "qwen3")
 
-# Fields of RopeScaling under their names in `rope_scaling`.
-_ROPE_FIELDS = {
-  "factor": "factor",
-  "original_max_position_embeddings": "original_max_positions",
-  "low_freq_factor": "low_freq_factor",
-  "high_freq_factor": "high_freq_factor",
-  "beta_fast": "beta_fast",
-  "beta_slow": "beta_slow",
-  "attention_factor": "attention_factor",
-  "mscale": "mscale",
-  "mscale_all_dim": "mscale_all_dim",
-  "truncate": "truncate",
+# Keys that change what a model computes in some architecture, and their values that change nothing.
+# `transformers` drops those that the four architectures do not have, so that a model trained with them
+# comes out as another one: they are refused by name. Other unknown keys pass.
+_NEUTRAL = {
+  "add_cross_attention": (False,),
+  "alibi": (False,),
+  "attention_chunk_size": (),
+  "attention_multiplier": (),
+  "attention_out_bias": (False,),
+  "attn_logit_softcapping": (),
+  "attn_scale": (),
+  "attn_temperature_tuning": (False, 0),
+  "clip_qkv": (),
+  "compression_config": (),
+  "embedding_multiplier": (1,),
+  "final_logit_softcapping": (),
+  "hidden_act": ("silu", "swish"),  # two names of one function
+  "hidden_activation": ("silu", "swish"),
+  "is_causal": (True,),
+  "is_encoder_decoder": (False,),
+  "kv_lora_rank": (),
+  "logit_scale": (1,),
+  "logits_scaling": (1,),
+  "mlp_bias": (False,),
+  "n_routed_experts": (0,),
+  "no_rope_layer_interval": (0,),
+  "no_rope_layers": ([],),
+  "norm_type": ("rms_norm", "rmsnorm"),
+  "num_experts": (0, 1),
+  "num_local_experts": (0, 1),
+  "parallel_attn": (False,),
+  "partial_rotary_factor": (1,),
+  "position_embedding_type": ("rope", "rotary", "absolute"),
+  "q_lora_rank": (),
+  "qk_layernorm": (False,),
+  "quantization_config": (),
+  "query_pre_attn_scalar": (),
+  "residual_multiplier": (1,),
+  "rope_interleaved": (False,),
+  "rotary_pct": (1,),
+  "scale_depth": (),
+  "scale_emb": (1,),
+  "dim_model_base": (),
+  "use_bidirectional_attention": (False,),
+  "use_parallel_residual": (False,),
+  "use_qk_norm": (False,),
 }
-_ROPE_KINDS = {
-  "linear": ("factor",),
-  "llama3": (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-  ),
-  "yarn": (
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "attention_factor",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-  ),
+# Keys of a window that an architecture does not have, nor does `transformers` use there.
+_NO_WINDOW = {
+  "llama": ("sliding_window", "layer_types", "use_sliding_window"),
+  "mistral": ("use_sliding_window",),
 }
 
 
@@ -76,11 +98,7 @@ def read_config(
   kind = _model_type(config)
   _refuse_features(config, kind)
   num_layers = need_integer(config, "num_hidden_layers")
-  special = {
-    key: config.get(key) if (generation or {}).get(key) is None else generation[key]
-    for key in ("eos_token_id", "bos_token_id")
-  }
-  theta, scaling = _read_rope(config)
+  theta, scaling = read_rope(config)
   model = ModelConfig(
     vocab_size=need_integer(config, "vocab_size"),
     num_layers=num_layers,
@@ -88,16 +106,16 @@ def read_config(
     d_ff=need_integer(config, "intermediate_size"),
     num_heads=need_integer(config, "num_attention_heads"),
     num_kv_heads=_num_kv_heads(config, kind),
-    head_dim=config.get("head_dim", 128 if kind == "qwen3" else None),
+    head_dim=_optional_integer(config, "head_dim", 128 if kind == "qwen3" else None),
     rope_theta=theta,
     rope_scaling=scaling,
-    max_positions=config.get("max_position_embeddings"),
-    norm_eps=_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
+    max_positions=_optional_integer(config, "max_position_embeddings"),
+    norm_eps=number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
     qk_norm=kind == "qwen3",
     attention_bias=_attention_bias(config, kind),
-    tie_embeddings=config.get("tie_word_embeddings", False),
-    bos_id=special["bos_token_id"],
-    eos_ids=_token_ids(special["eos_token_id"]),
+    tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+    bos_id=next(iter(model_tokens(config, generation, "bos_token_id")), None),
+    eos_ids=model_tokens(config, generation, "eos_token_id"),
   )
   return Architecture(model, _read_windows(config, kind, num_layers))
 
@@ -123,7 +141,7 @@ def write_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, An
     "hidden_act": "silu",
     "rms_norm_eps": model.norm_eps,
     "rope_theta": model.rope_theta,
-    "rope_scaling": _write_rope(model.rope_scaling),
+    "rope_scaling": write_rope(model.rope_scaling),
     "tie_word_embeddings": model.tie_embeddings,
     "bos_token_id": model.bos_id,
     "eos_token_id": list(model.eos_ids)
@@ -157,48 +175,47 @@ def need_integer(config: dict[str, Any], key: str) -> int:
   value = config.get(key)
   if value is None:
     raise UserError(f"config.json has no {key}: it is not the config of a whole model")
-  if not isinstance(value, int):
+  if isinstance(value, bool) or not isinstance(value, int):
     raise UserError(f"config.json: {key}={value!r} must be an integer")
   return value
 
 
-def _number(value: Any, key: str) -> float:
-  if isinstance(value, bool) or not isinstance(value, int | float):
-    raise UserError(f"config.json: {key}={value!r} must be a number")
-  return float(value)  # JSON has 32 for 32.0
+def _optional_integer(config: dict[str, Any], key: str, default: int | None = None) -> int | None:
+  if config.get(key, default) is None:
+    return None
+  return need_integer({key: default} | config, key)
 
 
 def _model_type(config: dict[str, Any]) -> str:
-  named = config.get("architectures") or [ARCHITECTURES.get(config.get("model_type"))]
+  stated = config.get("model_type")
+  named = config.get("architectures") or [ARCHITECTURES.get(stated)]
   for kind, architecture in ARCHITECTURES.items():
     if named == [architecture]:
+      if stated in ARCHITECTURES and stated != kind:
+        raise UserError(
+          f"config.json says architectures={named} and model_type={stated!r}: transformers goes by "
+          "model_type; correct one of the two"
+        )
       return kind
   raise UnsupportedError(
     f"config.json: architectures={config.get('architectures')}, "
-    f"model_type={config.get('model_type')!r} is not supported: there are "
-    + ", ".join(ARCHITECTURES.values())
+    f"model_type={stated!r} is not supported: there are " + ", ".join(ARCHITECTURES.values())
   )
 
 
 def _refuse_features(config: dict[str, Any], kind: str) -> None:
   """Raises NotImplementedError for what would change the numbers and is not there."""
-  refused = {
-    "quantization_config": (None,),
-    "hidden_act": ("silu", "swish"),  # two names of one function
-    "mlp_bias": (False,),
-    "partial_rotary_factor": (None, 1.0),
-  }
-  for key, supported in refused.items():
-    value = config.get(key, supported[0])
-    if value not in supported:
+  for key, neutral in _NEUTRAL.items():
+    value = config.get(key)
+    if value is not None and value not in neutral:
       raise UnsupportedError(
-        f"config.json: {key}={value!r} is not supported, only {supported[0]!r}"
+        f"config.json: {key}={value!r} is not supported, only {(*neutral, None)[0]!r}"
       )
-  if kind == "llama" and (
-    ignored := [k for k in ("sliding_window", "layer_types") if config.get(k)]
-  ):
+  ignored = [key for key in _NO_WINDOW.get(kind, ()) if config.get(key)]
+  if ignored:
+    rest = "full attention" if kind == "llama" else "sliding_window in every layer"
     warnings.warn(
-      f"config.json: {', '.join(ignored)} has no effect on LlamaForCausalLM: full attention, as in "
+      f"config.json: {', '.join(ignored)} has no effect on {ARCHITECTURES[kind]}: {rest}, as in "
       "transformers",
       stacklevel=4,
     )
@@ -217,73 +234,42 @@ def _attention_bias(config: dict[str, Any], kind: str) -> str | None:
   return "qkvo" if config.get("attention_bias") and kind != "mistral" else None
 
 
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+def model_tokens(
+  config: dict[str, Any], generation: dict[str, Any] | None, key: str
+) -> tuple[int, ...]:
+  """The ids under a key like `eos_token_id`, of generation_config.json where it has some, else config.json.
+
+  Raises:
+    ValueError: one that is no id, or beyond the model's vocabulary.
+  """
+  name, value = "generation_config.json", (generation or {}).get(key)
+  if value is None:
+    name, value = "config.json", config.get(key)
   if value is None:
     return ()
-  return tuple(value) if isinstance(value, list) else (value,)
-
-
-def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-  """The base and the scaling; in transformers 5 both are in `rope_parameters`."""
-  scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-  theta = _number(scaling.pop("rope_theta", config.get("rope_theta", 10000.0)), "rope_theta")
-  if "rope_theta" in config and theta != config["rope_theta"]:
+  ids = []
+  for token in value if isinstance(value, list) else [value]:
+    if isinstance(token, bool) or not isinstance(token, int | float) or token != int(token):
+      raise UserError(f"{name}: {key}={value!r} must be the id of a token, or a list of ids")
+    ids.append(int(token))  # JSON has 2.0 for 2
+  size = config.get("vocab_size")
+  if isinstance(size, int) and (beyond := [x for x in ids if not 0 <= x < size]):
     raise UserError(
-      f"config.json says rope_theta={config['rope_theta']} and rope_parameters.rope_theta={theta}: "
-      "delete one"
+      f"{name}: {key}={value!r}: {beyond[0]} is no token, vocab_size={size}: delete it, or give the id "
+      "that the tokenizer has"
     )
-  if any(isinstance(value, dict) for value in scaling.values()):
-    raise UnsupportedError(
-      f"config.json: rope_parameters of {', '.join(scaling)}: one for all layers is supported"
-    )
-  names = [scaling.pop(key) for key in ("rope_type", "type") if key in scaling]
-  kind = names[0] if names else "default"
-  if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
-    raise UnsupportedError("config.json: partial_rotary_factor is not supported, only 1.0")
-  if kind == "default":
-    return theta, None
-  if kind not in _ROPE_KINDS:
-    raise UnsupportedError(
-      f"config.json: rope_type={kind!r} is not supported: there are default, "
-      + ", ".join(_ROPE_KINDS)
-    )
-  unknown = [key for key in scaling if key not in _ROPE_KINDS[kind]]
-  if unknown:
-    warnings.warn(
-      f"config.json: {', '.join(unknown)} has no effect on rope_type={kind!r}, as in transformers",
-      stacklevel=4,
-    )
-  given = {
-    _ROPE_FIELDS[key]: scaling[key] for key in _ROPE_KINDS[kind] if scaling.get(key) is not None
-  }
-  for name, value in given.items():
-    if name not in ("original_max_positions", "truncate"):
-      given[name] = _number(value, name)
-  if kind == "yarn":
-    given.setdefault("original_max_positions", config.get("max_position_embeddings"))
-  required = ("factor",) if kind == "yarn" else _ROPE_KINDS[kind]
-  missing = [key for key in required if scaling.get(key) is None]
-  if missing:
-    raise UserError(f"config.json: rope_type={kind!r} needs {', '.join(missing)}")
-  return theta, RopeScaling(kind=kind, **given)
-
-
-def _write_rope(scaling: RopeScaling | None) -> dict[str, Any] | None:
-  if scaling is None:
-    return None
-  written = {key: getattr(scaling, _ROPE_FIELDS[key]) for key in _ROPE_KINDS[scaling.kind]}
-  return {"rope_type": scaling.kind} | {k: v for k, v in written.items() if v is not None}
+  return tuple(dict.fromkeys(ids))
 
 
 def _read_windows(config: dict[str, Any], kind: str, num_layers: int) -> AttentionConfig:
-  if kind == "mistral":
-    return AttentionConfig(window=config.get("sliding_window", 4096))
   if kind == "llama":
     return AttentionConfig()
-  window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+  # Mistral's window is in use wherever there is one; with layer_types transformers reads it as Ministral.
+  uses = kind == "mistral" or config.get("use_sliding_window")
+  window = _optional_integer(config, "sliding_window", 4096) if uses else None
   types = config.get("layer_types")
   if types is None:
-    first = config.get("max_window_layers", 28)
+    first = 0 if kind == "mistral" else config.get("max_window_layers", 28)
     types = [
       "full_attention" if window is None or layer < first else "sliding_attention"
       for layer in range(num_layers)

@@ -27,6 +27,8 @@ from ttt_jax.pretrained.files import (
   CONFIG,
   GENERATION_CONFIG,
   StoredTensor,
+  gguf_models,
+  is_gguf,
   local_path,
   open_tensors,
   read_json,
@@ -41,8 +43,10 @@ _TTT_TENSORS = tuple(
   f".mlp.{name}"
   for name in ("ttt_conv.weight", "ttt_proj.weight", "ttt_log_rate", "ttt_log_half_life")
 )
-# Constants that old checkpoints store; the model forms them itself.
-_DERIVED = ".self_attn.rotary_emb.inv_freq"
+# Constants of the rotary embedding that some checkpoints store; the model forms them itself.
+_DERIVED = tuple(
+  f".rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
+)
 
 
 class Checkpoint(NamedTuple):
@@ -66,8 +70,8 @@ def load_pretrained(
 
   Args:
     path: a directory with config.json and safetensors of a Llama, Mistral, Qwen2 or Qwen3 model, with or
-      without fast weights in the published format; a `.gguf` file of a Llama; or the name of a model on
-      the hub, which is asked only if there is no such path.
+      without fast weights in the published format; a `.gguf` file of a Llama, any part of a split one, or
+      the directory of one alone; or the name of a model on the hub, asked only if there is no such path.
     dtype: of the computation, "float32", "bfloat16" or "float64". None: the widest that the tensors are
       stored in, so that nothing is lost (float32 for float16 and GGUF).
     param_dtype: of the parameters; None: `dtype`.
@@ -151,6 +155,9 @@ def load_model(
     UserError: as `load_pretrained`.
   """
 
+  if sections.model.tie_embeddings:
+    checkpoint = checkpoint._replace(tensors=_with_embedding(checkpoint.tensors))
+
   def make() -> Transformer:
     return Transformer(*sections, rngs=nnx.Rngs(0))
 
@@ -170,6 +177,11 @@ def load_model(
 def open_checkpoint(path: Path) -> Checkpoint:
   """The checkpoint at a path, its weights not yet read."""
   if path.is_dir():
+    if not (path / CONFIG).is_file() and (models := gguf_models(path)):
+      raise UserError(
+        f"{path} has no {CONFIG} but {len(models)} GGUF files, {', '.join(x.name for x in models[:5])}"
+        f"{', ...' if len(models) > 5 else ''}: give the path of the one to read"
+      )
     generation = path / GENERATION_CONFIG
     return Checkpoint(
       str(path),
@@ -177,7 +189,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
       read_json(generation) if generation.is_file() else {},
       open_tensors(path),
     )
-  if path.suffix == ".gguf":
+  if is_gguf(path):
     from ttt_jax.pretrained.gguf import open_gguf
 
     config, tensors = open_gguf(path)
@@ -194,6 +206,13 @@ def _widest(dtypes: Iterable[np.dtype]) -> str:
   if "float64" in names:
     return "float64"
   return "bfloat16" if names == {"bfloat16"} else "float32"
+
+
+def _with_embedding(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+  """The tensors of a tied model, whose one table may be stored under the head's name alone."""
+  if EMBEDDING in tensors or HEAD not in tensors:
+    return tensors
+  return {EMBEDDING if name == HEAD else name: stored for name, stored in tensors.items()}
 
 
 def stated_ttt(checkpoint: Checkpoint) -> TTTConfig | None:

@@ -11,23 +11,29 @@ from jaxtyping import Integer
 from tokenizers import decoders, models, pre_tokenizers
 
 from ttt_jax.errors import UserError
+from ttt_jax.pretrained.added_tokens import add_tokens
 from ttt_jax.pretrained.files import (
   CONFIG,
   GENERATION_CONFIG,
+  gguf_models,
+  is_gguf,
   local_path,
   read_json,
   write_json,
 )
+from ttt_jax.pretrained.hf_config import model_tokens
 
 BYTES = "bytes"  # the name of the tokenizer of 256 bytes
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_ADDED_TOKENS = "added_tokens.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
 # What belongs to a tokenizer in a Hugging Face directory.
 TOKENIZER_FILES = (
   _TOKENIZER,
   _TOKENIZER_CONFIG,
-  "special_tokens_map.json",
-  "added_tokens.json",
+  _SPECIAL_TOKENS,
+  _ADDED_TOKENS,
   "vocab.json",
   "merges.txt",
   "tokenizer.model",
@@ -41,8 +47,9 @@ class Tokenizer:
   Attributes:
     vocab_size: one more than the highest token.
     bos_id: the token that begins a text, or None.
-    eos_ids: the tokens that end one.
+    eos_ids: the tokens that end one; others than `eos_id` may end a chat's turn.
     eos_id: the one of them that the tokenizer itself names as its `eos_token`, else the first.
+    adds_bos, adds_eos: whether `encode` puts `bos_id` before a text, or one of `eos_ids` behind it.
   """
 
   def __init__(
@@ -62,6 +69,8 @@ class Tokenizer:
     self.eos_ids = eos_ids
     self.eos_id = eos_id if eos_id in eos_ids else next(iter(eos_ids), None)
     self.vocab_size = 1 + max(self.vocabulary().values())
+    before, after = self._around()
+    self.adds_bos, self.adds_eos = bos_id in before, any(token in eos_ids for token in after)
 
   def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """The tokens of a text; by default with those the tokenizer puts around it, as `transformers` does."""
@@ -78,6 +87,13 @@ class Tokenizer:
     """How many tokens `encode` makes of each text, by all cores."""
     encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
     return [len(encoding) for encoding in encodings]
+
+  def _around(self) -> tuple[list[int], list[int]]:
+    """The tokens that `encode` puts before a text and behind it."""
+    bare, whole = (self.encode("a", add_special_tokens=added) for added in (False, True))
+    count = len(whole) - len(bare)
+    start = next((i for i in range(count) if whole[i : i + len(bare)] == bare), count)
+    return whole[:start], whole[start + len(bare) :]
 
   def vocabulary(self) -> dict[str, int]:
     """How each token is spelled, added ones included."""
@@ -117,6 +133,9 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
   """The tokenizer of a model.
 
+  Tokens that other files of a directory add are there, as in `transformers` 5; truncation and padding that
+  tokenizer.json was saved with are not applied. A GGUF file's tokenizer follows llama.cpp.
+
   Args:
     path: a Hugging Face directory or a hub name with tokenizer.json, that file, a `.gguf` file, or
       "bytes": one token per byte of UTF-8, as models that `ttt-jax train` made from scratch read.
@@ -128,7 +147,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   if str(path) == BYTES:
     return byte_tokenizer()
   path = local_path(path)
-  if path.suffix == ".gguf":
+  if is_gguf(path):
     from ttt_jax.pretrained.gguf_tokenizer import gguf_tokenizer
 
     return gguf_tokenizer(path)
@@ -155,19 +174,31 @@ def _byte_characters() -> list[str]:
 def _from_directory(directory: Path, path: Path) -> Tokenizer:
   file = directory / _TOKENIZER if path.is_dir() else path
   if not file.is_file():
+    models = ", ".join(model.name for model in gguf_models(directory)[:5])
+    there = f"; {models} in it may hold one: give that path" if models else ""
     raise UserError(
       f"{directory} has no {_TOKENIZER}: save it from a fast tokenizer of transformers, or give another "
-      f"path, or {BYTES!r} for a model of bytes"
+      f"path, or {BYTES!r} for a model of bytes{there}"
     )
   try:
-    backend = tokenizers.Tokenizer.from_file(str(file))
+    backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
   except Exception as error:  # the library raises nothing more specific
     raise UserError(f"{file} is not a tokenizer: {str(error)[:200]}") from error
-  # A file may ask to cut or fill every text, which `transformers` too does only if it is told to.
+  # What a training script has left in the file; `transformers` applies neither unless a call asks for it.
   backend.no_truncation()
   backend.no_padding()
-  named = _optional_json(directory / _TOKENIZER_CONFIG)
   config = _optional_json(directory / CONFIG)
+  vocab_size = config.get("vocab_size")
+  vocab_size = vocab_size if isinstance(vocab_size, int) else None
+  named = add_tokens(
+    backend,
+    config=_optional_json(directory / _TOKENIZER_CONFIG),
+    legacy=_optional_json(directory / _ADDED_TOKENS),
+    special_map=_optional_json(directory / _SPECIAL_TOKENS),
+    limit=vocab_size,
+    where=directory,
+  )
+  backend.encode_special_tokens = bool(named.get("split_special_tokens"))
   generation = _optional_json(directory / GENERATION_CONFIG)
   eos, bos = (
     _special(key, backend, generation, config, named) for key in ("eos_token", "bos_token")
@@ -180,8 +211,8 @@ def _from_directory(directory: Path, path: Path) -> Tokenizer:
     eos_id=next(iter(own_eos), None),
     source=directory,
   )
-  if isinstance(config.get("vocab_size"), int):
-    tokenizer.check_vocabulary(config["vocab_size"], str(directory / CONFIG))
+  if vocab_size is not None:
+    tokenizer.check_vocabulary(vocab_size, str(directory / CONFIG))
   return tokenizer
 
 
@@ -197,10 +228,9 @@ def _special(
   named: dict[str, Any],
 ) -> tuple[int, ...]:
   """Ids of `eos_token` or `bos_token`: as the model says, else as the tokenizer's config names it."""
-  for source in (generation, config):
-    ids = source.get(f"{key}_id")
-    if ids is not None:
-      return tuple(ids) if isinstance(ids, list) else (ids,)
+  ids = model_tokens(config, generation, f"{key}_id")
+  if ids:
+    return ids
   token = named.get(key)
   token = token.get("content") if isinstance(token, dict) else token
   found = None if token is None else backend.token_to_id(token)

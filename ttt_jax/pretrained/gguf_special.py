@@ -1,0 +1,179 @@
+"""The special tokens of a GGUF file, by the rules of llama.cpp (`llama-vocab.cpp`).
+
+A file seldom says all: which tokens end a text is known by their spelling, and whether one is put before or
+behind a text by the kind of the tokenizer.
+"""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from ttt_jax.errors import UserError
+
+_KEY = "tokenizer.ggml"
+_UNKNOWN, _CONTROL = 2, 3  # of tokenizer.ggml.token_type
+# The names in tokenizer.ggml.pre of the rules of Llama 3; these tokenizers begin a text with its token.
+LLAMA3_NAMES = (
+  "llama-bpe",
+  "llama3",
+  "llama-v3",
+  "falcon3",
+  "falcon-h1",
+  "pixtral",
+  "midm-2.0",
+  "lfm2",
+  "jina-v5-nano",
+)
+_BEGIN_WITH_BOS = (*LLAMA3_NAMES, "tekken")
+# Of SentencePiece. For byte-level BPE llama.cpp falls back to 11, Falcon's, which is not followed here.
+_DEFAULTS = {"bos": 1, "eos": 2, "unknown": 0}
+
+_ENDS = (
+  "<|eot_id|>",
+  "<|im_end|>",
+  "<|end|>",
+  "<|return|>",
+  "<|call|>",
+  "<|flush|>",
+  "<|calls|>",
+  "<end_of_turn>",
+  "<|endoftext|>",
+  "</s>",
+  "<|eom_id|>",
+  "<EOT>",
+  "_<EOT>",
+  "[EOT]",
+  "[EOS]",
+  "<|end_of_text|>",
+  "<end_of_utterance>",
+  "<eos>",
+  "<turn|>",
+  "<|tool_response>",
+  "<\uff5cend\u2581of\u2581sentence\uff5c>",
+  "[e~[",
+)
+# Of models that fill in code: one of each kind ends a text, by its key or else by its spelling.
+_CODE_ENDS = {
+  "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+  "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+  "fim_sep": ("<|file_sep|>",),
+}
+# Tokens that llama.cpp holds for special ones however the file types them; they end nothing.
+_CODE_MARKS = (
+  "<|fim_prefix|>",
+  "<fim-prefix>",
+  "<fim_prefix>",
+  "<\uff5cfim\u2581begin\uff5c>",
+  "<PRE>",
+  "\u2581<PRE>",
+  "<|code_prefix|>",
+  "<|prefix|>",
+  "<|fim_suffix|>",
+  "<fim-suffix>",
+  "<fim_suffix>",
+  "<\uff5cfim\u2581hole\uff5c>",
+  "<SUF>",
+  "\u2581<SUF>",
+  "<|code_suffix|>",
+  "<|suffix|>",
+  "<|fim_middle|>",
+  "<fim-middle>",
+  "<fim_middle>",
+  "<\uff5cfim\u2581end\uff5c>",
+  "<MID>",
+  "\u2581<MID>",
+  "<|code_middle|>",
+  "<|middle|>",
+)
+
+
+class SpecialTokens(NamedTuple):
+  """Ids of tokens with a meaning.
+
+  Attributes:
+    bos_id: begins a text, or None.
+    eos_id: ends a text by the file's own word, or None.
+    eos_ids: each ends one, `eos_id` first.
+    unknown_id: stands for what has no token, or None.
+    special: all that are special: no part of a text.
+    add_bos, add_eos: whether `bos_id` and `eos_id` are put around a text.
+  """
+
+  bos_id: int | None
+  eos_id: int | None
+  eos_ids: tuple[int, ...]
+  unknown_id: int | None
+  special: tuple[int, ...]
+  add_bos: bool
+  add_eos: bool
+
+
+def special_tokens(fields: dict[str, Any]) -> SpecialTokens:
+  """What the metadata says and llama.cpp concludes from it.
+
+  Raises:
+    ValueError: a token is to be added that is not there.
+  """
+  tokens = fields.get(f"{_KEY}.tokens") or []
+  place = {token: i for i, token in enumerate(tokens)}
+  bos, eos, unknown = (_id(fields, name, len(tokens)) for name in ("bos", "eos", "unknown"))
+  found = {_id(fields, name, len(tokens)) for name in ("eot", "eom")}
+  found |= {_code_end(fields, name, spellings, place) for name, spellings in _CODE_ENDS.items()}
+  found |= {place[text] for text in _ENDS if text in place}
+  ends = [i for i in (eos, *sorted(found - {None, eos})) if i is not None]
+  ends = tuple(i for i in ends if i not in _no_ends(place))
+  types = fields.get(f"{_KEY}.token_type") or []
+  special = {i for i, type_ in enumerate(types) if type_ in (_UNKNOWN, _CONTROL)}
+  special |= {place[text] for text in _CODE_MARKS if text in place} | set(ends)
+  begins = fields.get(f"{_KEY}.model") == "llama" or fields.get(f"{_KEY}.pre") in _BEGIN_WITH_BOS
+  return SpecialTokens(
+    bos_id=bos,
+    eos_id=eos,
+    eos_ids=ends,
+    unknown_id=unknown,
+    special=tuple(sorted(special)),
+    add_bos=_adds(fields, "bos", bos, default=begins and bos is not None),
+    add_eos=_adds(fields, "eos", eos, default=False),
+  )
+
+
+def _id(fields: dict[str, Any], name: str, size: int) -> int | None:
+  """The token of a name, else the tokenizer's default; a number that is no token counts as not given."""
+  default = _DEFAULTS.get(name) if fields.get(f"{_KEY}.model") == "llama" else None
+  if default is not None and default >= size:
+    default = None
+  given = fields.get(f"{_KEY}.{name}_token_id")
+  if given is not None and size and not 0 <= given < size:
+    warnings.warn(
+      f"{_KEY}.{name}_token_id={given} is no token, there are {size}: {default} is used, as in llama.cpp",
+      stacklevel=3,
+    )
+    given = None
+  return default if given is None else given
+
+
+def _code_end(
+  fields: dict[str, Any], name: str, spellings: Iterable[str], place: dict[str, int]
+) -> int | None:
+  given = _id(fields, name, len(place))
+  return next((place[x] for x in spellings if x in place), None) if given is None else given
+
+
+def _no_ends(place: dict[str, int]) -> set[int]:
+  """Tokens that end no text, although spelled so, in the company of others."""
+  no_ends = set()
+  calls = "<|call|>" in place or "<|calls|>" in place
+  if calls and ("<|return|>" in place or "<|flush|>" in place):
+    no_ends.add(place.get("<|end|>"))
+  if "<|tool_response>" in place:
+    no_ends.add(place.get("</s>"))
+  return no_ends - {None}
+
+
+def _adds(fields: dict[str, Any], name: str, token: int | None, *, default: bool) -> bool:
+  adds = fields.get(f"{_KEY}.add_{name}_token", default)
+  if adds and token is None:
+    raise UserError(
+      f"{_KEY}.add_{name}_token is true, but {_KEY}.{name}_token_id is not set: the file is damaged"
+    )
+  return bool(adds)
