@@ -16,8 +16,10 @@ VERIFY = ("sizes", "checksums")
 class WeightedSource:
   """One of several sources of text."""
 
-  path: str | None  # as data.path
-  weight: float = 1.0  # its part of the tokens, against the weights of the others; 0 leaves it out
+  path: str | None
+  """What data.path would name."""
+  weight: float = 1.0
+  """The source's part of the tokens, against the weights of the others; 0 leaves it out."""
 
 
 @records_given
@@ -25,28 +27,41 @@ class WeightedSource:
 class DataConfig:
   """Where the text comes from. Every row holds `seq_len` tokens of one or more documents."""
 
-  # A directory that `ttt-jax data prepare` made; or a directory or glob of .txt, .md, .py, .jsonl and .json
-  # files, each also .gz, .zst, .bz2 or .xz, of .parquet and .array_record files, which every process
-  # reads into memory. Hidden files are left out. None: the Python standard library's own sources.
   path: str | None = None
-  mixture: tuple[WeightedSource, ...] = ()  # several sources, instead of `path`
-  # Of JSON lines, parquet and JSON in ArrayRecord files; `meta.text` is the field `text` of `meta`.
+  """A directory that `ttt-jax data prepare` made; or a directory or glob of .txt, .md, .py, .jsonl
+  and .json files, each also .gz, .zst, .bz2 or .xz, of .parquet and .array_record files, which
+  every process reads into memory. Hidden files are left out. None is the Python standard
+  library's own sources.
+  """
+  mixture: tuple[WeightedSource, ...] = ()
+  """Several sources instead of path, as [{path: a, weight: 0.7}, {path: b, weight: 0.3}]."""
   text_field: str = "text"
-  # Where `ttt_jax.load_tokenizer` finds one, or "bytes". None: the one of `init_from`, else bytes.
+  """The field of JSON lines, parquet and JSON in ArrayRecord files that holds the text; `meta.text`
+  is the field `text` of `meta`.
+  """
   tokenizer: str | None = None
-  # Whether every document ends with the tokenizer's end-of-text token, which teaches a model to stop. None:
-  # as a prepared corpus has it, else where the tokenizer has such a token; bytes have none. False: none is
-  # added to what the tokenizer itself makes.
+  """Where ttt_jax.load_tokenizer finds a tokenizer, or "bytes"; None is that of init_from, else
+  bytes.
+  """
   end_of_text: bool | None = None
-  # Whether every document begins with the tokenizer's start-of-text token. None: as a prepared corpus has
-  # it, else as the tokenizer itself begins a text.
+  """Whether every document ends with the tokenizer's end-of-text token, which teaches a model to
+  stop. None: as a prepared corpus has it, else where the tokenizer has such a token; bytes have
+  none. False adds none to what the tokenizer itself makes.
+  """
   start_of_text: bool | None = None
+  """Whether every document begins with the tokenizer's start-of-text token. None: as a prepared
+  corpus has it, else as the tokenizer itself begins a text.
+  """
   seq_len: int = 4096
-  heldout_fraction: float = 0.05  # of the documents, chosen by a hash of their path
-  # Pad rows so that every document begins with a chunk of the fast weights: none then shares a chunk with
-  # the end of another one.
+  """Tokens T of a row."""
+  heldout_fraction: float = 0.05
+  """Fraction of the documents that is held out, chosen by a hash of their path."""
   align_documents: bool = False
-  max_bad_records: int = 0  # corrupt records of parquet and ArrayRecord files that are left out
+  """Whether rows are padded so that every document begins with a chunk of the fast weights: none
+  then shares a chunk with the end of another one.
+  """
+  max_bad_records: int = 0
+  """Corrupt records of parquet, ArrayRecord and prepared files that may be left out."""
 
   @property
   def sources(self) -> tuple[tuple[str, str | None, float], ...]:
@@ -90,27 +105,45 @@ class DataConfig:
 class TrainConfig:
   """AdamW with warm-up and cosine decay to `learning_rate * final_lr_ratio`."""
 
-  # "all" parameters; "ttt": convolution, projection and inner rate of the TTT layers; "ttt+down":
-  # also their down projections. The others stay as they are and take no optimiser state.
   trainable: str = "all"
+  """"all" parameters; "ttt", the convolution, projection and inner rate of the TTT layers; or
+  "ttt+down", also their down projections. The others stay as they are and take no optimiser
+  state.
+  """
   steps: int = 400
-  batch_size: int = 1  # rows per step, over all devices
+  """Optimiser steps of the whole run."""
+  batch_size: int = 1
+  """Rows per step, over all devices."""
   learning_rate: float = 4e-3
+  """Peak of the learning rate, after warm-up."""
   final_lr_ratio: float = 0.1
+  """The learning rate at the end, as a fraction of its peak."""
   warmup_steps: int = 20
-  weight_decay: float = 0.1  # not on norms, convolutions, inner rates
+  """Steps over which the learning rate rises from 0."""
+  weight_decay: float = 0.1
+  """Decoupled weight decay; norms, convolutions and inner rates have none."""
   beta1: float = 0.9
+  """AdamW's decay of the first moment."""
   beta2: float = 0.95
+  """AdamW's decay of the second moment."""
   clip_grad_norm: float = 1.0
-  accumulate: int = 1  # a step's rows are read in so many parts, one after another
-  z_loss: float = 0.0  # weight of the mean of logsumexp(logits)^2, added to the loss
-  # Of the parameters that the optimiser keeps where model.param_dtype is narrower; it then rounds them
-  # to that after every step.
+  """Global norm to which a larger gradient is rescaled."""
+  accumulate: int = 1
+  """Parts in which the rows of a step are read, one after another; the gradient is the same."""
+  z_loss: float = 0.0
+  """Weight of the mean of logsumexp(logits)^2, added to the loss."""
   master_dtype: str = "float32"
-  max_bad_steps: int = 10  # steps in a row without a finite loss or gradient, which change nothing
+  """Dtype of the parameters that the optimiser keeps where model.param_dtype is narrower; it rounds
+  them to that after every step.
+  """
+  max_bad_steps: int = 10
+  """Steps in a row without a finite loss and gradient, which change nothing, before the run stops."""
   log_every: int = 10
-  writers: tuple[str, ...] = ()  # "tensorboard", "wandb", besides metrics.jsonl
-  profile: tuple[int, int] | None = None  # the first and the last step of a trace for jax.profiler
+  """Steps between two records in metrics.jsonl."""
+  writers: tuple[str, ...] = ()
+  """Further places for the records: "tensorboard", "wandb"."""
+  profile: tuple[int, int] | None = None
+  """The first and the last step of a trace for jax.profiler, as [10, 12]."""
 
   def __post_init__(self):
     require_positive(
@@ -146,13 +179,19 @@ class TrainConfig:
 @records_given
 @dataclass(frozen=True)
 class CheckpointConfig:
-  every: int = 100  # steps
-  keep: int = 2  # the newest ones
-  keep_every: int | None = None  # also those of every so many steps, for ever
-  # What a restore compares: "sizes" finds files that are missing or cut short; "checksums" also bits that
-  # changed on the disk, for which each process reads what it wrote once more after every save, and its
-  # share of all files before a restore.
+  """When a run is saved, what is kept, and how a checkpoint is verified."""
+
+  every: int = 100
+  """Steps between two checkpoints."""
+  keep: int = 2
+  """How many of the newest checkpoints stay."""
+  keep_every: int | None = None
+  """Checkpoints of every so many steps stay for ever; None keeps none."""
   verify: str = "sizes"
+  """What a restore compares. "sizes" finds files that are missing or cut short; "checksums" also
+  bits that changed on the disk, for which each process reads what it wrote once more after every
+  save, and its share of all files before a restore.
+  """
 
   def __post_init__(self):
     require_positive("checkpoint", self, "every", "keep")
@@ -170,17 +209,26 @@ class CheckpointConfig:
 class EvalConfig:
   """Loss by position on held-out documents of at least `seq_len` tokens."""
 
-  baseline: bool = False  # also train a twin without TTT on the same batches
-  before: bool = False  # also evaluate the model as it was before the first step
-  every: int | None = (
-    None  # also during training, every so many steps: `heldout_loss` in metrics.jsonl
-  )
-  seq_len: int | None = None  # may be longer than the rows trained on; None: data.seq_len
+  baseline: bool = False
+  """Whether a twin without fast weights is trained on the same batches."""
+  before: bool = False
+  """Whether the model is also evaluated as it was before the first step."""
+  every: int | None = None
+  """Steps between two held-out losses during training, `heldout_loss` in metrics.jsonl; None has
+  none.
+  """
+  seq_len: int | None = None
+  """Tokens of a held-out row, which may be longer than the rows trained on; None is data.seq_len."""
   documents: int = 32
+  """Held-out documents that are read, at most."""
   buckets: int = 8
-  prompt_tokens: int = 512  # of the sample text
+  """Parts of a row whose losses are told apart."""
+  prompt_tokens: int = 512
+  """Tokens of a held-out document that the sample of text begins with."""
   sample_tokens: int = 200
+  """Tokens that the sample adds, at most."""
   temperature: float = 0.7
+  """Temperature of the sample; 0 takes the likeliest token."""
 
   def __post_init__(self):
     for name in ("seq_len", "every"):
