@@ -30,7 +30,8 @@ except ModuleNotFoundError as error:
 class TTTHarness(LM):
   """A model whose fast weights learn along every text that it scores or continues.
 
-  Every request starts from the trained weights: nothing learned of one is kept for the next.
+  Every request starts from the trained weights: nothing learned of one is kept for the next. Generation
+  arguments mean what they mean to the harness's own Hugging Face model (`Scorer.generate`).
 
   Args:
     model, tokenizer: as `load_pretrained` and `load_tokenizer` return them; or none of both, and

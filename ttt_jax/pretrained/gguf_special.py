@@ -25,7 +25,7 @@ LLAMA3_NAMES = (
   "jina-v5-nano",
 )
 _BEGIN_WITH_BOS = (*LLAMA3_NAMES, "tekken")
-# Of SentencePiece. For byte-level BPE llama.cpp falls back to 11, Falcon's, which is not followed here.
+# SentencePiece's ids. For byte-level BPE llama.cpp falls back to 11, Falcon's, which is not followed here.
 _DEFAULTS = {"bos": 1, "eos": 2, "unknown": 0}
 
 _ENDS = (
@@ -52,7 +52,7 @@ _ENDS = (
   "<\uff5cend\u2581of\u2581sentence\uff5c>",
   "[e~[",
 )
-# Of models that fill in code: one of each kind ends a text, by its key or else by its spelling.
+# Models that fill in code: one token of each kind ends a text, by its key or else by its spelling.
 _CODE_ENDS = {
   "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
   "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
