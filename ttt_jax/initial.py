@@ -16,7 +16,7 @@ from ttt_jax.config import Config, check_layers, check_mesh, check_trainable
 from ttt_jax.errors import UserError
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.partition import shardings
-from ttt_jax.pretrained.files import local_path
+from ttt_jax.pretrained.files import is_gguf, local_path
 from ttt_jax.pretrained.load import load_model, open_checkpoint, resolve_sections
 from ttt_jax.pretrained.sections import Fields, Sections, agreed, given_sections
 from ttt_jax.rundir import recorded_config
@@ -43,7 +43,8 @@ def resolve_for(config: Config, devices: int) -> Config:
   config = _with_mesh(config, devices)
   if config.init_from is None:
     return config
-  if config.init_from.endswith(".gguf") and not Path(config.init_from).expanduser().is_file():
+  path = Path(config.init_from).expanduser()
+  if is_gguf(path) and not path.is_file():
     raise UserError(f"init_from={config.init_from!r} does not exist")  # nor is it a hub name
   checkpoint = open_checkpoint(local_path(config.init_from))
   given = given_sections(config)

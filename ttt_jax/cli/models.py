@@ -6,6 +6,10 @@ from pathlib import Path
 from ttt_jax.cli.shared import MODEL_FIELDS, add_command, given_model_fields
 from ttt_jax.config import DTYPES
 
+SOURCE = (
+  "a Hugging Face directory, a .gguf file (one part of a split one will do), or a run directory"
+)
+
 _CONVERT_EPILOG = """For example, a GGUF file with fast weights in two of its MLPs that change nothing yet:
   ttt-jax convert smollm2.gguf models/smollm2 --dtype bfloat16 --ttt.layers "[14, 28]" --ttt.chunk_size 512
 """
@@ -24,7 +28,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _add_convert(commands: argparse._SubParsersAction) -> None:
   text = "write a model as a Hugging Face directory, with its tokenizer"
   convert = add_command(commands, "convert", text, _CONVERT_EPILOG, fields=MODEL_FIELDS)
-  convert.add_argument("source", help="a Hugging Face directory, a .gguf file, or a run directory")
+  convert.add_argument("source", help=SOURCE)
   convert.add_argument("destination", help="a directory that does not exist yet")
   convert.add_argument(
     "--dtype", choices=DTYPES, default=None, help="of the tensors (default: as they are)"
@@ -42,7 +46,7 @@ def _run_convert(parsed: argparse.Namespace) -> None:
 def _add_generate(commands: argparse._SubParsersAction) -> None:
   text = "continue texts with a model whose fast weights learn on while it reads and writes"
   generate = add_command(commands, "generate", text, _GENERATE_EPILOG, fields=MODEL_FIELDS)
-  generate.add_argument("model", help="a Hugging Face directory, a .gguf file, or a run directory")
+  generate.add_argument("model", help=SOURCE)
   generate.add_argument(
     "--prompt", action="append", default=[], help="a text to continue; several are done together"
   )
@@ -51,6 +55,9 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
   generate.add_argument("--temperature", type=float, default=0.0, help="(default 0: the likeliest)")
   generate.add_argument("--top-k", type=int, help="draw from the K likeliest tokens")
   generate.add_argument("--top-p", type=float, help="draw from the likeliest that sum to P")
+  generate.add_argument(
+    "--min-p", type=float, help="draw from those at least P times as likely as the likeliest"
+  )
   generate.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
   generate.add_argument("--dtype", choices=DTYPES, help="of weights and computation")
   generate.add_argument("--no-update", action="store_true", help="fast weights stay as they are")

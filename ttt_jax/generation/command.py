@@ -33,6 +33,7 @@ def run(parsed: argparse.Namespace, fields: Fields) -> None:
     temperature=parsed.temperature,
     top_k=parsed.top_k,
     top_p=parsed.top_p,
+    min_p=parsed.min_p,
     seed=parsed.seed,
     stop=stop_tokens(model.model, tokenizer),
     state=state,
