@@ -15,8 +15,10 @@ WRITERS = ("tensorboard", "wandb")
 class WeightedSource:
   """One of several sources of text."""
 
-  path: str | None  # as data.path
-  weight: float = 1.0  # its part of the tokens, against the weights of the others; 0 leaves it out
+  path: str | None
+  """What data.path can be."""
+  weight: float = 1.0
+  """Its part of the tokens, against the weights of the other sources; 0 leaves it out."""
 
 
 @records_given
@@ -24,20 +26,31 @@ class WeightedSource:
 class DataConfig:
   """Where the text comes from. Every row holds `seq_len` tokens of one or more documents."""
 
-  # A directory that `ttt-jax data prepare` made; or a directory or glob of .txt, .md, .py, .jsonl files,
-  # each also .gz, .parquet and .array_record files, which every process reads into memory. None: the
-  # Python standard library's own sources.
   path: str | None = None
-  mixture: tuple[WeightedSource, ...] = ()  # several sources, instead of `path`
-  text_field: str = "text"  # of .jsonl, parquet and JSON in ArrayRecord files
-  # Where `ttt_jax.load_tokenizer` finds one, or "bytes". None: the one of `init_from`, else bytes.
+  """A directory that `ttt-jax data prepare` made; or a directory or glob of .txt, .md, .py and
+  .jsonl files, each also .gz, and of .parquet and .array_record files, which every process
+  reads into memory. None is the Python standard library's own sources.
+  """
+  mixture: tuple[WeightedSource, ...] = ()
+  """Several sources, instead of path."""
+  text_field: str = "text"
+  """The field with the text in .jsonl, parquet and JSON in ArrayRecord files."""
   tokenizer: str | None = None
+  """Where `ttt_jax.load_tokenizer` finds one, or "bytes". None is the one of init_from, else
+  bytes.
+  """
   seq_len: int = 4096
-  heldout_fraction: float = 0.05  # of the documents, chosen by a hash of their path
-  # Pad rows so that every document begins with a chunk of the fast weights: none then shares a chunk with
-  # the end of another one.
+  """Tokens per row."""
+  heldout_fraction: float = 0.05
+  """Part of the documents that is kept for evaluation, chosen by a hash of their path."""
   align_documents: bool = False
-  max_bad_records: int = 0  # corrupt records of parquet and ArrayRecord files that are left out
+  """Whether rows are padded so that every document begins with a chunk of its own: none then
+  shares a chunk with the end of another one.
+  """
+  max_bad_records: int = 0
+  """How many corrupt records of parquet, ArrayRecord and prepared files are left out before
+  reading them is an error.
+  """
 
   @property
   def sources(self) -> tuple[tuple[str, str | None, float], ...]:
@@ -81,27 +94,49 @@ class DataConfig:
 class TrainConfig:
   """AdamW with warm-up and cosine decay to `learning_rate * final_lr_ratio`."""
 
-  # "all" parameters; "ttt": convolution, projection and inner rate of the TTT layers; "ttt+down":
-  # also their down projections. The others stay as they are and take no optimiser state.
   trainable: str = "all"
+  """Which parameters train: "all"; "ttt", the convolution, projection and inner rate of the TTT
+  layers; or "ttt+down", also their down projections. The others stay as they are and take no
+  optimiser state.
+  """
   steps: int = 400
-  batch_size: int = 1  # rows per step, over all devices
+  """Optimiser steps."""
+  batch_size: int = 1
+  """Rows per step, over all devices."""
   learning_rate: float = 4e-3
+  """Peak learning rate, after the warm-up."""
   final_lr_ratio: float = 0.1
+  """What is left of the learning rate at the last step, as a part of its peak."""
   warmup_steps: int = 20
-  weight_decay: float = 0.1  # not on norms, convolutions, inner rates
+  """Steps over which the learning rate rises from 0."""
+  weight_decay: float = 0.1
+  """Weight decay of AdamW; norms, convolutions, inner rates, half-lives and biases have none."""
   beta1: float = 0.9
+  """Decay of AdamW's first moment."""
   beta2: float = 0.95
+  """Decay of AdamW's second moment."""
   clip_grad_norm: float = 1.0
-  accumulate: int = 1  # a step's rows are read in so many parts, one after another
-  z_loss: float = 0.0  # weight of the mean of logsumexp(logits)^2, added to the loss
-  # Of the parameters that the optimiser keeps where model.param_dtype is narrower; it then rounds them
-  # to that after every step.
+  """Norm to which the gradient is rescaled where it is larger."""
+  accumulate: int = 1
+  """Parts into which the rows of a step are cut, read one after another: the same gradient, less
+  memory.
+  """
+  z_loss: float = 0.0
+  """Weight of the mean of logsumexp(logits)^2, added to the loss."""
   master_dtype: str = "float32"
-  max_bad_steps: int = 10  # steps in a row without a finite loss or gradient, which change nothing
+  """Dtype of the copy of the parameters that the optimiser updates where model.param_dtype is
+  narrower; the model's are rounded from it after every step.
+  """
+  max_bad_steps: int = 10
+  """Steps in a row without a finite loss or gradient, which change nothing, before the run ends
+  with an error.
+  """
   log_every: int = 10
-  writers: tuple[str, ...] = ()  # "tensorboard", "wandb", besides metrics.jsonl
-  profile: tuple[int, int] | None = None  # the first and the last step of a trace for jax.profiler
+  """Steps from one line of metrics.jsonl to the next."""
+  writers: tuple[str, ...] = ()
+  """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
+  profile: tuple[int, int] | None = None
+  """First and last step of a trace for `jax.profiler`; None makes no trace."""
 
   def __post_init__(self):
     require_positive(
@@ -137,9 +172,14 @@ class TrainConfig:
 @records_given
 @dataclass(frozen=True)
 class CheckpointConfig:
-  every: int = 100  # steps
-  keep: int = 2  # the newest ones
-  keep_every: int | None = None  # also those of every so many steps, for ever
+  """When a run is saved, and which checkpoints are kept."""
+
+  every: int = 100
+  """Steps from one checkpoint to the next."""
+  keep: int = 2
+  """How many of the newest checkpoints are kept."""
+  keep_every: int | None = None
+  """Checkpoints of every so many steps are kept for ever; None keeps none beyond the newest."""
 
   def __post_init__(self):
     require_positive("checkpoint", self, "every", "keep")
@@ -156,14 +196,24 @@ class CheckpointConfig:
 class EvalConfig:
   """Loss by position on held-out documents of at least `seq_len` tokens."""
 
-  baseline: bool = False  # also train a twin without TTT on the same batches
-  before: bool = False  # also evaluate the model as it was before the first step
-  seq_len: int | None = None  # may be longer than the rows trained on; None: data.seq_len
+  baseline: bool = False
+  """Whether a twin without fast weights is trained on the same batches, to compare with."""
+  before: bool = False
+  """Whether the model is also evaluated as it was before the first step."""
+  seq_len: int | None = None
+  """Tokens per held-out document, which may be more than the rows trained on have; None is
+  data.seq_len.
+  """
   documents: int = 32
+  """Held-out documents, at most."""
   buckets: int = 8
-  prompt_tokens: int = 512  # of the sample text
+  """Parts of a document that the loss is reported for."""
+  prompt_tokens: int = 512
+  """Tokens of a held-out document that the sample text continues."""
   sample_tokens: int = 200
+  """Tokens of the sample text."""
   temperature: float = 0.7
+  """Temperature of the sample text; 0 takes the likeliest token."""
 
   def __post_init__(self):
     if self.seq_len is not None:
