@@ -178,6 +178,6 @@ def test_sequential_says_what_to_use(how, shards, mode):
     "jacfwd": lambda f: jax.jacfwd(lambda lr: f(arrays | {"inner_lr": lr}))(jnp.float32(0.1)),
   }[mode]
   with pytest.raises(
-    NotImplementedError, match="forward-mode .*'sequential'.*pass implementation='dual' or 'associ"
+    NotImplementedError, match=r"forward-mode .*'sequential'.*pass implementation='dual' or 'associ"
   ):
     push(function)

@@ -95,10 +95,12 @@ class MeshConfig:
 
   @property
   def shape(self) -> tuple[int, int, int, int]:
+    """The sizes of the axes, in the order data, fsdp, context, tensor."""
     return (self.data, self.fsdp, self.context, self.tensor)
 
   @property
   def size(self) -> int:
+    """How many devices the mesh has; negative while an axis is -1."""
     return self.data * self.fsdp * self.context * self.tensor
 
 

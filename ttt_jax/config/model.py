@@ -89,9 +89,7 @@ class ModelConfig:
   rope_theta: float = 10000.0
   """Base of the rotary frequencies."""
   rope_scaling: RopeScaling | None = None
-  """How rotary frequencies are stretched beyond the trained length; None leaves them as they are.
-  How rotary frequencies are stretched beyond the trained length; None leaves them as they are.
-  """
+  """How rotary frequencies are stretched beyond the trained length; None leaves them as they are."""
   max_positions: int | None = None
   """The length the model was trained for; longer rows are read with a warning."""
   norm_eps: float = 1e-6
@@ -155,6 +153,7 @@ class ModelConfig:
 
   @property
   def head_size(self) -> int:
+    """Width of a head: head_dim, or what d_model leaves for each."""
     return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
 

@@ -82,6 +82,7 @@ class Config:
 
   @property
   def eval_seq_len(self) -> int:
+    """Tokens per held-out document."""
     return self.data.seq_len if self.eval.seq_len is None else self.eval.seq_len
 
   @property
@@ -92,6 +93,7 @@ class Config:
 
   @property
   def resolved_run_dir(self) -> str:
+    """Directory of the run."""
     return f"runs/{self.name}" if self.run_dir is None else self.run_dir
 
   def without_ttt(self) -> "Config":

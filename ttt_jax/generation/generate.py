@@ -89,9 +89,9 @@ def generate(
     tokens: prompts, `[B, T]` or lists of different lengths. With a state, what follows it: may be empty.
     max_new_tokens: for each row.
     temperature: 0 takes the likeliest token.
-    top_k, top_p: draw from the `top_k` likeliest tokens, and of these from the fewest whose probabilities
-      sum to at least `top_p`.
-    min_p: draw from the tokens that are at least `min_p` times as likely as the likeliest.
+    top_k: draw from so many of the likeliest tokens; None from all.
+    top_p: draw, of these, from the fewest whose probabilities sum to at least this; None from all.
+    min_p: draw from the tokens that are at least this times as likely as the likeliest; None from all.
     seed: of the draws. A row's draws do not depend on the other rows, nor on interruptions.
     stop: tokens after which a row ends; None for the model's own, () for none.
     state: what an earlier call returned, with as many rows; it stays usable.

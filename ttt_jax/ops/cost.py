@@ -299,8 +299,15 @@ def explain(
 
   Args:
     tokens: of a whole row, over all shards.
+    chunk_size: tokens per chunk.
+    d_ff: F, the hidden width of the MLP.
+    d_model: D, the width of the model.
+    shards: how many devices hold a row.
     batch: rows on each device.
-    dtype, state_dtype, wire_dtype, merge: as for `inplace_ttt`.
+    dtype: of activations and targets.
+    state_dtype: of the fast weights, as for `inplace_ttt`.
+    wire_dtype: of what is exchanged, as for `inplace_ttt`.
+    merge: whether a chunk is read in one product, as for `inplace_ttt`.
     device: a name such as `"v5p"`, or a `device_kind`; None is the one here.
 
   Raises:
