@@ -125,10 +125,8 @@ def test_the_prefix(collective):
     for function in (push, pull):
       mapped_rows = jax.jit(jax.vmap(function))(*tangents)
       each = [jax.jit(function)(*(t[i] for t in tangents)) for i in range(3)]
-      for a, b in zip(
-        jax.tree.leaves(mapped_rows), jax.tree.leaves(jax.tree.map(lambda *x: jnp.stack(x), *each))
-      ):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+      for a, *rows in zip(mapped_rows, *each):
+        np.testing.assert_allclose(a, jnp.stack(rows), rtol=1e-5, atol=1e-6)
     # <J t, c> = <t, J^T c>
     pushed = jax.jit(push)(*(t[0] for t in tangents))
     pulled = jax.jit(pull)(*(t[1] for t in tangents))

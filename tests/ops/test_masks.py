@@ -214,3 +214,15 @@ def test_behind_the_end_of_a_row(how, shards):
   _assert_others_unchanged(
     actual, law, behind, last_is_good=np.ones(3, bool), weights=("w_down", "inner_lr", "state")
   )
+
+
+@pytest.mark.parametrize("shards", [None, 4])
+@EACH_WAY
+def test_the_future(how, shards):
+  """Without documents: what comes later, also in the same chunk, does not reach an output."""
+  case = make_case(clip_norm=2.0, decay=0.75, state=True)
+  later = np.broadcast_to(np.arange(24) >= 13, (2, 24))
+  y = contract.run(_spoiled(case, later, np.nan), shards=shards, **how)[0][0]
+  law = contract.expected(_cut(case, later))[0][0]
+  np.testing.assert_allclose(y[:, :13], law[:, :13], rtol=1e-4, atol=1e-5)
+  assert np.isnan(y[:, 13::2]).any(axis=-1).all()

@@ -4,9 +4,9 @@
 
 Linear attention read as attention: the cheaper way while few earlier tokens are visible.
 
-A row of scores meets tokens of all documents, and a weight of 0 would not keep a NaN of one out of
-another. So where there are documents the products are of what is finite, and NaN is added to the tokens
-that saw what was not: w says which these are.
+A row of scores meets tokens of other documents and later ones, and a weight of 0 would not keep a NaN of
+theirs out. So the products are of what is finite, and NaN is added to the tokens that saw what was not: w
+says which these are.
 """
 
 import itertools
@@ -71,23 +71,16 @@ def dual(chunks: Chunks, options: Options) -> tuple[Float[Array, "B N C D"], Flo
 def _read(chunks, updates, weights):
   """R of this device's own chunks."""
   z, n = chunks.z, chunks.z.shape[1]
-  queries, keys, bad = z, z, None
-  if chunks.writes is not None:
-    of_keys = jnp.any(chunks.writes & ~_is_finite(z), axis=-1)
-    of_keys |= jnp.any(~_is_finite(updates), axis=-1)
-    bad = jnp.any((weights != 0) & of_keys.T[None], axis=1).T[..., None]  # [B, N, 1]
-    bad |= ~_is_finite(z)
-    keys, updates = finite(where(chunks.writes, z)), finite(updates)
-    queries = finite(where(chunks.reads, z))
+  keys, queries = where(chunks.writes, z), where(chunks.reads, z)
+  bad_keys = jnp.any(~_is_finite(keys) | ~_is_finite(updates), axis=-1)  # [B, N]
+  bad = jnp.any((weights != 0) & bad_keys.T[None], axis=1).T[..., None] | ~_is_finite(queries)
+  keys, queries, updates = finite(keys), finite(queries), finite(updates)
   reads = [
     _read_group(queries, keys, updates, weights, begin, end)
     for begin, end in _groups(n, min(n, _GROUPS))
   ]
-  reads = jnp.concatenate(reads, axis=1)
-  if bad is None:
-    return reads
-  reads = finite_cotangent(reads, queries.astype(reads.dtype)) + poison(bad, reads.dtype)[..., None]
-  return where(chunks.reads, reads)
+  reads = finite_cotangent(jnp.concatenate(reads, axis=1), queries.astype(reads[0].dtype))
+  return where(chunks.reads, reads + poison(bad, reads.dtype)[..., None])
 
 
 def _is_finite(x):
