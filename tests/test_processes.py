@@ -111,6 +111,10 @@ def losses_of(run_dir) -> list[float]:
   return [record["loss"] for record in records]
 
 
+def tokens_of(run_dir) -> list[int]:
+  return [record["tokens"] for record in read_metrics(run_dir / "metrics.jsonl")]
+
+
 def logged(run_dir) -> int:
   file = run_dir / "metrics.jsonl"
   return len(read_metrics(file)) if file.exists() else 0
@@ -121,6 +125,7 @@ def test_four_processes_take_the_steps_of_one(config, tmp_path, undisturbed):
   """With parameters and context split over them; only the first one speaks and writes."""
   outputs = finish(start(config, tmp_path / "run", 4, 8))
   np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(undisturbed(8)), rtol=1e-5)
+  assert tokens_of(tmp_path / "run") == tokens_of(undisturbed(8))  # two processes hold each row
   assert "step 8/8" in outputs[0]
   assert "held-out loss by position" in outputs[0]
   assert all("step" not in output and "held-out" not in output for output in outputs[1:])
@@ -226,4 +231,5 @@ def test_killed_again_and_again_the_losses_are_bit_identical(config, tmp_path, u
   assert saved() >= first
 
   finish(start(config, run_dir, 1, 4))
+  assert tokens_of(run_dir) == tokens_of(undisturbed(4))
   assert losses_of(run_dir) == losses_of(undisturbed(4))

@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     collectives: by kind, mesh axis and part of the model: how many, and bytes a device sends per step.
     step_seconds: of the roofline: `compute`, `memory`, `communication`, their largest as `bound`, and
       which one it is as `limit`.
-    tokens_per_second, mfu_bound: at that time; MFU counts no remat.
+    tokens_per_second, mfu_bound: at that time, of rows without padding; MFU counts no remat.
     compile_seconds: tracing included.
     largest: where it does not fit, the largest buffers.
   """
