@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 import ttt_jax
-from ttt_jax.ops.reference import inplace_ttt_reference
+from ttt_jax.ops.fast_weight.reference import inplace_ttt_reference
 
 # Every way to compute the fast weight, as options of the op.
 WAYS = {
@@ -97,7 +97,9 @@ def expected(case: Case):
 
 def several_slices():
   """The cost model sends states as small as these in one slice: a ring of one slice is no pipeline."""
-  return mock.patch("ttt_jax.ops.cost.ring_slices", lambda work, device: min(3, work.d_ff))
+  return mock.patch(
+    "ttt_jax.ops.fast_weight.cost.ring_slices", lambda work, device: min(3, work.d_ff)
+  )
 
 
 @cache

@@ -7,7 +7,7 @@ from flax import nnx
 
 from ttt_jax.config import AttentionConfig, MeshConfig, ModelConfig, TTTConfig
 from ttt_jax.nn.transformer import Transformer
-from ttt_jax.sharding import make_mesh
+from ttt_jax.parallel.mesh import make_mesh
 
 MODEL = ModelConfig(
   vocab_size=17,

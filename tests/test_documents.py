@@ -14,10 +14,10 @@ from helpers import random_model
 from tokenizers import decoders, models, pre_tokenizers
 
 from ttt_jax import save_pretrained
+from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.cli import parse
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig
-from ttt_jax.load_config import checked_fields, load_config, load_fields
-from ttt_jax.pretrained.tokenizer import Tokenizer
+from ttt_jax.config.yaml import checked_fields, load_config, load_fields
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "notebooks").rglob("*.md"))]

@@ -15,7 +15,7 @@ from helpers import relative_error
 from jax.sharding import AxisType
 
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig
-from ttt_jax.loss import mean_loss, model_losses
+from ttt_jax.nn.loss import mean_loss, model_losses
 from ttt_jax.nn.transformer import Transformer
 
 PATH = Path(__file__).parents[1] / "notebooks/guides/one_step.py"

@@ -9,19 +9,22 @@ pretrained models, their tokenizers and generation, is imported when it is first
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ttt_jax.context_parallel import context_parallel as context_parallel
 from ttt_jax.errors import UnsupportedError as UnsupportedError
 from ttt_jax.errors import UserError as UserError
-from ttt_jax.ops.context import exclusive_prefix as exclusive_prefix
-from ttt_jax.ops.cost import explain as explain
-from ttt_jax.ops.fast_weight import FastWeightState as FastWeightState
-from ttt_jax.ops.fast_weight import FastWeightStats as FastWeightStats
-from ttt_jax.ops.fast_weight import inplace_ttt as inplace_ttt
-from ttt_jax.ops.target import ntp_targets as ntp_targets
+from ttt_jax.ops.exchange.prefix import exclusive_prefix as exclusive_prefix
+from ttt_jax.ops.fast_weight.api import FastWeightState as FastWeightState
+from ttt_jax.ops.fast_weight.api import FastWeightStats as FastWeightStats
+from ttt_jax.ops.fast_weight.api import inplace_ttt as inplace_ttt
+from ttt_jax.ops.fast_weight.cost import explain as explain
+from ttt_jax.ops.fast_weight.sharded import context_parallel as context_parallel
+from ttt_jax.ops.fast_weight.targets import ntp_targets as ntp_targets
 from ttt_jax.ops.update import Update as Update
 from ttt_jax.ops.update import combine as combine
 
 if TYPE_CHECKING:
+  from ttt_jax.checkpoints.hf import load_pretrained as load_pretrained
+  from ttt_jax.checkpoints.save import save_pretrained as save_pretrained
+  from ttt_jax.checkpoints.tokenizer import load_tokenizer as load_tokenizer
   from ttt_jax.config import AttentionConfig as AttentionConfig
   from ttt_jax.config import Config as Config
   from ttt_jax.config import ModelConfig as ModelConfig
@@ -29,9 +32,6 @@ if TYPE_CHECKING:
   from ttt_jax.generation.generate import generate as generate
   from ttt_jax.generation.state import load_state as load_state
   from ttt_jax.nn.transformer import Transformer as Transformer
-  from ttt_jax.pretrained.load import load_pretrained as load_pretrained
-  from ttt_jax.pretrained.save import save_pretrained as save_pretrained
-  from ttt_jax.pretrained.tokenizer import load_tokenizer as load_tokenizer
 
 __version__ = "0.1.0"
 
@@ -67,10 +67,10 @@ _LAZY = {
   "TTTConfig": "ttt_jax.config",
   "Transformer": "ttt_jax.nn.transformer",
   "generate": "ttt_jax.generation.generate",
-  "load_pretrained": "ttt_jax.pretrained.load",
+  "load_pretrained": "ttt_jax.checkpoints.hf",
   "load_state": "ttt_jax.generation.state",
-  "load_tokenizer": "ttt_jax.pretrained.tokenizer",
-  "save_pretrained": "ttt_jax.pretrained.save",
+  "load_tokenizer": "ttt_jax.checkpoints.tokenizer",
+  "save_pretrained": "ttt_jax.checkpoints.save",
 }
 
 

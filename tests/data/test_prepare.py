@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from ttt_jax import data
+from ttt_jax.checkpoints.tokenizer import byte_tokenizer, load_tokenizer
 from ttt_jax.cli import main
 from ttt_jax.config import DataConfig
 from ttt_jax.data import preparation, prepared
 from ttt_jax.data.tokens import token_dtype
-from ttt_jax.pretrained.tokenizer import byte_tokenizer, load_tokenizer
 
 METADATA = "ttt_jax_data.json"
 

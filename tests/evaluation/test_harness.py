@@ -9,8 +9,8 @@ import pytest
 from helpers import MODEL, TTT, random_model
 
 import ttt_jax
+from ttt_jax.checkpoints.tokenizer import byte_tokenizer
 from ttt_jax.evaluation.scoring import Scorer, rolling_windows
-from ttt_jax.pretrained.tokenizer import byte_tokenizer
 
 DOCUMENTS = [
   {

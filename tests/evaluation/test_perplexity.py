@@ -19,12 +19,12 @@ from ttt_jax.evaluation.perplexity import (
   settings,
   tokens_to_read,
 )
-from ttt_jax.generation import segments
+from ttt_jax.evaluation.plots import plot_perplexity
+from ttt_jax.generation import pieces as segments
+from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
-from ttt_jax.generation.reader import Reader
-from ttt_jax.loss import IGNORE, model_losses
-from ttt_jax.partition import shardings
-from ttt_jax.plots import plot_perplexity
+from ttt_jax.nn.loss import IGNORE, model_losses
+from ttt_jax.parallel.parameters import shardings
 
 LEARNS = dataclasses.replace(TTT, inner_lr=3.0)  # so that updates change the losses
 CONFIG = PerplexityConfig(lengths=(24, 9), block=5, documents=3, buckets=4)

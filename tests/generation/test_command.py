@@ -12,9 +12,9 @@ import pytest
 from helpers import MODEL, TTT, random_model
 
 import ttt_jax
+from ttt_jax.checkpoints.tokenizer import byte_tokenizer
 from ttt_jax.cli import main
 from ttt_jax.generation.generate import generate
-from ttt_jax.pretrained.tokenizer import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -145,4 +145,4 @@ def test_generating_and_converting_import_no_trainer(checkpoint, tmp_path):
   imported = set(done.stdout.splitlines()[-1].split())
   trainer = {f"ttt_jax.{name}" for name in ("run", "train", "step", "optim", "plots", "checkpoint")}
   assert not imported & ({"orbax", "grain", "matplotlib"} | trainer)
-  assert "ttt_jax.pretrained.source" in imported
+  assert "ttt_jax.checkpoints.open" in imported

@@ -9,10 +9,10 @@ import pytest
 from helpers import ATTENTION, MODEL, TTT, mesh_of, random_model, relative_error
 
 from ttt_jax.config import AttentionConfig, TTTConfig
-from ttt_jax.generation import segments
+from ttt_jax.generation import pieces as segments
+from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import Stream, generate
-from ttt_jax.generation.reader import Reader
-from ttt_jax.partition import shardings
+from ttt_jax.parallel.parameters import shardings
 
 # The chunk is 4, the window 5: shorter than both, a whole number of chunks, several segments.
 LENGTHS = (3, 24, 37, 4, 9)

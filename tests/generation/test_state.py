@@ -11,10 +11,10 @@ from flax import nnx
 from helpers import MODEL, TTT, mesh_of, random_model, randomized
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ttt_jax.generation import reader as reader_module
+from ttt_jax.generation import decoder as reader_module
 from ttt_jax.generation import state as module
+from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
-from ttt_jax.generation.reader import Reader
 from ttt_jax.generation.state import load_state
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7], [1, 8, 2, 8, 1]]

@@ -10,10 +10,10 @@ from helpers import MODEL, mesh_of, random_model, random_rows, relative_error
 
 from ttt_jax.config import TTTConfig
 from ttt_jax.evaluation.perplexity import read_losses
-from ttt_jax.generation.reader import Reader
-from ttt_jax.loss import model_losses
-from ttt_jax.sharding import sharding
-from ttt_jax.tree import named_leaves
+from ttt_jax.generation.decoder import Reader
+from ttt_jax.nn.loss import model_losses
+from ttt_jax.parallel.mesh import sharding
+from ttt_jax.parallel.trees import named_leaves
 
 TTT = TTTConfig(layers=(1,), chunk_size=4, inner_lr=3.0, half_life=9.0)
 LEARNED = dataclasses.replace(TTT, learn_half_life=True)

@@ -6,7 +6,7 @@ import pytest
 from helpers import random_model, random_rows, relative_error
 from jax.sharding import AxisType, PartitionSpec
 
-from ttt_jax.loss import model_losses
+from ttt_jax.nn.loss import model_losses
 
 ROWS, LENGTH = 4, 16
 

@@ -29,8 +29,8 @@ from ttt_jax.nn.transformer import (
   next_token_logits,
   plan_groups,
 )
-from ttt_jax.ops.segments import number_documents
-from ttt_jax.sharding import sharding
+from ttt_jax.ops.documents import number_documents
+from ttt_jax.parallel.mesh import sharding
 
 TTT_KIND, PLAIN, FULL = LayerKind(True, 5), LayerKind(False, 5), LayerKind(False, None)
 

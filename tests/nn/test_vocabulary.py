@@ -10,9 +10,9 @@ from helpers import MODEL, mesh_of, random_model, random_rows, relative_error
 
 from ttt_jax import UserError
 from ttt_jax.config import AttentionConfig, TTTConfig
-from ttt_jax.loss import IGNORE, model_losses, token_losses
-from ttt_jax.partition import shardings
-from ttt_jax.sharding import sharding
+from ttt_jax.nn.loss import IGNORE, model_losses, token_losses
+from ttt_jax.parallel.mesh import sharding
+from ttt_jax.parallel.parameters import shardings
 
 VOCAB = 18  # two devices of a tensor axis share it
 MESHES = [

@@ -11,9 +11,8 @@ from contract import mesh_of, packed
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 
-from ttt_jax.hlo import count_collectives
-from ttt_jax.ops import blockwise
-from ttt_jax.ops.attention import _choose, attention
+from ttt_jax.extras.plan.hlo import count_collectives
+from ttt_jax.ops.attention.api import _choose, attention, blockwise
 
 B, T, H, G, K = 2, 24, 4, 2, 6
 TOKENS = PartitionSpec(None, "context")
@@ -116,8 +115,8 @@ def test_equals_the_law(shards, window, is_packed):
 @pytest.mark.parametrize("shards", [0, 8])
 def test_wide_windows(shards, window, is_packed, monkeypatch):
   """The path of windows that are too wide for blocks of their length."""
-  monkeypatch.setattr("ttt_jax.ops.attention._LOCAL_WINDOW", 0)
-  monkeypatch.setattr("ttt_jax.ops.blockwise.BLOCK", 4)
+  monkeypatch.setattr("ttt_jax.ops.attention.api._LOCAL_WINDOW", 0)
+  monkeypatch.setattr("ttt_jax.ops.attention.blockwise.BLOCK", 4)
   _assert_law(_on_shards(shards, window=window), window, is_packed)
 
 
@@ -127,14 +126,14 @@ def test_wide_windows(shards, window, is_packed, monkeypatch):
 @pytest.mark.parametrize("shards", [2, 3, 8])
 def test_full_attention_on_shards(shards, balance, is_packed, monkeypatch):
   """Every shard several blocks of queries, and every half of a shard."""
-  monkeypatch.setattr("ttt_jax.ops.blockwise.BLOCK", 2)
+  monkeypatch.setattr("ttt_jax.ops.attention.blockwise.BLOCK", 2)
   _assert_law(_on_shards(shards, balance=balance), None, is_packed)
 
 
 @pytest.mark.parametrize(("window", "local"), [(5, 128), (5, 0), (None, 0)])
 def test_without_segments_or_tracking(window, local, monkeypatch):
-  monkeypatch.setattr("ttt_jax.ops.blockwise.BLOCK", 2)
-  monkeypatch.setattr("ttt_jax.ops.attention._LOCAL_WINDOW", local)
+  monkeypatch.setattr("ttt_jax.ops.attention.blockwise.BLOCK", 2)
+  monkeypatch.setattr("ttt_jax.ops.attention.api._LOCAL_WINDOW", local)
   function = _on_shards_unpacked(4, window=window)
   _assert_law(lambda q, k, v, _: function(q, k, v), window, False)
 
@@ -142,9 +141,9 @@ def test_without_segments_or_tracking(window, local, monkeypatch):
 @pytest.mark.parametrize("window", [70, 140, None])
 def test_lengths_that_no_block_divides(window, monkeypatch):
   """Several blocks, the last one not full; and blocks taken one after another."""
-  monkeypatch.setattr("ttt_jax.ops.blockwise.BLOCK", 64)
+  monkeypatch.setattr("ttt_jax.ops.attention.blockwise.BLOCK", 64)
   for at_once in (1 << 26, 1) if window == 70 else (1,):
-    monkeypatch.setattr("ttt_jax.ops.attention._SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr("ttt_jax.ops.attention.api._SCORES_AT_ONCE", at_once)
     _assert_law(_on_shards(0, window=window), window, True, _draw(t=150))
 
 
@@ -158,7 +157,7 @@ def test_float64(window):
 
 def test_under_vmap_scan_and_checkpoint(monkeypatch):
   """Rows mapped with segments of their own; the op as the body of a checkpointed scan."""
-  monkeypatch.setattr("ttt_jax.ops.blockwise.BLOCK", 5)
+  monkeypatch.setattr("ttt_jax.ops.attention.blockwise.BLOCK", 5)
 
   def row(q, k, v, ids):
     return attention(*(x[None] for x in (q, k, v)), segment_ids=ids[None])[0]
@@ -181,8 +180,8 @@ def test_work_is_balanced(balance, monkeypatch):
     jax.debug.callback(lambda n: work.append(int(n)), jnp.sum(end - first))
     return first, end
 
-  monkeypatch.setattr("ttt_jax.ops.blockwise.bounds", counted)
-  monkeypatch.setattr("ttt_jax.ops.blockwise.BLOCK", 1)
+  monkeypatch.setattr("ttt_jax.ops.attention.blockwise.bounds", counted)
+  monkeypatch.setattr("ttt_jax.ops.attention.blockwise.BLOCK", 1)
   q, k, v, _ = _draw(t=64)
   function = jax.jit(_on_shards(8, balance=balance))
   jax.block_until_ready(function(q, k, v, jnp.ones((B, 64), jnp.int32)))
@@ -302,7 +301,7 @@ def test_halo_for_cudnn(shards, window, monkeypatch):
     return library(*args, implementation="xla", **how)
 
   monkeypatch.setattr("jax.nn.dot_product_attention", in_its_place)
-  monkeypatch.setattr("ttt_jax.ops.attention._refusals_of_cudnn", lambda *_: [])
+  monkeypatch.setattr("ttt_jax.ops.attention.api._refusals_of_cudnn", lambda *_: [])
   function = _on_shards_unpacked(shards, window=window, implementation="cudnn")
   _assert_law(lambda q, k, v, _: function(q, k, v), window, False)
   assert set(calls) == {"cudnn"}
@@ -321,8 +320,8 @@ def test_halo_for_cudnn(shards, window, monkeypatch):
 )
 def test_splash_interpreted(tokens, shards, window, is_packed, monkeypatch):
   """The TPU's kernel, run by Pallas on CPU; its blocks are 128 tokens."""
-  monkeypatch.setattr("ttt_jax.ops.splash._INTERPRET", True)
-  monkeypatch.setattr("ttt_jax.ops.splash._BLOCKS", (128,))
+  monkeypatch.setattr("ttt_jax.ops.attention.splash._INTERPRET", True)
+  monkeypatch.setattr("ttt_jax.ops.attention.splash._BLOCKS", (128,))
   how = {"window": window, "implementation": "splash"}
   if is_packed:
     function = _on_shards(shards, check_vma=False, **how)
@@ -393,7 +392,7 @@ def test_the_best_that_can_express_the_call(backend, changes, expected, monkeypa
   class A100:
     compute_capability = "8.0"
 
-  monkeypatch.setattr("ttt_jax.ops.attention.target_platform", lambda: backend)
+  monkeypatch.setattr("ttt_jax.ops.attention.api.target_platform", lambda: backend)
   monkeypatch.setattr("jax.devices", lambda: [A100])
   shape = (1, 8, 2, changes.get("head_size", 8))
   q = jax.ShapeDtypeStruct(shape, changes.get("dtype", "float32"))

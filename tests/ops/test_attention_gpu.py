@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from ttt_jax.ops import cost
-from ttt_jax.ops.attention import _choose
+from ttt_jax.ops.attention.api import _choose
+from ttt_jax.ops.fast_weight.api import cost
 
 
 class _Gpu:

@@ -10,9 +10,9 @@ from contract import mesh_of
 from jax.sharding import PartitionSpec
 
 import ttt_jax
-from ttt_jax.loss import IGNORE, token_losses
-from ttt_jax.ops.attention import attention
-from ttt_jax.ops.linear_attention import delta_rule, gated_linear_attention, short_convolution
+from ttt_jax.extras.baselines.ops import delta_rule, gated_linear_attention, short_convolution
+from ttt_jax.nn.loss import IGNORE, token_losses
+from ttt_jax.ops.attention.api import attention
 
 # The third is bad: documents before and behind it, and padding.
 IDS = np.array([[1] * 6 + [2] * 5 + [3] * 6 + [4] * 4 + [0] * 3, [0] * 2 + [3] * 9 + [4] * 13])
@@ -76,9 +76,9 @@ KINDS = {
 @pytest.mark.parametrize("where", [BAD_DOCUMENT, PADDING], ids=["document", "padding"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention(kind, where, bad, monkeypatch):
-  monkeypatch.setattr("ttt_jax.ops.blockwise.BLOCK", 8)
+  monkeypatch.setattr("ttt_jax.ops.attention.blockwise.BLOCK", 8)
   if kind == "blockwise, window":
-    monkeypatch.setattr("ttt_jax.ops.attention._LOCAL_WINDOW", 0)
+    monkeypatch.setattr("ttt_jax.ops.attention.api._LOCAL_WINDOW", 0)
   arrays = dict(zip("qkv", _draw((4, 6), (2, 6), (2, 6))))
   ids = jnp.asarray(np.where(IDS > 0, IDS, 0))
   _check(

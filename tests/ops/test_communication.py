@@ -8,7 +8,7 @@ from contract import COLLECTIVES, WAYS, make_case, packed
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from ttt_jax import Update, exclusive_prefix, inplace_ttt
-from ttt_jax.hlo import count_collectives, sent_bytes
+from ttt_jax.extras.plan.hlo import count_collectives, sent_bytes
 
 # The exchange of deltas. Without documents all keeps are 1, and the compiler drops their exchange.
 SHARDS, SLICES = 8, 3

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import ttt_jax
-from ttt_jax.hlo import count_collectives
-from ttt_jax.ops import cost
+from ttt_jax.extras.plan.hlo import count_collectives
+from ttt_jax.ops.fast_weight.api import cost
 
 LARGE = {"chunk_size": 1024, "d_ff": 9728, "d_model": 2560}
 

@@ -11,7 +11,7 @@ from contract import COLLECTIVES, make_case, mesh_of, packed, several_slices
 from jax.sharding import PartitionSpec
 
 import ttt_jax
-from ttt_jax.ops.reference import inplace_ttt_reference
+from ttt_jax.ops.fast_weight.reference import inplace_ttt_reference
 
 FORWARD = pytest.mark.parametrize("implementation", ["associative", "dual"])
 
@@ -73,7 +73,7 @@ def test_on_shards(implementation, collective, shards, check_vma, case, law):
 @FORWARD
 def test_over_global_arrays(implementation, case, law):
   mesh = jax.make_mesh((2, 4), ("data", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-  op = ttt_jax.context_parallel(mesh)
+  op = ttt_jax.ops.fast_weight.sharded(mesh)
 
   def function(arrays):
     arrays = arrays | {"state": ttt_jax.FastWeightState(arrays["state"])}

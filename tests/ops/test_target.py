@@ -7,7 +7,7 @@ import pytest
 from contract import packed
 
 from ttt_jax import ntp_targets
-from ttt_jax.ops.reference import ntp_targets_reference
+from ttt_jax.ops.fast_weight.reference import ntp_targets_reference
 
 
 def _draw(*shape, seed=0):

@@ -82,7 +82,7 @@ def _split(words: Sequence[str], command: Command) -> tuple[list[str], list[str]
 
 def _check_flag(flag: str, command: Command) -> None:
   """Raises UserError if a word is most like a misspelled flag of the command itself."""
-  from ttt_jax.load_config import is_field
+  from ttt_jax.config.yaml import is_field
 
   close = difflib.get_close_matches(flag, command.flags, n=1, cutoff=0.8)
   if close and not is_field(flag):

@@ -41,7 +41,7 @@ def _run_fast_weights(parsed: argparse.Namespace) -> None:
 
   if parsed.shards > 1:
     jax.config.update("jax_num_cpu_devices", parsed.shards)
-  from ttt_jax.bench import BenchConfig, run_bench
+  from ttt_jax.extras.bench.fast_weights import BenchConfig, run_bench
 
   run_bench(from_flags(BenchConfig, parsed), parsed.name, parsed.out)
 
@@ -68,6 +68,6 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_generation(parsed: argparse.Namespace) -> None:
-  from ttt_jax.generation.bench import GenerationBenchConfig, run_generation_bench
+  from ttt_jax.extras.bench.generation import GenerationBenchConfig, run_generation_bench
 
   run_generation_bench(from_flags(GenerationBenchConfig, parsed), parsed.name, parsed.out)

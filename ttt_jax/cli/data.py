@@ -105,7 +105,7 @@ def _add_ruler(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_ruler(parsed: argparse.Namespace) -> None:
-  from ttt_jax.evaluation.ruler.config import SamplesConfig
-  from ttt_jax.evaluation.ruler.write import write_samples
+  from ttt_jax.extras.ruler.config import SamplesConfig
+  from ttt_jax.extras.ruler.write import write_samples
 
   write_samples(parsed.tokenizer, from_flags(SamplesConfig, parsed), parsed.destination)

@@ -51,8 +51,8 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 
 def _run_eval(parsed: argparse.Namespace) -> None:
   config, is_run = evaluated(parsed)
-  from ttt_jax import distributed
-  from ttt_jax.run import run_evaluation
+  from ttt_jax.parallel import processes as distributed
+  from ttt_jax.training.run import run_evaluation
 
   distributed.start(config.runtime)
   run_evaluation(config, is_run=is_run)
@@ -92,9 +92,9 @@ def _add_perplexity(commands: argparse._SubParsersAction) -> None:
 
 def _run_perplexity(parsed: argparse.Namespace) -> None:
   config, is_run = evaluated(parsed)
-  from ttt_jax import distributed
   from ttt_jax.evaluation.perplexity import PerplexityConfig
   from ttt_jax.evaluation.perplexity_command import run_perplexity
+  from ttt_jax.parallel import processes as distributed
 
   distributed.start(config.runtime)
   run_perplexity(config, from_flags(PerplexityConfig, parsed), is_run=is_run, out=parsed.out)
@@ -113,8 +113,8 @@ def _add_recall(commands: argparse._SubParsersAction) -> None:
 
 def _run_recall(parsed: argparse.Namespace) -> None:
   config, is_run = evaluated(parsed)
-  from ttt_jax import distributed
   from ttt_jax.evaluation.recall_command import run_recall
+  from ttt_jax.parallel import processes as distributed
 
   distributed.start(config.runtime)
   run_recall(config, is_run=is_run, window=parsed.window, out=parsed.out)
@@ -141,8 +141,8 @@ def _add_ruler(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_ruler(parsed: argparse.Namespace) -> int:
-  from ttt_jax.evaluation.ruler import command
-  from ttt_jax.evaluation.ruler.evaluate import RulerConfig
+  from ttt_jax.extras.ruler import command
+  from ttt_jax.extras.ruler.evaluate import RulerConfig
 
   return command.run(
     parsed.model,

@@ -37,7 +37,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_convert(parsed: argparse.Namespace) -> None:
-  from ttt_jax.pretrained.convert import convert
+  from ttt_jax.checkpoints.convert import convert
 
   fields = given_model_fields(parsed)
   convert(parsed.source, parsed.destination, dtype=parsed.dtype, fields=fields)

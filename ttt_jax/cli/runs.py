@@ -3,7 +3,7 @@
 import argparse
 
 from ttt_jax.cli.shared import ALL_FIELDS, add_command
-from ttt_jax.load_config import load_config, load_fields
+from ttt_jax.config.yaml import load_config, load_fields
 
 _TRAIN_EPILOG = """Every field of the config can be overridden, before the file or behind it. For example:
   ttt-jax train configs/quickstart.yaml --train.steps 100 --ttt.layers "[2]" --run_dir runs/short
@@ -31,8 +31,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _run_train(parsed: argparse.Namespace) -> None:
   config = load_config(parsed.config, parsed.overrides)
-  from ttt_jax import distributed
-  from ttt_jax.run import run_training
+  from ttt_jax.parallel import processes as distributed
+  from ttt_jax.training.run import run_training
 
   distributed.start(config.runtime)
   run_training(config)
@@ -53,10 +53,10 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
 
 def _run_plan(parsed: argparse.Namespace) -> int:
   config = load_config(parsed.config, parsed.overrides)
-  from ttt_jax.plan.topology import prepare_environment
+  from ttt_jax.extras.plan.topology import prepare_environment
 
   prepare_environment()
-  from ttt_jax.plan import command
+  from ttt_jax.extras.plan import command
 
   return command.run(
     config,
@@ -88,7 +88,7 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_ablate(parsed: argparse.Namespace) -> int:
-  from ttt_jax.ablation import command
+  from ttt_jax.extras.ablation import command
 
   return command.run(
     parsed.config,

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax.config import Config
+from ttt_jax.config.yaml import flatten, load_config, load_fields, make_config, merged_fields
 from ttt_jax.errors import UserError
-from ttt_jax.load_config import flatten, load_config, load_fields, make_config, merged_fields
-from ttt_jax.rundir import CONFIG_FILE
+from ttt_jax.training.rundir import CONFIG_FILE
 
 EVALUATED = "a run's YAML file or directory; or a Hugging Face directory, a .gguf file"
 
@@ -45,7 +45,7 @@ class Command(argparse.ArgumentParser):
     text = super().format_help()
     if not self.takes_fields:
       return text
-    from ttt_jax.load_config import fields_help
+    from ttt_jax.config.yaml import fields_help
 
     fields = fields_help(() if self._fields == ALL_FIELDS else self._fields)
     text = text.replace("\n\n", " [--section.field value ...]\n\n", 1)  # the end of the usage

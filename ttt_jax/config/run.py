@@ -48,7 +48,9 @@ class Config:
   """What `ttt-jax plan` compiles for."""
 
   def __post_init__(self):
-    if self.init_from is None:  # else `ttt_jax.initial.resolve` has the model to check against
+    if (
+      self.init_from is None
+    ):  # else `ttt_jax.checkpoints.resolve.resolve` has the model to check against
       check_layers(self.model, self.attention, self.ttt)
       check_given(self.ttt)
       check_trainable(self.ttt, self.train)

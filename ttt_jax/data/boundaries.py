@@ -7,8 +7,8 @@ the label of the last token of the text; what begins a text is the first one. Ne
 
 from dataclasses import dataclass
 
+from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.errors import UserError
-from ttt_jax.pretrained.tokenizer import Tokenizer
 
 _PROBE = "a b"
 

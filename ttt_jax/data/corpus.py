@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32, Integer
 
+from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.config import DataConfig
 from ttt_jax.data.boundaries import boundaries, special_ids
 from ttt_jax.data.files import FORMATS, METADATA, find_files, real_paths
@@ -21,7 +22,6 @@ from ttt_jax.data.prepared import PreparedCorpus, PreparedDocuments
 from ttt_jax.data.skipped import Skipped, stable_hash
 from ttt_jax.data.tokens import decode, tokenized
 from ttt_jax.errors import UserError
-from ttt_jax.pretrained.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)

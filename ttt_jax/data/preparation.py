@@ -18,6 +18,7 @@ from jaxtyping import Integer
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+from ttt_jax.checkpoints.tokenizer import BYTES, load_tokenizer
 from ttt_jax.data.boundaries import boundaries
 from ttt_jax.data.files import METADATA, find_files
 from ttt_jax.data.formats import read_texts
@@ -32,7 +33,6 @@ from ttt_jax.data.prepared import (
 from ttt_jax.data.skipped import Skipped, stable_hash
 from ttt_jax.data.tokens import fingerprint, token_dtype, tokenized
 from ttt_jax.errors import UserError
-from ttt_jax.pretrained.tokenizer import BYTES, load_tokenizer
 
 _LINE_SECONDS = 10  # between two lines of progress where no bar can be drawn
 

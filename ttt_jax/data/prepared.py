@@ -21,12 +21,12 @@ import grain
 import numpy as np
 from jaxtyping import Integer
 
+from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.data.boundaries import boundaries, special_ids
 from ttt_jax.data.files import METADATA
 from ttt_jax.data.skipped import Skipped
 from ttt_jax.data.tokens import fingerprint, token_dtype
 from ttt_jax.errors import UserError
-from ttt_jax.pretrained.tokenizer import Tokenizer
 
 FORMAT = "ttt_jax_data/1"
 INDEX = "index.bin"

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Integer
 
+from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.data.boundaries import Boundaries
 from ttt_jax.errors import UserError
-from ttt_jax.pretrained.tokenizer import Tokenizer
 
 VOCAB_SIZE = 256  # one token per byte
-IGNORE = -1  # the label of a token that has no successor in its row; the same as in ttt_jax.loss
+IGNORE = -1  # the label of a token that has no successor in its row; the same as in ttt_jax.nn.loss
 
 _BATCH_BYTES = 1 << 22  # of text that a tokenizer gets at a time, to spread over its threads
 _PROBE = (

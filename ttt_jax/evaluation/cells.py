@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ttt_jax.distributed import from_main, is_main
 from ttt_jax.errors import UserError
-from ttt_jax.rundir import jsonable, write_whole
+from ttt_jax.parallel.processes import from_main, is_main
+from ttt_jax.training.rundir import jsonable, write_whole
 
 
 class Cells:

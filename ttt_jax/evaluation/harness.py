@@ -9,12 +9,12 @@ line does not look for models in other packages; this module registers its own a
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ttt_jax.checkpoints.open import open_model, open_tokenizer
+from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.errors import UserError
+from ttt_jax.evaluation.progress import EvaluationProgress
 from ttt_jax.evaluation.scoring import Scorer
 from ttt_jax.nn.transformer import Transformer
-from ttt_jax.pretrained.source import open_model, open_tokenizer
-from ttt_jax.pretrained.tokenizer import Tokenizer
-from ttt_jax.progress import EvaluationProgress
 
 try:
   from lm_eval.api.instance import Instance

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from ttt_jax.ops.fast_weight import inplace_ttt
-from ttt_jax.ops.target import ntp_targets
+from ttt_jax.ops.fast_weight.api import inplace_ttt
+from ttt_jax.ops.fast_weight.targets import ntp_targets
 
 
 class LogitChanges(NamedTuple):

@@ -22,11 +22,11 @@ from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.cells import Cells
-from ttt_jax.generation.reader import Cache, Reader
-from ttt_jax.generation.segments import room_for, row_shards, segment_length
+from ttt_jax.generation.decoder import Cache, Reader
+from ttt_jax.generation.pieces import room_for, row_shards, segment_length
 from ttt_jax.generation.state import new_state
-from ttt_jax.loss import IGNORE, hidden_losses
-from ttt_jax.sharding import put
+from ttt_jax.nn.loss import IGNORE, hidden_losses
+from ttt_jax.parallel.mesh import put
 
 _RESAMPLES = 10000
 

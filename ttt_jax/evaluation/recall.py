@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from ttt_jax.errors import UserError
-from ttt_jax.evaluate import over_rows
+from ttt_jax.evaluation.heldout import over_rows
 from ttt_jax.nn.transformer import Transformer
-from ttt_jax.rundir import write_whole
+from ttt_jax.training.rundir import write_whole
 
 _KEYS = np.arange(ord("A"), ord("Z") + 1, dtype=np.uint8)
 _VALUES = np.arange(ord("a"), ord("z") + 1, dtype=np.uint8)

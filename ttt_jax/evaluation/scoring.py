@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.errors import UserError
+from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import Stream
-from ttt_jax.generation.reader import Reader
 from ttt_jax.generation.sampling import stop_tokens
-from ttt_jax.loss import IGNORE, LOGITS_AT_ONCE, in_pieces, token_losses
+from ttt_jax.nn.loss import IGNORE, LOGITS_AT_ONCE, in_pieces, token_losses
 from ttt_jax.nn.transformer import Transformer, next_token_logits
-from ttt_jax.pretrained.tokenizer import Tokenizer
 
 _SMALLEST_ROW = 64
 # The names of the greatest number of new tokens, the first one that is given counts.

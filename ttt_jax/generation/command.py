@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from ttt_jax.checkpoints.open import open_model, open_tokenizer
+from ttt_jax.checkpoints.sections import Fields
+from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.errors import UserError
+from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import Generation, Stream, generate
-from ttt_jax.generation.reader import Reader
 from ttt_jax.generation.sampling import stop_tokens
 from ttt_jax.generation.state import GenerationState, load_state
-from ttt_jax.pretrained.sections import Fields
-from ttt_jax.pretrained.source import open_model, open_tokenizer
-from ttt_jax.pretrained.tokenizer import Tokenizer
 
 
 def run(parsed: argparse.Namespace, fields: Fields) -> None:

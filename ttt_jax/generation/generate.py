@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.errors import UserError
-from ttt_jax.generation.reader import Cache, Reader
+from ttt_jax.generation.decoder import Cache, Reader
+from ttt_jax.generation.pieces import room_for, row_shards, segment_length
 from ttt_jax.generation.sampling import check_sampling, sample
-from ttt_jax.generation.segments import room_for, row_shards, segment_length
 from ttt_jax.generation.state import (
   NOTHING,
   GenerationState,
@@ -31,7 +31,7 @@ from ttt_jax.generation.state import (
 )
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.ops.numerics import accumulation_dtype
-from ttt_jax.partition import shardings
+from ttt_jax.parallel.parameters import shardings
 
 _STEPS = 16  # tokens made between two looks of the host
 

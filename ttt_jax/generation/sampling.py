@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.config import ModelConfig
 from ttt_jax.errors import UserError
-from ttt_jax.pretrained.tokenizer import Tokenizer
 
 
 def stop_tokens(model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -14,15 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from ttt_jax.errors import UserError
-from ttt_jax.generation.reader import Cache, Reader
+from ttt_jax.extras.baselines.layers import LINEAR_CACHE, LinearCache
+from ttt_jax.generation.decoder import Cache, Reader
 from ttt_jax.nn.attention import KEYS_AND_VALUES
-from ttt_jax.nn.linear_attention import LINEAR_CACHE, LinearCache
 from ttt_jax.nn.mlp import FAST_CACHE
 from ttt_jax.nn.transformer import Transformer
-from ttt_jax.ops.cached_attention import KeyValueCache
+from ttt_jax.ops.attention.cached import KeyValueCache
 from ttt_jax.ops.numerics import accumulation_dtype
-from ttt_jax.sharding import sharding
-from ttt_jax.tree import named_leaves
+from ttt_jax.parallel.mesh import sharding
+from ttt_jax.parallel.trees import named_leaves
 
 _FORMAT = "ttt_jax generation state 1"
 NOTHING = -1  # in place of a token

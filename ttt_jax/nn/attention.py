@@ -1,4 +1,4 @@
-"""Grouped-query attention: projections, positions and norms around `ttt_jax.ops.attention`."""
+"""Grouped-query attention: projections, positions and norms around `ttt_jax.ops.attention.api`."""
 
 from functools import partial
 
@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from ttt_jax.config import AttentionConfig, ModelConfig
 from ttt_jax.nn.layers import PROJECTED, RMSNorm, add_bias, normal_init, project, rotate
-from ttt_jax.ops.attention import attention
-from ttt_jax.ops.cached_attention import KeyValueCache, attend_span, attend_token, write
-from ttt_jax.sharding import Axes, constrain, over_shards
+from ttt_jax.ops.attention.api import attention
+from ttt_jax.ops.attention.cached import KeyValueCache, attend_span, attend_token, write
+from ttt_jax.parallel.mesh import Axes, constrain, over_shards
 
 # Logical dimensions of queries, and of a cache, which is not split along the sequence.
 _HEADS = ("batch", "sequence", "heads", None)

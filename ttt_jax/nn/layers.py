@@ -13,7 +13,7 @@ from ttt_jax.config import RopeScaling
 from ttt_jax.errors import UserError
 from ttt_jax.nn.rope import scaled_frequencies
 from ttt_jax.ops.numerics import accumulation_dtype
-from ttt_jax.sharding import Axes, over_shards
+from ttt_jax.parallel.mesh import Axes, over_shards
 
 # The name, for `jax.checkpoint` policies, of the results of a layer's projections.
 PROJECTED = "projected"

@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Int
 from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.nn.layers import PROJECTED, normal_init, project
 from ttt_jax.nn.pending import FastCache, chunk_at, join_chunk
-from ttt_jax.ops.fast_weight import FastWeightState, inplace_ttt
+from ttt_jax.ops.fast_weight.api import FastWeightState, inplace_ttt
+from ttt_jax.ops.fast_weight.targets import ntp_targets
 from ttt_jax.ops.numerics import accumulation_dtype, matmul
-from ttt_jax.ops.target import ntp_targets
-from ttt_jax.sharding import Axes, context_size, over_shards
+from ttt_jax.parallel.mesh import Axes, context_size, over_shards
 
 # Logical dimensions of what `TttMlp._weights` returns, and of a row's cache.
 _WEIGHTS = (("mlp", None), None, None, None, None)

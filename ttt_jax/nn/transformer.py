@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig, check_layers
 from ttt_jax.errors import UserError
+from ttt_jax.extras.baselines.layers import LINEAR_ATTENTION, LinearCache
 from ttt_jax.nn.attention import Attention
 from ttt_jax.nn.layers import (
   PROJECTED,
@@ -29,15 +30,14 @@ from ttt_jax.nn.layers import (
   rms_normalize,
   rotary_angles,
 )
-from ttt_jax.nn.linear_attention import LINEAR_ATTENTION, LinearCache
 from ttt_jax.nn.mlp import Mlp, MlpStats, TttMlp
 from ttt_jax.nn.pending import FastCache
-from ttt_jax.ops.cached_attention import KeyValueCache
-from ttt_jax.ops.context import INCOMING_STATE
+from ttt_jax.ops.attention.cached import KeyValueCache
+from ttt_jax.ops.documents import check_segment_ids, number_documents
+from ttt_jax.ops.exchange.prefix import INCOMING_STATE
 from ttt_jax.ops.numerics import accumulation_dtype
-from ttt_jax.ops.segments import check_segment_ids, number_documents
-from ttt_jax.partition import GATHERED, gathered
-from ttt_jax.sharding import constrain, over_shards, positions
+from ttt_jax.parallel.mesh import constrain, over_shards, positions
+from ttt_jax.parallel.parameters import GATHERED, gathered
 
 
 class LayerKind(NamedTuple):
@@ -273,7 +273,7 @@ class Transformer(nnx.Module):
   ):
     """What `next_token_logits` makes the logits of: `[B, T, D]` after the last block, and the stats.
 
-    Arguments and errors are those of `__call__`; `ttt_jax.loss.model_losses` reads it piece by piece.
+    Arguments and errors are those of `__call__`; `ttt_jax.nn.loss.model_losses` reads it piece by piece.
     """
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
       raise UserError(

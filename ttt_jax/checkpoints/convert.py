@@ -1,0 +1,71 @@
+"""`ttt-jax convert`: any model this library knows, written as a Hugging Face directory."""
+
+import shutil
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from ttt_jax.checkpoints.files import GENERATION_CONFIG, is_gguf, local_path, new_directory
+from ttt_jax.checkpoints.open import is_run, open_model, open_tokenizer
+from ttt_jax.checkpoints.save import write_model
+from ttt_jax.checkpoints.sections import Fields
+from ttt_jax.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from ttt_jax.nn.transformer import Transformer, count_parameters
+
+
+def convert(
+  source: str | Path,
+  destination: str | Path,
+  *,
+  dtype: str | None = None,
+  fields: Fields | None = None,
+  console: Console | None = None,
+) -> None:
+  """Writes a model and its tokenizer to a new Hugging Face directory, and prints what it did.
+
+  Args:
+    source: a Hugging Face directory, a hub name, a `.gguf` file, or a run directory of `ttt-jax train`.
+    destination: a directory that does not exist yet.
+    dtype: of the tensors written; None: as in the source.
+    fields: as `open_model`.
+    console: where to print.
+
+  Raises:
+    ValueError, NotImplementedError: as `load_pretrained` and `save_pretrained`.
+  """
+  console = Console() if console is None else console
+  started = time.perf_counter()
+  path = local_path(source)
+  with new_directory(destination) as directory:
+    model = open_model(path, dtype=dtype, fields=fields)
+    # A Hugging Face directory's tokenizer is copied file by file.
+    tokenizer = open_tokenizer(path) if is_run(path) or is_gguf(path) else None
+    write_model(model, directory)
+    _write_tokenizer(path, tokenizer, model, directory)
+    there = sorted(file.name for file in directory.iterdir())
+  fast = f", fast weights in {sorted(model.ttt.layers)}" if model.ttt.layers else ""
+  console.print(
+    f"{source} -> {destination}: {count_parameters(model):,} parameters in "
+    f"{model.model.param_dtype}{fast}, {time.perf_counter() - started:.1f} s",
+    highlight=False,
+    soft_wrap=True,
+  )
+  console.print(f"written: {', '.join(there)}", highlight=False, soft_wrap=True)
+  if not set(there) & set(TOKENIZER_FILES):
+    console.print(f"{source} has no tokenizer, so there is none beside the model", soft_wrap=True)
+
+
+def _write_tokenizer(
+  source: Path, tokenizer: Tokenizer | None, model: Transformer, directory: Path
+) -> None:
+  """The tokenizer given, or the files of the source's; each is checked against the model."""
+  if tokenizer is not None:
+    tokenizer.check_vocabulary(model.model.vocab_size)
+    tokenizer.save(directory)
+    return
+  if (source / "tokenizer.json").is_file():
+    load_tokenizer(source)  # refuses a vocabulary larger than the model's
+  for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
+    if (source / name).is_file():
+      shutil.copyfile(source / name, directory / name)

@@ -1,0 +1,317 @@
+"""config.json of a Hugging Face directory, to our configs and back.
+
+What `transformers` 5 does with a key is done here or refused by name; the defaults of absent keys are its
+config classes'. Where versions 4 and 5 differ, as in the trained length of YaRN, the newer one counts.
+`hf_rope.py` reads the rotary embedding.
+"""
+
+import warnings
+from typing import Any, NamedTuple
+
+from ttt_jax.checkpoints.hf_rope import number, read_rope, write_rope
+from ttt_jax.config import AttentionConfig, ModelConfig
+from ttt_jax.errors import UnsupportedError, UserError
+
+# The architectures, by their model_type.
+ARCHITECTURES = {
+  "llama": "LlamaForCausalLM",
+  "mistral": "MistralForCausalLM",
+  "qwen2": "Qwen2ForCausalLM",
+  "qwen3": "Qwen3ForCausalLM",
+}
+_QWEN = ("qwen2", "qwen3")
+
+# Keys that change what a model computes in some architecture, and their values that change nothing.
+# `transformers` drops those that the four architectures do not have, so that a model trained with them
+# comes out as another one: they are refused by name. Other unknown keys pass.
+_NEUTRAL = {
+  "add_cross_attention": (False,),
+  "alibi": (False,),
+  "attention_chunk_size": (),
+  "attention_multiplier": (),
+  "attention_out_bias": (False,),
+  "attn_logit_softcapping": (),
+  "attn_scale": (),
+  "attn_temperature_tuning": (False, 0),
+  "clip_qkv": (),
+  "compression_config": (),
+  "embedding_multiplier": (1,),
+  "final_logit_softcapping": (),
+  "hidden_act": ("silu", "swish"),  # two names of one function
+  "hidden_activation": ("silu", "swish"),
+  "is_causal": (True,),
+  "is_encoder_decoder": (False,),
+  "kv_lora_rank": (),
+  "logit_scale": (1,),
+  "logits_scaling": (1,),
+  "mlp_bias": (False,),
+  "n_routed_experts": (0,),
+  "no_rope_layer_interval": (0,),
+  "no_rope_layers": ([],),
+  "norm_type": ("rms_norm", "rmsnorm"),
+  "num_experts": (0, 1),
+  "num_local_experts": (0, 1),
+  "parallel_attn": (False,),
+  "partial_rotary_factor": (1,),
+  "position_embedding_type": ("rope", "rotary", "absolute"),
+  "q_lora_rank": (),
+  "qk_layernorm": (False,),
+  "quantization_config": (),
+  "query_pre_attn_scalar": (),
+  "residual_multiplier": (1,),
+  "rope_interleaved": (False,),
+  "rotary_pct": (1,),
+  "scale_depth": (),
+  "scale_emb": (1,),
+  "dim_model_base": (),
+  "use_bidirectional_attention": (False,),
+  "use_parallel_residual": (False,),
+  "use_qk_norm": (False,),
+}
+# Keys of a window that an architecture does not have, nor does `transformers` use there.
+_NO_WINDOW = {
+  "llama": ("sliding_window", "layer_types", "use_sliding_window"),
+  "mistral": ("use_sliding_window",),
+}
+
+
+class Architecture(NamedTuple):
+  """What config.json says of a model, apart from its fast weights."""
+
+  model: ModelConfig
+  attention: AttentionConfig
+
+
+def read_config(
+  config: dict[str, Any], *, generation: dict[str, Any] | None = None
+) -> Architecture:
+  """The model that `transformers` would build from config.json; dtypes are the defaults.
+
+  Args:
+    config: config.json.
+    generation: generation_config.json, whose special tokens count where it names some.
+
+  Raises:
+    NotImplementedError: an architecture, rope type or feature that is not there, by name.
+    ValueError: a key that is missing or contradicts another.
+  """
+  kind = _model_type(config)
+  _refuse_features(config, kind)
+  num_layers = need_integer(config, "num_hidden_layers")
+  theta, scaling = read_rope(config)
+  model = ModelConfig(
+    vocab_size=need_integer(config, "vocab_size"),
+    num_layers=num_layers,
+    d_model=need_integer(config, "hidden_size"),
+    d_ff=need_integer(config, "intermediate_size"),
+    num_heads=need_integer(config, "num_attention_heads"),
+    num_kv_heads=_num_kv_heads(config, kind),
+    head_dim=_optional_integer(config, "head_dim", 128 if kind == "qwen3" else None),
+    rope_theta=theta,
+    rope_scaling=scaling,
+    max_positions=_optional_integer(config, "max_position_embeddings"),
+    norm_eps=number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
+    qk_norm=kind == "qwen3",
+    attention_bias=_attention_bias(config, kind),
+    tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+    bos_id=next(iter(model_tokens(config, generation, "bos_token_id")), None),
+    eos_ids=model_tokens(config, generation, "eos_token_id"),
+  )
+  return Architecture(model, _read_windows(config, kind, num_layers))
+
+
+def write_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
+  """The config.json that `transformers` builds this model from; `read_config` reads it back.
+
+  Raises:
+    NotImplementedError: no architecture of `transformers` has these features together.
+  """
+  kind = _architecture_for(model, attention)
+  config = {
+    "architectures": [ARCHITECTURES[kind]],
+    "model_type": kind,
+    "torch_dtype": model.param_dtype,
+    "vocab_size": model.vocab_size,
+    "hidden_size": model.d_model,
+    "intermediate_size": model.d_ff,
+    "num_hidden_layers": model.num_layers,
+    "num_attention_heads": model.num_heads,
+    "num_key_value_heads": model.num_kv_heads,
+    "head_dim": model.head_size,
+    "hidden_act": "silu",
+    "rms_norm_eps": model.norm_eps,
+    "rope_theta": model.rope_theta,
+    "rope_scaling": write_rope(model.rope_scaling),
+    "tie_word_embeddings": model.tie_embeddings,
+    "bos_token_id": model.bos_id,
+    "eos_token_id": list(model.eos_ids)
+    if len(model.eos_ids) > 1
+    else next(iter(model.eos_ids), None),
+    "attention_dropout": 0.0,
+    "use_cache": True,
+  }
+  if model.max_positions is not None:
+    config["max_position_embeddings"] = model.max_positions
+  if kind == "llama":
+    config["mlp_bias"] = False
+  if kind in ("llama", "qwen3"):
+    config["attention_bias"] = model.attention_bias is not None
+  if kind == "mistral":
+    config["sliding_window"] = attention.window
+  if kind in _QWEN:
+    sliding = [layer for layer in range(model.num_layers) if _is_windowed(attention, layer)]
+    config["use_sliding_window"] = bool(sliding)
+    config["sliding_window"] = attention.window if sliding else None
+    config["max_window_layers"] = sliding[0] if sliding else model.num_layers
+    config["layer_types"] = [
+      "sliding_attention" if layer in sliding else "full_attention"
+      for layer in range(model.num_layers)
+    ]
+  return config
+
+
+def need_integer(config: dict[str, Any], key: str) -> int:
+  """A size in config.json; ValueError if it is not there."""
+  value = config.get(key)
+  if value is None:
+    raise UserError(f"config.json has no {key}: it is not the config of a whole model")
+  if isinstance(value, bool) or not isinstance(value, int):
+    raise UserError(f"config.json: {key}={value!r} must be an integer")
+  return value
+
+
+def _optional_integer(config: dict[str, Any], key: str, default: int | None = None) -> int | None:
+  if config.get(key, default) is None:
+    return None
+  return need_integer({key: default} | config, key)
+
+
+def _model_type(config: dict[str, Any]) -> str:
+  stated = config.get("model_type")
+  named = config.get("architectures") or [ARCHITECTURES.get(stated)]
+  for kind, architecture in ARCHITECTURES.items():
+    if named == [architecture]:
+      if stated in ARCHITECTURES and stated != kind:
+        raise UserError(
+          f"config.json says architectures={named} and model_type={stated!r}: transformers goes by "
+          "model_type; correct one of the two"
+        )
+      return kind
+  raise UnsupportedError(
+    f"config.json: architectures={config.get('architectures')}, "
+    f"model_type={stated!r} is not supported: there are " + ", ".join(ARCHITECTURES.values())
+  )
+
+
+def _refuse_features(config: dict[str, Any], kind: str) -> None:
+  """Raises NotImplementedError for what would change the numbers and is not there."""
+  for key, neutral in _NEUTRAL.items():
+    value = config.get(key)
+    if value is not None and value not in neutral:
+      raise UnsupportedError(
+        f"config.json: {key}={value!r} is not supported, only {(*neutral, None)[0]!r}"
+      )
+  ignored = [key for key in _NO_WINDOW.get(kind, ()) if config.get(key)]
+  if ignored:
+    rest = "full attention" if kind == "llama" else "sliding_window in every layer"
+    warnings.warn(
+      f"config.json: {', '.join(ignored)} has no effect on {ARCHITECTURES[kind]}: {rest}, as in "
+      "transformers",
+      stacklevel=4,
+    )
+
+
+def _num_kv_heads(config: dict[str, Any], kind: str) -> int:
+  # Llama's default is one per head; the others' is a number that fits one size of the model.
+  if kind == "llama" and config.get("num_key_value_heads") is None:
+    return need_integer(config, "num_attention_heads")
+  return need_integer(config, "num_key_value_heads")
+
+
+def _attention_bias(config: dict[str, Any], kind: str) -> str | None:
+  if kind == "qwen2":
+    return "qkv"
+  return "qkvo" if config.get("attention_bias") and kind != "mistral" else None
+
+
+def model_tokens(
+  config: dict[str, Any], generation: dict[str, Any] | None, key: str
+) -> tuple[int, ...]:
+  """The ids under a key like `eos_token_id`, of generation_config.json where it has some, else config.json.
+
+  Raises:
+    ValueError: one that is no id, or beyond the model's vocabulary.
+  """
+  name, value = "generation_config.json", (generation or {}).get(key)
+  if value is None:
+    name, value = "config.json", config.get(key)
+  if value is None:
+    return ()
+  ids = []
+  for token in value if isinstance(value, list) else [value]:
+    if isinstance(token, bool) or not isinstance(token, int | float) or token != int(token):
+      raise UserError(f"{name}: {key}={value!r} must be the id of a token, or a list of ids")
+    ids.append(int(token))  # JSON has 2.0 for 2
+  size = config.get("vocab_size")
+  if isinstance(size, int) and (beyond := [x for x in ids if not 0 <= x < size]):
+    raise UserError(
+      f"{name}: {key}={value!r}: {beyond[0]} is no token, vocab_size={size}: delete it, or give the id "
+      "that the tokenizer has"
+    )
+  return tuple(dict.fromkeys(ids))
+
+
+def _read_windows(config: dict[str, Any], kind: str, num_layers: int) -> AttentionConfig:
+  if kind == "llama":
+    return AttentionConfig()
+  # Mistral's window is in use wherever there is one; with layer_types transformers reads it as Ministral.
+  uses = kind == "mistral" or config.get("use_sliding_window")
+  window = _optional_integer(config, "sliding_window", 4096) if uses else None
+  types = config.get("layer_types")
+  if types is None:
+    first = 0 if kind == "mistral" else config.get("max_window_layers", 28)
+    types = [
+      "full_attention" if window is None or layer < first else "sliding_attention"
+      for layer in range(num_layers)
+    ]
+  if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
+    raise UserError(
+      f"config.json: layer_types={types} must name full_attention or sliding_attention for each of "
+      f"num_hidden_layers={num_layers} layers"
+    )
+  if "sliding_attention" not in types:
+    return AttentionConfig()
+  if window is None:
+    raise UserError(
+      "config.json: layer_types has sliding_attention, but there is no window: use_sliding_window="
+      f"{config.get('use_sliding_window')}, sliding_window={config.get('sliding_window')}"
+    )
+  full = tuple(layer for layer, name in enumerate(types) if name == "full_attention")
+  return AttentionConfig(window=window, full_layers=full)
+
+
+def _is_windowed(attention: AttentionConfig, layer: int) -> bool:
+  return attention.window is not None and layer not in attention.full_layers
+
+
+def _architecture_for(model: ModelConfig, attention: AttentionConfig) -> str:
+  if attention.mixer != "attention":
+    raise UnsupportedError(
+      f"attention.mixer={attention.mixer!r} is in no architecture of transformers that is written here: "
+      "only models with attention in every layer are saved or converted; a run's own checkpoints hold any"
+    )
+  windowed = [_is_windowed(attention, layer) for layer in range(model.num_layers)]
+  if model.qk_norm and model.attention_bias != "qkv":
+    return "qwen3"
+  if not model.qk_norm and model.attention_bias == "qkv":
+    return "qwen2"
+  if not model.qk_norm and not any(windowed):
+    return "llama"
+  if not model.qk_norm and all(windowed) and model.attention_bias is None:
+    return "mistral"
+  raise UnsupportedError(
+    f"no architecture of transformers has model.qk_norm={model.qk_norm}, "
+    f"model.attention_bias={model.attention_bias!r}, attention.window={attention.window} and "
+    f"attention.full_layers={list(attention.full_layers)} together: Qwen3 has qk_norm and any windows, "
+    "Qwen2 attention_bias='qkv' and any windows, Mistral a window in every layer, Llama none"
+  )

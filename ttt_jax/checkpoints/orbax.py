@@ -1,0 +1,391 @@
+"""Checkpoints of a run: one directory per step, written by Orbax in the background.
+
+Arrays are stored under their path in the pytree, `model/blocks/0/w/value`, so that a checkpoint
+depends on no Python class and can be restored onto any mesh. When to save is the trainer's business.
+
+A restore first asks whether the files are those that were written. Sizes are always compared, which finds
+files that are missing, cut short or of another save, and costs nothing. Checksums, `verify="checksums"`,
+also find bits that changed on the disk; every process then reads what it wrote once more after each save,
+and its share of all files before each restore. Without them most changed bits are still found: TensorStore
+keeps a checksum of its own with its index and its chunks.
+"""
+
+import base64
+import json
+import re
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+from jax.sharding import SingleDeviceSharding
+
+from ttt_jax.config import CheckpointConfig
+from ttt_jax.config.training import VERIFY
+from ttt_jax.errors import UserError
+from ttt_jax.parallel.processes import is_main, together
+from ttt_jax.parallel.trees import named_leaves
+from ttt_jax.training.rundir import write_whole
+
+# 2: a file's checksum may be null, or stand in the file of the process that wrote it.
+_FORMAT, _READABLE = "ttt_jax/2", ("ttt_jax/1", "ttt_jax/2")
+_ARRAYS = "arrays"  # Orbax's directory in a checkpoint
+_RECORD = (
+  "ttt_jax.json"  # ours: the data state, the arrays' kinds, every file with size and checksum
+)
+_CHECKSUMS = "ttt_jax.checksums.{}.json"  # of the files of a process but the first
+_WRITER = re.compile(r"ocdbt\.process_(\d+)/")  # in the path of a file: the process that wrote it
+_TMP_SUFFIX = ".orbax-checkpoint-tmp"
+_MAX_NAMED = 10  # how many misfits an error spells out
+
+
+class Checkpoints:
+  """The checkpoints in a directory: the newest `keep` and those of every `keep_every` steps stay.
+
+  A context manager. Orbax, by the successor of its `CheckpointManager`, writes a step beside the others
+  and renames it when it is complete, then deletes those too many: a killed process or a full disk leaves
+  the older ones as they were. Until the first `save` nothing in the directory is created, changed or
+  deleted. Of many processes, which share the directory, all call every method, and each writes and reads
+  its own parts of the arrays.
+
+  Args:
+    directory: of the checkpoints.
+    keep, keep_every: which of them stay.
+    verify: "sizes" or "checksums", what is written of the files and what a restore compares.
+  """
+
+  def __init__(
+    self,
+    directory: str | Path,
+    *,
+    keep: int,
+    keep_every: int | None = None,
+    verify: str = "sizes",
+  ):
+    if verify not in VERIFY:
+      raise UserError(f"verify={verify!r} is not one of {', '.join(map(repr, VERIFY))}")
+    self._with_checksums = verify == "checksums"
+    self._directory = Path(directory).resolve()
+    self._shown = Path(directory)  # in messages: as the user wrote it
+    policies = ocp.training.preservation_policies
+    kept = [policies.LatestN(keep)]
+    if keep_every is not None:
+      kept.append(policies.EveryNSteps(keep_every))
+    self._kept = policies.AnyPreservationPolicy(kept)
+    self._writer: ocp.training.Checkpointer | None = None
+    self._saving: tuple[int, dict[str, Any]] | None = None  # the last save's step and record
+    self._owes_checksums = False  # of this process's files in the last save
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self.close()
+
+  @property
+  def steps(self) -> list[int]:
+    """The steps of the complete checkpoints, ascending; waits for a save under way."""
+    self.wait()
+    if not self._directory.is_dir():
+      return []
+    names = [path.name for path in self._directory.iterdir()]
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+
+  @property
+  def latest_step(self) -> int | None:
+    """The newest complete checkpoint; waits for a save under way."""
+    steps = self.steps
+    return steps[-1] if steps else None
+
+  def save(
+    self,
+    step: int,
+    *,
+    arrays: Any,
+    data_state: dict[str, Any] | bytes,
+    config: dict[str, Any] | None = None,
+  ) -> None:
+    """Starts to write a checkpoint and returns once the arrays may be donated; see `wait`.
+
+    A step that is there already is left as it is.
+
+    Args:
+      step: the number of steps done, which names the checkpoint.
+      arrays: any pytree of arrays, none of them empty.
+      data_state: where the data iterator stands: what its `get_state` gives, JSON-able or bytes.
+      config: of the run, for whoever finds the checkpoint alone.
+    """
+    if step in self.steps:
+      return
+    named = named_leaves(arrays)
+    record = {
+      "format": _FORMAT,
+      "data_state": _to_json(data_state),
+      "config": config,
+      "arrays": {name: _kind(leaf) for name, leaf in named.items()},
+    }
+    json.dumps(record)  # a data state that is not JSON-able fails here, not in the background
+    self._saving = (step, record)
+    self._owes_checksums = self._with_checksums and not is_main()
+    if self._writer is None:
+      self._writer = self._open_writer()
+    self._writer.save_checkpointables_async(step, {_ARRAYS: named}, force=True)
+
+  def restore(
+    self, abstract_arrays: Any, step: int | None = None, *, partial: bool = False
+  ) -> tuple[int, Any, dict[str, Any] | bytes]:
+    """The step, the arrays and the data state of a checkpoint, by default the newest.
+
+    Args:
+      abstract_arrays: the pytree to fill, of `jax.ShapeDtypeStruct` or arrays. Each array is read
+        onto the sharding of its leaf; without one, onto the first device.
+      step: which checkpoint.
+      partial: allow arrays in the checkpoint that `abstract_arrays` does not have, and leave them.
+
+    Raises:
+      UserError: there is no such checkpoint, it is damaged or not ours, or its arrays are not
+        those of `abstract_arrays`; on all processes, if one of them finds it so. Nothing has been changed.
+    """
+    steps = self.steps
+    if not steps:
+      raise UserError(f"there is no checkpoint in {self._shown}")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+      raise UserError(
+        f"there is no checkpoint of step {step} in {self._shown}, only of {', '.join(map(str, steps))}"
+      )
+    path = self._directory / str(step)
+    try:
+      record = together(lambda: _read_record(path))
+      together(lambda: self._verify(path, record["files"]))
+    except UserError as error:
+      raise self._unreadable(step, steps, error) from error
+
+    wanted = named_leaves(abstract_arrays)
+    misfits = _misfits(record["arrays"], wanted, partial=partial)
+    if misfits:
+      rest = len(misfits) - _MAX_NAMED
+      lines = misfits[:_MAX_NAMED] + ([f"and {rest} more"] if rest > 0 else [])
+      raise UserError(
+        f"checkpoint {step} in {self._shown} is of another model or optimizer: {len(misfits)} "
+        f"array{'s do' if len(misfits) > 1 else ' does'} not fit\n  "
+        + "\n  ".join(lines)
+        + "\nuse the config it was trained with, or another run_dir"
+      )
+    targets = {
+      name: _abstract(wanted[name]) if name in wanted else ocp.PLACEHOLDER
+      for name in record["arrays"]
+    }
+    try:
+      arrays = ocp.load_checkpointables(path, {_ARRAYS: targets})[_ARRAYS]
+    except (jax.errors.JaxRuntimeError, MemoryError):
+      raise  # no room for it, say: not the checkpoint's fault
+    except Exception as error:
+      raise self._unreadable(step, steps, error) from error
+    restored = jax.tree.unflatten(
+      jax.tree.structure(abstract_arrays), [arrays[name] for name in wanted]
+    )
+    return step, restored, _from_json(record["data_state"])
+
+  def wait(self) -> None:
+    """Returns when the last `save` is complete.
+
+    Raises:
+      ValueError: it could not be written, say because the disk is full.
+    """
+    if self._writer is not None:
+      try:
+        self._writer.wait()
+      except (OSError, ValueError) as error:
+        raise UserError(
+          f"checkpoint {self._saving[0]} could not be written to {self._shown}, the earlier ones are "
+          f"as they were: {_reason(error)}"
+        ) from error
+      if self._owes_checksums:
+        self._owes_checksums = False
+        self._write_checksums(self._directory / str(self._saving[0]))
+
+  def close(self) -> None:
+    """Waits for the last `save`, with the errors of `wait`."""
+    try:
+      self.wait()
+    finally:
+      if self._writer is not None:
+        writer, self._writer = self._writer, None
+        writer.close()
+
+  def _open_writer(self) -> ocp.training.Checkpointer:
+    context = ocp.Context()
+    # A lambda, since Orbax deep-copies its options, and with a bound method its object.
+    context.asynchronous.post_finalization_callback = lambda: self._write_record()
+    return ocp.training.Checkpointer(
+      self._directory,
+      context=context,
+      preservation_policy=self._kept,
+      cleanup_tmp_directories=True,
+    )
+
+  def _write_record(self) -> None:
+    """Orbax's call on the first process when all arrays are written, before it renames the directory.
+
+    The checksums of what the first process wrote itself are part of it, those of the others follow
+    (`_write_checksums`).
+    """
+    step, record = self._saving
+    path = self._directory / f"{step}{_TMP_SUFFIX}"
+    files = {}
+    for name, file in _files(path).items():
+      crc = _crc(file) if self._with_checksums and _writer_of(name) == 0 else None
+      files[name] = [file.stat().st_size, crc]
+    (path / _RECORD).write_text(json.dumps({**record, "files": files}, indent=1))
+
+  def _write_checksums(self, path: Path) -> None:
+    """Those of the files that this process wrote; a checkpoint that was deleted meanwhile has none."""
+    if not path.is_dir():
+      return
+    mine = jax.process_index()
+    checksums = {
+      name: _crc(file) for name, file in _files(path).items() if _writer_of(name) == mine
+    }
+    write_whole(path / _CHECKSUMS.format(mine), json.dumps(checksums))
+
+  def _verify(self, path: Path, files: dict[str, tuple[int, int | None]]) -> None:
+    """Compares this process's share of a checkpoint's files with its record.
+
+    Raises:
+      UserError: a file is not as it was written, or cannot be read.
+    """
+    unknown = [name for name, (_, crc) in files.items() if crc is None]
+    if self._with_checksums and unknown and is_main():
+      warnings.warn(
+        f"{len(unknown)} of the {len(files)} files of {path} have no checksum "
+        "(checkpoint.verify was 'sizes' when they were written, or the run was killed): only their "
+        "sizes are compared",
+        stacklevel=5,
+      )
+    # Dealt out from the largest on, so that all processes read about as much.
+    by_size = sorted(files.items(), key=lambda item: (-item[1][0], item[0]))
+    for name, (size, crc) in by_size[jax.process_index() :: jax.process_count()]:
+      file = path / name
+      try:
+        if not file.is_file():
+          raise UserError(f"{name} is missing")
+        if file.stat().st_size != size:
+          raise UserError(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        if self._with_checksums and crc is not None and _crc(file) != crc:
+          raise UserError(f"{name} has changed")
+      except OSError as error:
+        raise UserError(f"{name} cannot be read: {_reason(error)}") from error
+
+  def _unreadable(self, step: int, steps: list[int], error: Exception) -> ValueError:
+    earlier = [s for s in steps if s < step]
+    then = f"to go on from step {earlier[-1]}" if earlier else "to start from step 0"
+    return UserError(
+      f"checkpoint {step} in {self._shown} is damaged or was not written by this version of ttt_jax "
+      f"({_reason(error)}): delete {self._shown / str(step)} {then}, or choose another run_dir"
+    )
+
+
+def open_checkpoints(config: CheckpointConfig, run_dir: Path) -> Checkpoints:
+  """Those of a run."""
+  return Checkpoints(
+    run_dir / "checkpoints", keep=config.keep, keep_every=config.keep_every, verify=config.verify
+  )
+
+
+def _reason(error: Exception) -> str:
+  """The first line of a message; Orbax's and TensorStore's go on for pages."""
+  return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+  """The record of a checkpoint; its `files` are the size and checksum of every file by name.
+
+  Raises:
+    UserError: there is none of ours.
+  """
+  record = _read_json(path / _RECORD)
+  if record.get("format") not in _READABLE:
+    raise UserError(f"{_RECORD} is not of the format {_FORMAT}")
+  files = {name: tuple(known) for name, known in record["files"].items()}
+  for others in sorted(path.glob(_CHECKSUMS.format("*"))):
+    for name, crc in _read_json(others).items():
+      if name in files:
+        files[name] = (files[name][0], crc)
+  return {**record, "files": files}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+  try:
+    value = json.loads(file.read_text())
+  except FileNotFoundError:
+    raise UserError(f"it has no {file.name}") from None
+  except OSError as error:
+    raise UserError(f"{file.name} cannot be read: {_reason(error)}") from error
+  except ValueError:
+    raise UserError(f"{file.name} is not JSON") from None
+  if not isinstance(value, dict):
+    raise UserError(f"{file.name} is not of the format {_FORMAT}")
+  return value
+
+
+def _files(path: Path) -> dict[str, Path]:
+  """The files of the arrays by their name in the record."""
+  return {
+    file.relative_to(path).as_posix(): file
+    for file in sorted((path / _ARRAYS).rglob("*"))
+    if file.is_file()
+  }
+
+
+def _writer_of(name: str) -> int:
+  """The process that wrote a file and checks it; what many wrote is the first one's."""
+  found = _WRITER.search(name)
+  process = int(found[1]) if found else 0
+  return process if process < jax.process_count() else 0
+
+
+def _crc(file: Path) -> int:
+  crc = 0
+  with file.open("rb") as stream:
+    while chunk := stream.read(1 << 20):
+      crc = zlib.crc32(chunk, crc)
+  return crc
+
+
+def _kind(x: Any) -> str:
+  return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _misfits(saved: dict[str, str], wanted: dict[str, Any], *, partial: bool) -> list[str]:
+  """A line for every array that is missing, too many, or of another shape or dtype."""
+  lines = []
+  for name, leaf in wanted.items():
+    if name not in saved:
+      lines.append(f"{name}: {_kind(leaf)} expected, missing in the checkpoint")
+    elif saved[name] != _kind(leaf):
+      lines.append(f"{name}: {_kind(leaf)} expected, {saved[name]} in the checkpoint")
+  if not partial:
+    lines += [
+      f"{name}: {kind} in the checkpoint, not expected"
+      for name, kind in saved.items()
+      if name not in wanted
+    ]
+  return lines
+
+
+def _to_json(state: dict[str, Any] | bytes) -> dict[str, Any]:
+  if isinstance(state, bytes):
+    return {"base64": base64.b64encode(state).decode("ascii")}
+  return {"json": state}
+
+
+def _from_json(data: dict[str, Any]) -> dict[str, Any] | bytes:
+  return base64.b64decode(data["base64"]) if "base64" in data else data["json"]

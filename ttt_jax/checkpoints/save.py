@@ -1,0 +1,100 @@
+"""A model out to a Hugging Face directory, tensor by tensor, whole or not at all."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from ttt_jax.checkpoints.files import CONFIG, new_directory, write_json, write_safetensors
+from ttt_jax.checkpoints.hf_config import write_config
+from ttt_jax.checkpoints.tensors import Row, named_parameters, tensor_table
+from ttt_jax.checkpoints.tokenizer import Tokenizer
+from ttt_jax.checkpoints.ttt_config import SECTION, write_published, write_section
+from ttt_jax.errors import UserError
+from ttt_jax.nn.mlp import LOG_SPEED
+from ttt_jax.nn.transformer import Transformer
+
+
+def save_pretrained(
+  model: Transformer, path: str | Path, *, tokenizer: Tokenizer | None = None
+) -> None:
+  """Writes a model as a Hugging Face directory: config.json and safetensors in the parameters' dtype.
+
+  `load_pretrained` reads it back bit for bit. `transformers` loads it as Qwen3 (qk_norm), Qwen2 (qkv bias),
+  Mistral (a window in every layer) or else Llama. Fast weights are written in the published format where
+  the published code computes the same; where it would not, it is not told of them, and a warning says why.
+  Everything is written beside `path` and renamed when complete: a failed call leaves nothing behind.
+
+  Args:
+    model: the model.
+    path: a directory that does not exist yet, or is empty.
+    tokenizer: written beside the model, if given.
+
+  Raises:
+    ValueError: the path is taken, a parameter holds NaN or infinities, or the tokenizer has more tokens
+      than the model.
+    NotImplementedError: no architecture of `transformers` has these features together.
+  """
+  with new_directory(path) as directory:
+    write_model(model, directory)
+    if tokenizer is not None:
+      tokenizer.check_vocabulary(model.model.vocab_size)
+      tokenizer.save(directory)
+
+
+def write_model(model: Transformer, directory: Path) -> None:
+  """config.json and the safetensors of a model, into a directory."""
+  config = write_config(model.model, model.attention)
+  if model.ttt.layers:
+    published, reasons = write_published(model.ttt, _inner_rates(model))
+    config |= published | {SECTION: write_section(model.ttt, published)}
+    if reasons:
+      warnings.warn(
+        "the published code will read this checkpoint without TTT, and report its ttt_* tensors as unused, "
+        "since it cannot express " + "; ".join(reasons),
+        stacklevel=3,
+      )
+  rows = tensor_table(model)
+  dtype = np.dtype(model.model.param_dtype)
+  write_safetensors(
+    directory, {row.name: (row.shape, dtype) for row in rows}, _tensors(model, rows)
+  )
+  write_json(directory / CONFIG, config)
+
+
+def _inner_rates(model: Transformer) -> list[float]:
+  """The inner rate of every TTT layer."""
+  rates = []
+  for layer, (g, p, repeat) in enumerate(model.layers()):
+    if layer in model.ttt.layers:
+      mlp = model.groups[g][p].mlp
+      learned = 0.0 if mlp.log_rate is None else float(mlp.log_rate[...][repeat])
+      rates.append(mlp.base_rate * math.exp(LOG_SPEED * learned))
+  return rates
+
+
+def _tensors(model: Transformer, rows: tuple[Row, ...]) -> Iterator[np.ndarray]:
+  """The checkpoint's tensors on the host, one after another."""
+  parameters = named_parameters(model)
+  for row in rows:
+    tensor, finite = _take(parameters[row.parameter], row.repeat, layout=row.layout)
+    if not finite:
+      raise UserError(
+        f"{row.name} holds NaN or infinities: the run has diverged, save an earlier checkpoint"
+      )
+    yield np.asarray(tensor)
+
+
+@partial(jax.jit, static_argnames="layout")
+def _take(parameter: Array, repeat: Int[Array, ""] | None, *, layout: Row):
+  """The tensor of a row, and whether all of it is finite."""
+  if repeat is not None:
+    parameter = jax.lax.dynamic_index_in_dim(parameter, repeat, 0, keepdims=False)
+  tensor = layout.to_tensor(parameter)
+  return tensor, jnp.all(jnp.isfinite(tensor))

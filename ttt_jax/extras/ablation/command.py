@@ -1,0 +1,105 @@
+"""`ttt-jax ablate`: all runs of a grid, then one table, one picture, one JSON file."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ttt_jax.extras.ablation.grid import load_ablation
+from ttt_jax.extras.ablation.picture import plot_ablation
+from ttt_jax.extras.ablation.report import report
+from ttt_jax.extras.ablation.runs import run_all
+from ttt_jax.training.rundir import write_json
+
+
+def run(
+  path: str,
+  overrides: Mapping[str, Any],
+  *,
+  device_groups: Sequence[str],
+  report_only: bool,
+  directory: str | None,
+) -> int:
+  """Runs what is not finished and reports; 1 if a run failed.
+
+  Raises:
+    ValueError: as `load_ablation`, `run_all` and `report`.
+  """
+  console = Console()
+  ablation = load_ablation(path, overrides, directory)
+  failed = {}
+  if not report_only:
+    failed = run_all(ablation, console, device_groups=device_groups)
+  found = report(ablation, failed)
+  write_json(ablation.directory / "ablation.json", found)
+  plot_ablation(found, ablation.directory / "ablation.png")
+  _print(found, console)
+  written = ", ".join(str(ablation.directory / f"ablation.{end}") for end in ("json", "png"))
+  console.print(f"written: {written}", highlight=False)
+  return 1 if failed else 0
+
+
+def _print(found: dict[str, Any], console: Console) -> None:
+  """The table: means over the seeds, with half of their 95 % intervals."""
+  reference = found["reference"]
+  recalls = next((row["by_distance"] for row in found["variants"] if row.get("by_distance")), None)
+  titles, said = ["seeds", "loss"], []
+  if reference is not None:
+    titles.append("difference")
+    said.append(f"difference: from {reference!r} of the same seed")
+  if recalls:
+    titles.append("recall")
+    said.append(f"recall: values known again after {recalls[-1]['from']:,} tokens")
+  else:
+    titles += ["first", "last"]
+    said.append("first, last: loss in the first and the last part of the documents")
+  titles.append("tok/s")
+  table = Table(
+    title=found["title"],
+    title_justify="left",
+    caption="; ".join(said),
+    caption_justify="left",
+    box=box.SIMPLE_HEAD,
+    collapse_padding=True,
+    pad_edge=False,
+  )
+  table.add_column("variant", overflow="fold")
+  for title in titles:
+    table.add_column(title, justify="right", no_wrap=True)
+  for row in found["variants"]:
+    if not row["seeds"]:
+      table.add_row(row["variant"], "0", *["-"] * (len(titles) - 1))
+      continue
+    if recalls:
+      what = [_share(row["by_distance"][-1]["right"])]
+    else:
+      what = [_mean(row["by_position"][i]["loss"]) for i in (0, -1)]
+    speed = row["tokens_per_second"]
+    table.add_row(
+      row["variant"],
+      str(len(row["seeds"])),
+      _mean(row["loss"], row["high"]),
+      *([] if reference is None else [_difference(row)]),
+      *what,
+      "-" if speed is None else f"{speed:,.0f}",
+    )
+  console.print(table)
+
+
+def _mean(loss: float | None, high: float | None = None) -> str:
+  if loss is None:
+    return "-"
+  return f"{loss:.3f}" + ("" if high is None else f" ± {high - loss:.3f}")
+
+
+def _difference(row: dict[str, Any]) -> str:
+  difference = row.get("difference")
+  if difference is None:
+    return "-"
+  return ("+" if difference >= 0 else "") + _mean(difference, row["difference_high"])
+
+
+def _share(right: float | None) -> str:
+  return "-" if right is None else f"{right:.1%}"

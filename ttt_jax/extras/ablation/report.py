@@ -1,0 +1,146 @@
+"""What an ablation found: a row per variant, with the spread over its seeds."""
+
+import math
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from ttt_jax.config import Config
+from ttt_jax.errors import UserError
+from ttt_jax.extras.ablation.grid import Ablation, Variant
+from ttt_jax.extras.ablation.runs import finished, read_probe, read_recall, read_summary
+
+
+def report(ablation: Ablation, failed: dict[tuple[str, int], str]) -> dict[str, Any]:
+  """The results of the runs that are finished, by variant.
+
+  `loss` and the losses by position are means over the seeds; `low` and `high` the 95 % interval of the
+  mean, by Student's t over the seeds, None of a single one. `by_context` are those of the probe's last
+  block by the tokens before it, `by_distance` the part of values known again. A variant none of whose
+  runs is finished has no numbers. `failed` says what the others came to.
+
+  Where the ablation has a reference, `difference` is a loss less the reference's, the mean over the seeds
+  that both have, with `difference_low` and `difference_high` the 95 % interval of that mean: runs of one
+  seed read the same batches in the same order, so that what a seed does to both falls out.
+
+  Raises:
+    ValueError: no run is finished.
+  """
+  rows = [_row(ablation, variant) for variant in ablation.variants]
+  if not any(row["seeds"] for row in rows):
+    raise UserError(
+      f"{ablation.directory} has no finished run: run ttt-jax ablate with this config first"
+    )
+  if ablation.reference is not None:
+    _compare(rows, ablation.reference)
+  return {
+    "name": ablation.name,
+    "title": ablation.title,
+    "reference": ablation.reference,
+    "seeds": list(ablation.seeds),
+    "variants": rows,
+    "failed": [
+      {"variant": name, "seed": seed, "said": said} for (name, seed), said in failed.items()
+    ],
+  }
+
+
+def _row(ablation: Ablation, variant: Variant) -> dict[str, Any]:
+  done = [config for config in variant.configs if finished(ablation, config)]
+  row = {"variant": variant.name, "seeds": [config.seed for config in done]}
+  if not done:
+    return row
+  summaries = [read_summary(config) for config in done]
+  tables = [summary["heldout_by_position"] for summary in summaries]
+  positions = [
+    {"from": part["from"], "to": part["to"]}
+    | _over_seeds([table[i]["loss"] for table in tables])
+    | {"loss_updates_off": _mean([table[i]["loss_updates_off"] for table in tables])}
+    for i, part in enumerate(tables[0])
+  ]
+  losses = [summary["heldout_loss"] for summary in summaries]
+  return row | {
+    **_over_seeds(losses),
+    "loss_updates_off": _mean([summary["heldout_loss_updates_off"] for summary in summaries]),
+    "by_position": positions,
+    "by_context": None if ablation.probe is None else _by_context([*map(read_probe, done)]),
+    "by_distance": None if ablation.recall is None else _by_distance([*map(read_recall, done)]),
+    "params": summaries[0]["params"],
+    "state_numbers": _state_numbers(done[0]),
+    "tokens_per_second": _mean([summary["tokens_per_second"] for summary in summaries]),
+  }
+
+
+def _compare(rows: list[dict[str, Any]], reference: str) -> None:
+  """Adds the differences to every row but the reference's own, and to the rows of its tables."""
+  (base,) = (row for row in rows if row["variant"] == reference)
+  for row in rows:
+    pairs = [
+      (i, base["seeds"].index(seed)) for i, seed in enumerate(row["seeds"]) if seed in base["seeds"]
+    ]
+    if row is base or not pairs:
+      continue
+    row |= _difference(row, base, pairs)
+    for name, place in (("by_position", ("from", "to")), ("by_context", ("context",))):
+      of_base = {tuple(part[p] for p in place): part for part in base[name] or ()}
+      for part in row[name] or ():
+        if (same := of_base.get(tuple(part[p] for p in place))) is not None:
+          part |= _difference(part, same, pairs)
+
+
+def _difference(
+  mine: dict[str, Any], its: dict[str, Any], pairs: list[tuple[int, int]]
+) -> dict[str, Any]:
+  """Of losses by seed, those of `mine` less those of `its`."""
+  losses = [(mine["losses"][i], its["losses"][j]) for i, j in pairs]
+  differences = [None if None in both else both[0] - both[1] for both in losses]
+  low, high = interval(differences)
+  return {"difference": _mean(differences), "difference_low": low, "difference_high": high}
+
+
+def _by_context(probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The loss of the probe's block by the tokens before it; fast weights, where there are any, update."""
+  tables = [
+    [row for row in probe["by_context"] if row["mode"] in ("updating", "plain")] for probe in probes
+  ]
+  return [
+    {"context": rows[0]["context"], **_over_seeds([row["loss"] for row in rows])}
+    for rows in zip(*tables)
+  ]
+
+
+def _by_distance(recalls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The part of values known again by the distance; fast weights, where there are any, update."""
+  tables = [next(iter(recall["by_distance"].values())) for recall in recalls]
+  return [
+    {"from": rows[0]["from"], "to": rows[0]["to"]}
+    | {"queries": sum(row["queries"] for row in rows)}
+    | {"right": _mean([row["right"] for row in rows]), "rights": [row["right"] for row in rows]}
+    for rows in zip(*tables)
+  ]
+
+
+def _over_seeds(losses: list[float | None]) -> dict[str, Any]:
+  low, high = interval(losses)
+  return {"loss": _mean(losses), "low": low, "high": high, "losses": losses}
+
+
+def _state_numbers(config: Config) -> int:
+  """Numbers of the fast weights of all TTT layers."""
+  return len(config.ttt.layers) * config.model.d_model * config.model.d_ff
+
+
+def _mean(values: list[float | None]) -> float | None:
+  """None where one is: a loss that is not finite, updates where there are none."""
+  return None if None in values else float(np.mean(values))
+
+
+def interval(values: list[float | None]) -> tuple[float, float] | tuple[None, None]:
+  """The 95 % interval of the mean of a few normal values, `mean +- t s / sqrt(n)`; None of one."""
+  n = len(values)
+  if n < 2 or None in values:
+    return None, None
+  half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1)) / math.sqrt(n)
+  mean = float(np.mean(values))
+  return mean - half, mean + half

@@ -1,0 +1,231 @@
+"""The runs of an ablation, each a process of its own, some side by side on devices of their own."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from ttt_jax.config import Config
+from ttt_jax.extras.ablation.grid import Ablation, Variant
+from ttt_jax.training.rundir import CONFIG_FILE, jsonable, open_run
+
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_DEVICES")
+# What a run is asked after its training, in its directory.
+_PROBE = Path("probe", "perplexity.json")
+_RECALL = Path("recall", "recall.json")
+# Of the small triangular systems that DeltaNet has XLA solve on a CPU, with scipy's library: several
+# processes whose threads wait for one another there take ten times as long.
+_SIDE_BY_SIDE = {"OPENBLAS_NUM_THREADS": "1"}
+# Where the runs of one grid find what another has compiled: those of a variant differ in their seed alone.
+_COMPILED = "JAX_COMPILATION_CACHE_DIR"
+_WORTH_KEEPING = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+_LAST_LINES = 5  # of a run that failed, to show
+_ELSEWHERE = "another ttt-jax ablate is at this run"
+
+
+def run_all(
+  ablation: Ablation, console: Console, *, device_groups: Sequence[str] = ()
+) -> dict[tuple[str, int], str]:
+  """Trains and evaluates every run that is not finished; returns the last words of those that failed.
+
+  A run that was interrupted goes on from its last checkpoint, a finished one is left alone. One run's
+  failure, a variant that diverges for instance, is reported and the others go on. They share what they
+  compile, until the last one's end or, where the environment names JAX_COMPILATION_CACHE_DIR, there.
+  Several calls may share a grid: a run that another call is at is waited for after all the others.
+
+  Args:
+    device_groups: devices by number, such as `("0,1", "2,3")`: one run at a time on each. None: one
+      run at a time on all devices.
+
+  Raises:
+    ValueError: a run's directory holds something else; documents that cannot answer what the grid asks.
+      No run has been started.
+  """
+  runs, todo = list(ablation.runs()), []
+  for variant, config in runs:
+    open_run(config.resolved_run_dir, config, may_change=())
+    if not finished(ablation, config):
+      todo.append((variant, config))
+  if ablation.probe is not None or ablation.recall is not None:
+    from ttt_jax.extras.ablation.check import check_questions  # with the data readers
+
+    check_questions(ablation, [(v, config) for v, config in todo if not _is_trained(config)])
+  done, total = len(runs) - len(todo), len(runs)
+  console.print(f"{ablation.name}: {total} runs, {done} of them finished", highlight=False)
+  groups: SimpleQueue[str | None] = SimpleQueue()
+  for group in device_groups or (None,):
+    groups.put(group)
+  started, made = time.monotonic(), 0
+  failed = {}
+
+  def tell(variant: Variant, config: Config, error: str | None) -> None:
+    if error is None:
+      loss = read_summary(config)["heldout_loss"]
+      status = f"held-out loss {loss:.3f}" if loss is not None else "held-out loss not finite"
+    else:
+      failed[variant.name, config.seed] = error
+      status = f"failed: {error.splitlines()[-1]} (see {_log(config)})"
+    left = (time.monotonic() - started) / made * (len(todo) - made)
+    console.print(
+      f"{done + made}/{total}  {variant.name}, seed {config.seed}: {status}"
+      + (f"  {left:,.0f} s left" if left else ""),
+      highlight=False,
+    )
+
+  with (
+    tempfile.TemporaryDirectory(prefix="ttt_jax-compiled-", ignore_cleanup_errors=True) as compiled,
+    ThreadPoolExecutor(max(1, len(device_groups))) as pool,
+  ):
+    environment = _WORTH_KEEPING | {_COMPILED: compiled} | os.environ
+    results = pool.map(lambda run: _run(ablation, run[1], groups, environment), todo)
+    elsewhere = []
+    for (variant, config), error in zip(todo, results):
+      if error is _ELSEWHERE:
+        elsewhere.append((variant, config))
+      else:
+        made += 1
+        tell(variant, config, error)
+    results = pool.map(
+      lambda run: _run(ablation, run[1], groups, environment, wait=True), elsewhere
+    )
+    for (variant, config), error in zip(elsewhere, results):
+      made += 1
+      tell(variant, config, error)
+  return failed
+
+
+def finished(ablation: Ablation, config: Config) -> bool:
+  """Whether a run was trained to its end, evaluated, and asked whatever else the ablation asks."""
+  return not _left(ablation, config)
+
+
+def read_summary(config: Config) -> dict[str, Any]:
+  """The `summary.json` of a finished run."""
+  return _read(config, Path("summary.json"))
+
+
+def read_probe(config: Config) -> dict[str, Any]:
+  """The `perplexity.json` of a finished run of an ablation with a probe."""
+  return _read(config, _PROBE)
+
+
+def read_recall(config: Config) -> dict[str, Any]:
+  """The `recall.json` of a finished run of an ablation with `recall`."""
+  return _read(config, _RECALL)
+
+
+def _read(config: Config, report: Path) -> dict[str, Any]:
+  return json.loads((Path(config.resolved_run_dir) / report).read_text(encoding="utf-8"))
+
+
+def _left(ablation: Ablation, config: Config) -> list[list[str]]:
+  """What `ttt-jax` has still to do for a run, as the words of its commands."""
+  directory = Path(config.resolved_run_dir)
+  commands = []
+  if not _is_trained(config):
+    commands.append(["train", str(directory / CONFIG_FILE)])  # of `open_run`
+  if ablation.probe is not None:
+    probe = dataclasses.asdict(ablation.probe)
+    if not _answers(config, _PROBE, asked=probe):
+      words = ["eval", "perplexity", str(directory), "--out", str(directory / _PROBE.parent)]
+      for name, value in probe.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if numbers:
+          words += [f"--{name.replace('_', '-')}", *map(str, numbers)]
+      commands.append(words)
+  if ablation.recall is not None and not _answers(config, _RECALL, window=ablation.recall):
+    words = ["--window", str(ablation.recall), "--out", str(directory / _RECALL.parent)]
+    commands.append(["eval", "recall", str(directory), *words])
+  return commands
+
+
+def _is_trained(config: Config) -> bool:
+  """Whether there is a summary, and of the last step: `ttt-jax eval` writes one of any checkpoint."""
+  if not (Path(config.resolved_run_dir) / "summary.json").is_file():
+    return False
+  return read_summary(config).get("steps", config.train.steps) == config.train.steps
+
+
+def _answers(config: Config, report: Path, **question: Any) -> bool:
+  """Whether there is a report, and of this question rather than of one that was asked before."""
+  if not (Path(config.resolved_run_dir) / report).is_file():
+    return False
+  found = _read(config, report)
+  return {name: found.get(name) for name in question} == jsonable(question)
+
+
+def _log(config: Config) -> Path:
+  return Path(config.resolved_run_dir).with_suffix(".log")
+
+
+def _run(
+  ablation: Ablation,
+  config: Config,
+  groups: SimpleQueue,
+  environment: dict[str, str],
+  *,
+  wait: bool = False,
+) -> str | None:
+  """A run in processes of its own; None, or the last lines of what it said if it failed.
+
+  While another `ttt-jax ablate` is at this run, it waits for that, or returns `_ELSEWHERE`.
+  """
+  group = groups.get()
+  status = 0
+  try:
+    if group is not None:
+      environment = _SIDE_BY_SIDE | environment | dict.fromkeys(_VISIBLE, group)
+    with _held(config, wait=wait) as is_ours:
+      if not is_ours:
+        return _ELSEWHERE
+      left = _left(ablation, config)
+      if not left:  # another `ttt-jax ablate` finished it meanwhile; its log stays
+        return None
+      with _log(config).open("w", encoding="utf-8") as log:
+        for words in left:
+          command = [sys.executable, "-m", "ttt_jax.cli", *words]
+          status = subprocess.run(
+            command, env=environment, stdout=log, stderr=log, check=False
+          ).returncode
+          if status:
+            break
+      if status == 0 and finished(ablation, config):
+        return None
+      said = _log(config).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+  finally:
+    groups.put(group)
+  return "\n".join(said[-_LAST_LINES:]) or f"exit status {status}"
+
+
+@contextmanager
+def _held(config: Config, *, wait: bool) -> Iterator[bool]:
+  """Keeps every other `ttt-jax ablate` from a run and its log; gives whether none is at it."""
+  path = Path(config.resolved_run_dir)
+  lock = FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0)
+  try:
+    lock.acquire()
+  except Timeout:
+    yield False
+    return
+  except (OSError, NotImplementedError) as error:  # not every file system has locks
+    warnings.warn(
+      f"{path} cannot be locked ({error}): nothing keeps a second ttt-jax ablate from this run",
+      stacklevel=2,
+    )
+  try:
+    yield True
+  finally:
+    lock.release()

@@ -1,0 +1,277 @@
+"""Baselines in the place of attention: gated linear attention and DeltaNet, around `ops.linear_attention`.
+
+Each has the parameters of the attention that it replaces, so that a model of either kind is within 2 % of
+the plain one (from d_model 64 on, with d_ff three times that). Neither has rotary positions: the state is
+made in order.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from ttt_jax.config import AttentionConfig, ModelConfig
+from ttt_jax.errors import UnsupportedError
+from ttt_jax.extras.baselines.ops import delta_rule, gated_linear_attention, short_convolution
+from ttt_jax.nn.layers import PROJECTED, RMSNorm, add_bias, normal_init, project
+from ttt_jax.ops.exchange.prefix import shard_count
+from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.parallel.mesh import Axes, over_shards
+
+# The published values: alpha = sigmoid(.)^(1/16), from a projection through at most 16 channels; and in
+# DeltaNet convolutions over a token and the three before it.
+TEMPERATURE = 16
+_DECAY_RANK = 16
+_SHORT_CONV = {"gla": 1, "delta_net": 4}
+
+
+class LinearCache(NamedTuple):
+  """What a layer keeps of the rows it reads, however long they are.
+
+  Attributes:
+    state: of the recurrence, float32 or wider.
+    recent: the last tokens' projections before the short convolution; None where there is none.
+  """
+
+  state: Float[Array, "B H K M"]
+  recent: Float[Array, "B before H channels"] | None
+
+
+LINEAR_CACHE = LinearCache(
+  state=("batch", "kv_heads", None, None), recent=("batch", None, "kv_heads", None)
+)
+
+
+class Sizes(NamedTuple):
+  """Heads, the widths of a head's keys and values, and the rank of the decay's projection (0: none)."""
+
+  heads: int
+  key: int
+  value: int
+  rank: int
+
+
+def linear_sizes(model: ModelConfig, mixer: str) -> Sizes:
+  """Sizes with which a mixer's projections have the parameters of the attention it replaces.
+
+  With H query heads and G key heads of width K, attention has 2 D (H + G) K parameters. The mixers have G
+  heads, one state for each that attention keeps keys and values of, and values of width
+  `M = K (1 + H/G) / 2`: four projections of D G M for DeltaNet (q, k, v, out); and for GLA, whose keys are
+  half as wide as its values, as published, two halves and three whole ones (q, k; v, output gate, out).
+  """
+  value = model.head_size * (model.num_kv_heads + model.num_heads) // (2 * model.num_kv_heads)
+  if mixer == "delta_net":
+    return Sizes(model.num_kv_heads, value, value, 0)
+  return Sizes(model.num_kv_heads, value // 2, value, max(1, min(_DECAY_RANK, model.d_model // 8)))
+
+
+def short_conv_width(attention: AttentionConfig, mixer: str) -> int:
+  """Tokens that a mixer's short convolution sees; 1 where it has none."""
+  return _SHORT_CONV[mixer] if attention.short_conv is None else attention.short_conv
+
+
+class _LinearAttention(nnx.Module):
+  """What both mixers share: projections, one call of an op on the shards of rows and heads, the output.
+
+  With `attention.short_conv` tokens, queries, keys and values are `silu(conv(x (W_q, W_k, W_v)))`.
+  """
+
+  mixer: str
+
+  def __init__(
+    self,
+    model: ModelConfig,
+    attention: AttentionConfig,
+    *,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+  ):
+    d = model.d_model
+    h, k, m, _ = self.sizes = linear_sizes(model, self.mixer)
+    self.query = normal_init(rngs.params(), (d, h, k), param_dtype, fan_in=d)
+    self.key = normal_init(rngs.params(), (d, h, k), param_dtype, fan_in=d)
+    self.value = normal_init(rngs.params(), (d, h, m), param_dtype, fan_in=d)
+    gain = (2 * model.num_layers) ** -0.5
+    self.out = normal_init(rngs.params(), (h, m, d), param_dtype, fan_in=h * m, gain=gain)
+    self.out_norm = RMSNorm(m, eps=model.norm_eps, param_dtype=param_dtype)
+    self._init_gates(model, param_dtype, rngs)
+    width = short_conv_width(attention, self.mixer)
+    taps = (width, h, 2 * k + m)
+    self.short_conv = (
+      normal_init(rngs.params(), taps, param_dtype, fan_in=width) if width > 1 else None
+    )
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    rotary: tuple[Float[Array, "T half"], Float[Array, "T half"]],
+    documents: Int[Array, "B T"] | None,
+  ) -> Float[Array, "B T D"]:
+    """As `Attention`; `rotary` is not used."""
+    q, k, v, gate, _ = self._inputs(x, documents, None)
+    return self._out(x, self._mix(q, k, v, gate, documents, None)[0])
+
+  def read(
+    self,
+    x: Float[Array, "B T D"],
+    rotary: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+    cache: LinearCache,
+    lengths: Int[Array, "B"],
+    counts: Int[Array, "B"],
+  ) -> tuple[Float[Array, "B T D"], LinearCache]:
+    """As `Attention.read`: the first `counts` of T new tokens enter the state, the others read zero."""
+    is_new = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < counts[:, None]
+    documents = is_new.astype(jnp.int32)  # padding behind: it leaves the state as it is
+    q, k, v, gate, projected = self._inputs(x, documents, cache.recent)
+    mixed, state = self._mix(q, k, v, gate, documents, cache.state)
+    recent = cache.recent
+    if recent is not None:
+      whole = jnp.concatenate([recent, projected.astype(recent.dtype)], axis=1)
+      last = counts[:, None] + jnp.arange(recent.shape[1], dtype=jnp.int32)[None]
+      recent = jnp.take_along_axis(whole, last[:, :, None, None], axis=1)
+    return self._out(x, mixed), LinearCache(state, recent)
+
+  def empty_cache(self, rows: int, capacity: int, dtype: DTypeLike) -> LinearCache:
+    """Of rows that have read nothing; of one size for any `capacity`."""
+    h, k, m, _ = self.sizes
+    state = jnp.zeros((rows, h, k, m), accumulation_dtype(dtype))
+    if self.short_conv is None:
+      return LinearCache(state, None)
+    width, _, channels = self.short_conv.shape
+    return LinearCache(state, jnp.zeros((rows, width - 1, h, channels), dtype))
+
+  def _init_gates(self, model: ModelConfig, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    """Parameters that only this mixer has."""
+    raise NotImplementedError
+
+  def _inputs(self, x, documents, recent):
+    """q, k, v, the gate of the op, and the projections of which the cache keeps the last tokens'."""
+    raise NotImplementedError
+
+  def _op(self, *arrays, **options):
+    raise NotImplementedError
+
+  def _project(self, x, documents, recent):
+    """q, k and v, convolved where this layer does that, and the projections that the convolution saw."""
+    q, k, v = (
+      checkpoint_name(project("btd,dhk->bthk", x, kernel, x.dtype), PROJECTED)
+      for kernel in (self.query, self.key, self.value)
+    )
+    if self.short_conv is None:
+      return q, k, v, None
+    projected = jnp.concatenate([q, k, v], axis=-1)
+    mixed = short_convolution(projected, self.short_conv[...], segment_ids=documents, before=recent)
+    width = self.sizes.key
+    return *jnp.split(jax.nn.silu(mixed), (width, 2 * width), axis=-1), projected
+
+  def _mix(self, q, k, v, gate, documents, state):
+    """The op's outputs and last state, every device its rows and heads."""
+    tokens = ("batch", "sequence" if q.shape[1] > 1 else None)
+    heads = (*tokens, "kv_heads", None)
+
+    def mix(q, k, v, gate, documents, state, *, axes: Axes):
+      if axes.context is not None and shard_count(axes.context) > 1:
+        raise UnsupportedError(
+          f"attention.mixer={self.mixer!r} on {shard_count(axes.context)} shards of the sequence: its "
+          "state is not exchanged between them; use a mesh with context=1, and data, fsdp or tensor"
+        )
+      return self._op(q, k, v, gate, segment_ids=documents, state=state)
+
+    mixed, state = over_shards(
+      mix,
+      q,
+      k,
+      v,
+      gate,
+      documents,
+      state,
+      dims=(
+        heads,
+        heads,
+        heads,
+        heads[: gate.ndim],
+        None if documents is None else tokens,
+        None if state is None else LINEAR_CACHE.state,
+      ),
+      out_dims=(heads, LINEAR_CACHE.state),
+    )
+    return checkpoint_name(mixed, PROJECTED), state
+
+  def _out(self, x, mixed):
+    return project("bthm,hmd->btd", self.out_norm(mixed), self.out, x.dtype)
+
+
+class GatedLinearAttention(_LinearAttention):
+  """`out(norm(o) silu(x W_gate))` with o of `gated_linear_attention`.
+
+      q = x W_q / sqrt(K)     k = x W_k     v = x W_v     alpha = sigmoid(x W_1 W_2 + b)^(1/16)
+
+  The published block (Yang et al., arXiv 2312.06635; `fla`'s layer with its defaults): keys half as wide
+  as values, a norm per head, an output gate, no short convolution. Differences: the heads are those of the
+  model's keys and values instead of four, RMSNorm stands for LayerNorm (as in `fla`), and the decay's
+  projection has rank D/8 where that is below 16.
+  """
+
+  mixer = "gla"
+
+  def _init_gates(self, model, param_dtype, rngs):
+    d, (h, k, m, rank) = model.d_model, self.sizes
+    self.output_gate = normal_init(rngs.params(), (d, h, m), param_dtype, fan_in=d)
+    self.decay_down = normal_init(rngs.params(), (d, rank), param_dtype, fan_in=d)
+    self.decay_up = normal_init(rngs.params(), (rank, h, k), param_dtype, fan_in=rank)
+    self.decay_bias = nnx.Param(jnp.zeros((h, k), param_dtype))
+
+  def _inputs(self, x, documents, recent):
+    q, k, v, projected = self._project(x, documents, recent)
+    low = project("btd,dr->btr", x, self.decay_down, x.dtype)
+    logits = project("btr,rhk->bthk", low, self.decay_up, accumulation_dtype(x.dtype))
+    log_decay = jax.nn.log_sigmoid(add_bias(logits, self.decay_bias)) / TEMPERATURE
+    return q * self.sizes.key**-0.5, k, v, log_decay, projected
+
+  def _op(self, *arrays, **options):
+    return gated_linear_attention(*arrays, **options)
+
+  def _out(self, x, mixed):
+    gate = jax.nn.silu(project("btd,dhm->bthm", x, self.output_gate, x.dtype))
+    return project("bthm,hmd->btd", self.out_norm(mixed) * gate, self.out, x.dtype)
+
+
+class DeltaNet(_LinearAttention):
+  """`out(norm(o))` with o of `delta_rule`.
+
+      (q, k, v) = silu(conv(x (W_q, W_k, W_v)))     q, k of norm 1     beta = sigmoid(x W_beta)
+
+  The published block (Yang et al., arXiv 2406.06484; `fla`'s layer with its defaults): a causal
+  convolution of width 4 per channel, silu, keys and queries L2-normalised per head, RMSNorm per head.
+  The difference: the heads are those of the model's keys and values. Left out, as there: an output gate,
+  beta up to 2, and feature maps other than silu. Without the convolution silu stays, also as there.
+  """
+
+  mixer = "delta_net"
+
+  def _init_gates(self, model, param_dtype, rngs):
+    d, h = model.d_model, self.sizes.heads
+    self.beta = normal_init(rngs.params(), (d, h), param_dtype, fan_in=d)
+
+  def _inputs(self, x, documents, recent):
+    q, k, v, projected = self._project(x, documents, recent)
+    if projected is None:
+      q, k, v = jax.nn.silu(q), jax.nn.silu(k), jax.nn.silu(v)
+    beta = jax.nn.sigmoid(project("btd,dh->bth", x, self.beta, accumulation_dtype(x.dtype)))
+    return l2_normalize(q), l2_normalize(k), v, beta, projected
+
+  def _op(self, *arrays, **options):
+    return delta_rule(*arrays, **options)
+
+
+def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
+  """`x / sqrt(sum(x^2) + 1e-6)` over the last axis, computed in float32 or wider."""
+  wide = x.astype(accumulation_dtype(x.dtype))
+  return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+LINEAR_ATTENTION = {layer.mixer: layer for layer in (GatedLinearAttention, DeltaNet)}

@@ -1,0 +1,331 @@
+"""Attention whose memory is a matrix per head: gated linear attention and the delta rule, in chunks.
+
+Baselines for the fast weights, written to be read: one state is carried through the chunks by a `lax.scan`,
+and what happens inside a chunk are masked products. Kept for the backward pass are the inputs and the state
+before every chunk. K is the width of a key and M that of a value; the sequence lies on one device.
+
+A product of masked scores would let a NaN of one document into another. So what is computed is made of what
+is finite, and NaN is added to the tokens, and to the state, that saw what was not.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Bool, Float, Int
+
+from ttt_jax.errors import UserError
+from ttt_jax.ops.documents import check_segment_ids, number_documents
+from ttt_jax.ops.linear import finite_cotangent
+from ttt_jax.ops.numerics import accumulation_dtype, finite, matmul, poison, where
+from ttt_jax.ops.varying import vary_over, varying_axes
+
+# Tokens among which `_decayed_scores` forms every pair's decay by itself, at most.
+_SUB_CHUNK = 16
+
+
+def gated_linear_attention(
+  q: Float[Array, "B T H K"],
+  k: Float[Array, "B T H K"],
+  v: Float[Array, "B T H M"],
+  log_decay: Float[Array, "B T H K"],
+  *,
+  segment_ids: Int[Array, "B T"] | None = None,
+  state: Float[Array, "B H K M"] | None = None,
+  chunk_size: int = 64,
+) -> tuple[Float[Array, "B T H M"], Float[Array, "B H K M"]]:
+  """`S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t` and `o_t = q_t S_t`; the outputs and the last S.
+
+  With `b_t` the sum of log_decay over the chunk's tokens up to t (of t's document), and S the state before,
+
+      o_i = (q_i exp(b_i)) S + sum_{j <= i} A_ij v_j        A_ij = sum_k q_ik k_jk exp(b_ik - b_jk)
+      S'  = diag(exp(b_C)) S + sum_j (k_j exp(b_C - b_j))^T v_j
+
+  No exponent is ever positive, so nothing overflows however fast a channel forgets: `exp(-b_j)` alone,
+  which would make A one product, is never formed. `_decayed_scores` forms the differences instead, pair by
+  pair in sub-chunks of at most 16 tokens, and through the first token of the later sub-chunk between them
+  (the paper's secondary chunking).
+
+  Args:
+    q, k, v: of any length T; q is used as it is, scale it before.
+    log_decay: logarithms of decays in (0, 1], finite.
+    segment_ids: documents of packed rows: the state restarts in each, wherever in a chunk it begins.
+      Padding, 0, reads 0 and leaves the state as it is.
+    state: what the first token's document left behind; None is zero.
+    chunk_size: tokens per step of the scan; changes nothing but the work.
+
+  Returns:
+    o in q's dtype, and the state after the last token in `promote_types(dtype, float32)`, in which all of
+    it is computed.
+
+  Raises:
+    ValueError: shapes that disagree, chunk_size < 1, ids that are not integers.
+
+  Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training
+    (arXiv 2312.06635), section 4.
+  """
+  _check(q, k, v, {"log_decay": (log_decay, k.shape)}, segment_ids, state, chunk_size)
+  with jax.named_scope("gated_linear_attention"):
+    return _over_chunks(_gated_chunk, (q, k, v, log_decay), segment_ids, state, chunk_size)
+
+
+def delta_rule(
+  q: Float[Array, "B T H K"],
+  k: Float[Array, "B T H K"],
+  v: Float[Array, "B T H M"],
+  beta: Float[Array, "B T H"],
+  *,
+  segment_ids: Int[Array, "B T"] | None = None,
+  state: Float[Array, "B H K M"] | None = None,
+  chunk_size: int = 64,
+) -> tuple[Float[Array, "B T H M"], Float[Array, "B H K M"]]:
+  """`S_t = S_{t-1} - beta_t k_t^T (k_t S_{t-1} - v_t)` and `o_t = q_t S_t`; the outputs and the last S.
+
+  What token i writes is `k_i^T u_i` with `u_i = beta_i (v_i - k_i S_{i-1})`. In a chunk with the state S
+  before it, `S_{i-1} = S + sum_{j < i} k_j^T u_j`, so that all u solve one triangular system:
+
+      (I + diag(beta) strict_lower(k k^T)) u = diag(beta) (v - k S)
+      o = q S + lower(q k^T) u        S' = S + k^T u
+
+  Args:
+    q, k, v: of any length T; keys of norm at most 1 and beta in [0, 1] keep the state bounded.
+    beta: how much of what a key holds is replaced.
+    segment_ids, state, chunk_size: as of `gated_linear_attention`.
+
+  Returns:
+    o in q's dtype, and the state after the last token in `promote_types(dtype, float32)`, in which all of
+    it is computed.
+
+  Raises:
+    ValueError: shapes that disagree, chunk_size < 1, ids that are not integers.
+
+  Source: Yang et al., Parallelizing Linear Transformers with the Delta Rule over Sequence Length
+    (arXiv 2406.06484); the system is that of its UT transform, solved with the state on the right-hand
+    side.
+  """
+  _check(q, k, v, {"beta": (beta, k.shape[:-1])}, segment_ids, state, chunk_size)
+  with jax.named_scope("delta_rule"):
+    return _over_chunks(_delta_chunk, (q, k, v, beta[..., None]), segment_ids, state, chunk_size)
+
+
+def short_convolution(
+  x: Float[Array, "B T H K"],
+  kernel: Float[Array, "width H K"],
+  *,
+  segment_ids: Int[Array, "B T"] | None = None,
+  before: Float[Array, "B before H K"] | None = None,
+) -> Float[Array, "B T H K"]:
+  """`y_t = sum_i kernel[i] x_{t - (width - 1) + i}` per channel: a token and the width - 1 before it.
+
+  A tap counts as zero where it lies in another document or before the row; padding has y = 0. Returns
+  x's dtype; sums are formed in float32 or wider.
+
+  Args:
+    segment_ids: documents of packed rows, 0 for padding.
+    before: the width - 1 tokens before the row, of the first token's document; None for none.
+  """
+  wide = accumulation_dtype(x.dtype)
+  width, t = kernel.shape[0], x.shape[1]
+  if before is None:
+    before = jnp.zeros((x.shape[0], width - 1, *x.shape[2:]), x.dtype)
+  whole = jnp.concatenate([before, x], axis=1)
+  documents = None
+  if segment_ids is not None:
+    first = jnp.repeat(segment_ids[:, :1], width - 1, axis=1)
+    documents = number_documents(jnp.concatenate([first, segment_ids], axis=1))
+  y = jnp.zeros(x.shape, wide)
+  for i in range(width):
+    seen = None
+    if documents is not None:
+      seen = (documents[:, i : i + t] == documents[:, width - 1 :]) & (segment_ids != 0)
+    y += where(seen, whole[:, i : i + t]).astype(wide) * kernel[i].astype(wide)[None, None]
+  return y.astype(x.dtype)
+
+
+class _Borders(NamedTuple):
+  """What the documents of a chunk leave of it; with axes of size 1 for heads and channels.
+
+  Attributes:
+    sees: token i sees token j: `j <= i` and one document.
+    reads: the token belongs to the document whose state comes in.
+    writes: the token belongs to the chunk's last document.
+    keeps: these two documents are the same one.
+  """
+
+  sees: Bool[Array, "B 1 C C"]
+  reads: Bool[Array, "B 1 C 1"]
+  writes: Bool[Array, "B 1 C 1"]
+  keeps: Bool[Array, "B 1 1 1"]
+
+
+def _borders(starts: Bool[Array, "B C"]) -> _Borders:
+  """From the tokens at which a document begins; padding goes with the document before it."""
+  number = jnp.cumsum(starts.astype(jnp.int32), axis=1)
+  size = starts.shape[1]
+  causal = jnp.tril(jnp.ones((1, size, size), bool))
+  return _Borders(
+    sees=(causal & (number[:, :, None] == number[:, None, :]))[:, None],
+    reads=(number == 0)[:, None, :, None],
+    writes=(number == number[:, -1:])[:, None, :, None],
+    keeps=(number[:, -1:] == 0)[:, None, :, None],
+  )
+
+
+def _where(mask, x):
+  return jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def _over_chunks(
+  step: Callable,
+  inputs: tuple[Float[Array, "B T H _"], ...],
+  segment_ids: Int[Array, "B T"] | None,
+  state: Float[Array, "B H K M"] | None,
+  chunk_size: int,
+) -> tuple[Float[Array, "B T H M"], Float[Array, "B H K M"]]:
+  """`step(S, chunk, borders) -> (S', o)` from chunk to chunk; what is computed is float32 or wider.
+
+  Padding has zeros for all inputs: it decays nothing, writes nothing and reads 0. So has what fills up the
+  last chunk.
+  """
+  q, _, v = inputs[:3]
+  b, t, h, width = q.shape
+  wide = accumulation_dtype(q.dtype)
+  if segment_ids is None:
+    segment_ids = jnp.ones((b, t), jnp.int32)
+  real = segment_ids != 0
+  before = jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
+  starts = (segment_ids != before) & (segment_ids != 0)
+  inputs = tuple(where(real, x) for x in inputs)
+  bad, bad_state = _saw_what_is_not_finite(inputs, starts, state)
+
+  size = min(chunk_size, t)
+  chunks = -(-t // size)
+
+  def cut(x):
+    """`[B, T, ...]` to `[N, B, C, ...]`, zeros behind the end."""
+    filled = jnp.pad(x, [(0, 0), (0, chunks * size - t)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(filled.reshape(b, chunks, size, *x.shape[2:]), 1, 0)
+
+  cuts = tuple(jnp.swapaxes(cut(finite(x).astype(wide)), 2, 3) for x in inputs)
+  if state is None:
+    state = jnp.zeros((b, h, width, v.shape[-1]), wide)
+  state = finite(state)
+
+  @jax.checkpoint
+  def body(state, chunk):
+    arrays, starts = chunk
+    return step(state, arrays, _borders(starts))
+
+  state = vary_over(state.astype(wide), varying_axes(*inputs))
+  state, o = lax.scan(body, state, (cuts, cut(starts)))
+  o = jnp.moveaxis(o, (0, 2), (1, 3)).reshape(b, chunks * size, h, -1)[:, :t]
+  o = (
+    finite_cotangent(o, finite(inputs[0]).astype(wide)) + poison(bad & real, wide)[..., None, None]
+  )
+  state += poison(bad_state, wide)[:, None, None, None]
+  return o.astype(q.dtype), state
+
+
+def _saw_what_is_not_finite(
+  inputs: tuple[Float[Array, "B T H _"], ...],
+  starts: Bool[Array, "B T"],
+  state: Float[Array, "B H K M"] | None,
+) -> tuple[Bool[Array, "B T"], Bool[Array, "B"]]:
+  """The tokens up to which their document held what is not finite, and the rows whose last one did."""
+  finite_tokens = (jnp.all(jnp.isfinite(x), axis=(2, 3)) for x in inputs)
+  count = jnp.cumsum(~functools.reduce(jnp.logical_and, finite_tokens), axis=1, dtype=jnp.int32)
+  if state is not None:
+    count += jnp.any(~jnp.isfinite(state), axis=(1, 2, 3)).astype(jnp.int32)[:, None]
+  # Before a document: what was counted up to the token before its first one.
+  before = jnp.pad(count[:, :-1], ((0, 0), (1, 0)))
+  before = lax.cummax(jnp.where(starts, before, 0), axis=1)
+  bad = count > before
+  return bad, bad[:, -1]
+
+
+def _gated_chunk(state, chunk, borders: _Borders):
+  q, k, v, log_decay = chunk  # [B H C K]
+  # Each document sums its own: so no rounding of another one's decays is in a difference of two sums.
+  same = borders.sees.astype(log_decay.dtype)[:, 0]
+  b = jnp.einsum("bij,bhjk->bhik", same, log_decay, precision=lax.Precision.HIGHEST)
+  total = b[:, :, -1:]
+  o = matmul("bhij,bhjm->bhim", _decayed_scores(q, k, b, borders.sees), v)
+  o += matmul("bhik,bhkm->bhim", q * _decay(borders.reads, b), state)
+  left = jnp.swapaxes(_decay(borders.keeps, total), 2, 3)
+  written = k * _decay(borders.writes, total - b)
+  return left * state + matmul("bhjk,bhjm->bhkm", written, v), o
+
+
+def _decay(mask, exponent):
+  """exp, and 0 where the mask is off: only there may the exponent be positive."""
+  return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
+
+
+def _decayed_scores(
+  q: Float[Array, "B H C K"],
+  k: Float[Array, "B H C K"],
+  b: Float[Array, "B H C K"],
+  sees: Bool[Array, "B 1 C C"],
+) -> Float[Array, "B H C C"]:
+  """`A_ij = sum_k q_ik k_jk exp(b_ik - b_jk)` where i sees j, else 0; b falls along a document.
+
+  In a sub-chunk the differences are formed for every pair. For j in an earlier sub-chunk than i's, whose
+  first token f lies between them, `exp(b_i - b_j) = exp(b_i - b_f) exp(b_f - b_j)`: a product.
+  """
+  rows, _, size, width = q.shape
+  sub = math.gcd(size, _SUB_CHUNK)
+  parts = size // sub
+
+  def split(x):
+    return x.reshape(*x.shape[:2], parts, sub, width)
+
+  first = split(b)[:, :, :, :1]
+  by_part = sees.reshape(rows, 1, parts, sub, parts, sub)
+  own_part = jnp.moveaxis(jnp.diagonal(by_part, axis1=2, axis2=4), -1, 2)  # [B 1 parts i j]
+  before = jnp.arange(size)[None, :] < sub * jnp.arange(parts)[:, None]
+  earlier = sees[:, :, ::sub] & before[None, None]
+  to_first = split(q) * _decay(own_part[..., :1], split(b) - first)
+  from_first = k[:, :, None] * _decay(earlier[..., None], first - b[:, :, None])
+  across = matmul("bhpik,bhpjk->bhpij", to_first, from_first)
+  pairs = _decay(own_part[..., None], split(b)[:, :, :, :, None] - split(b)[:, :, :, None])
+  own = jnp.sum(split(q)[:, :, :, :, None] * split(k)[:, :, :, None] * pairs, axis=-1)
+  placed = jnp.einsum("bhpij,pr->bhpirj", own, jnp.eye(parts, dtype=own.dtype))
+  return across.reshape(*q.shape[:3], size) + placed.reshape(*q.shape[:3], size)
+
+
+def _delta_chunk(state, chunk, borders: _Borders):
+  q, k, v, beta = chunk  # [B H C K], beta [B H C 1]
+  read = partial(matmul, "bhik,bhkm->bhim")
+  pairs = partial(matmul, "bhik,bhjk->bhij")
+  size = k.shape[2]
+  strictly = borders.sees & ~jnp.eye(size, dtype=bool)[None, None]
+  system = jnp.eye(size, dtype=k.dtype)[None, None] + beta * _where(strictly, pairs(k, k))
+  known = beta * (v - read(_where(borders.reads, k), state))
+  u = solve_triangular(system, known, lower=True, unit_diagonal=True)
+  o = read(_where(borders.reads, q), state)
+  o += matmul("bhij,bhjm->bhim", _where(borders.sees, pairs(q, k)), u)
+  return _where(borders.keeps, state) + matmul("bhjk,bhjm->bhkm", _where(borders.writes, k), u), o
+
+
+def _check(q, k, v, gates, segment_ids, state, chunk_size):
+  if q.ndim != 4 or not jnp.issubdtype(q.dtype, jnp.floating):
+    raise UserError(f"q has shape {q.shape} and dtype {q.dtype}, expected floating [B, T, H, K]")
+  if v.ndim != 4:
+    raise UserError(f"v has shape {v.shape}, expected [B, T, H, M]")
+  b, t, h, width = q.shape
+  expected = {"k": (k, q.shape), "v": (v, (b, t, h, v.shape[-1])), **gates}
+  if state is not None:
+    expected["state"] = (state, (b, h, width, v.shape[-1]))
+  for name, (x, shape) in expected.items():
+    if x.shape != shape:
+      raise UserError(f"{name} has shape {x.shape}, expected {shape} for q of {q.shape}")
+  if segment_ids is not None:
+    check_segment_ids(segment_ids, (b, t))
+  if chunk_size < 1:
+    raise UserError(f"chunk_size={chunk_size} must be at least 1 token")

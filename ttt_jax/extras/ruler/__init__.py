@@ -1,0 +1,13 @@
+"""RULER (Hsieh et al., 2024, arXiv 2404.06654): thirteen tasks on documents of any length.
+
+The texts, the needles and the order of things are those of the lm-evaluation-harness; what is drawn is not,
+and no file is downloaded. A document is cut to length by the model's own tokenizer.
+"""
+
+from ttt_jax.extras.ruler.generate import Ruler as Ruler
+from ttt_jax.extras.ruler.sample import Sample as Sample
+from ttt_jax.extras.ruler.sample import string_match_all as string_match_all
+from ttt_jax.extras.ruler.sample import string_match_part as string_match_part
+from ttt_jax.extras.ruler.tasks import TASKS as TASKS
+
+__all__ = ["TASKS", "Ruler", "Sample", "string_match_all", "string_match_part"]

@@ -1,0 +1,224 @@
+"""A model's scores at RULER, task by task and length by length, and what is written of them.
+
+A directory of results belongs to one model and one set of settings. Every pair of task and length is
+kept in `cells.jsonl` when it is done and never done again, so that the same call goes on where the last one
+was stopped, and another one adds tasks and lengths to those there are.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import jax
+
+from ttt_jax.checkpoints.tokenizer import Tokenizer
+from ttt_jax.errors import UserError
+from ttt_jax.evaluation.cells import Cells
+from ttt_jax.evaluation.plots import plot_ruler
+from ttt_jax.evaluation.progress import EvaluationProgress
+from ttt_jax.extras.ruler.config import SamplesConfig
+from ttt_jax.extras.ruler.generate import Ruler
+from ttt_jax.extras.ruler.sample import Sample
+from ttt_jax.extras.ruler.tasks import TASKS, Task
+from ttt_jax.generation.decoder import Reader
+from ttt_jax.generation.generate import generate
+from ttt_jax.generation.sampling import stop_tokens
+from ttt_jax.nn.transformer import Transformer
+from ttt_jax.training.rundir import write_json
+
+RESULTS, PICTURE, ANSWERS = "ruler.json", "ruler.png", "answers"
+_CELLS = "cells.jsonl"
+
+
+@dataclass(frozen=True)
+class RulerConfig(SamplesConfig):
+  """What is asked of a model: samples, and how it meets them.
+
+  Attributes:
+    strict: the document is read first, and the question with nothing of it but what the fast weights
+      learned.
+    batch_size: samples read together; it does not change the answers.
+  """
+
+  strict: bool = False
+  batch_size: int = 4
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.batch_size < 1:
+      raise UserError(f"batch_size={self.batch_size} must be at least 1")
+
+
+def evaluate_ruler(
+  model: Transformer | Reader,
+  tokenizer: Tokenizer,
+  config: RulerConfig,
+  out: str | Path,
+  *,
+  name: str = "model",
+) -> dict[str, Any]:
+  """The scores of a model, from 0 to 1; also written to `out`, with a picture and all answers.
+
+  The likeliest token is taken at every step, up to as many as the task asks for, or one that ends a text.
+
+  Returns:
+    What `ruler.json` has, of all that is in `out`: `settings`, `cells` (task, length, questions, score,
+    seconds), `averages` by length. An average is of the same tasks at every length: None where one is
+    missing.
+
+  Raises:
+    ValueError: as `Ruler.sample`, before anything is read by the model; a tokenizer of another model;
+      results of other settings in `out`; `strict` and no fast weights.
+  """
+  reader, out = Reader.of(model), Path(out)
+  tokenizer.check_vocabulary(reader.model.vocab_size)
+  if config.strict and not reader.ttt.layers:
+    raise UserError("strict: the model has no fast weights, so that nothing is left of a document")
+  ruler = config.ruler(tokenizer)
+  config.check(ruler)
+  questions = {task: config.questions_digest(task) for task in config.chosen}
+  settings = _settings(reader, config)
+  cells = Cells(out / _CELLS, settings)
+  _check_questions(out, cells, questions)
+  todo = [pair for pair in config.pairs if (*pair, questions[pair[0]]) not in cells]
+  _check_positions(reader, todo)
+  (out / ANSWERS).mkdir(parents=True, exist_ok=True)
+  with EvaluationProgress("RULER", len(todo) * config.samples) as progress:
+    for done, (task, length) in enumerate(todo):
+
+      def show(samples, done=done, task=task, length=length):
+        progress.update(done * config.samples + samples, f"{task} {length}")
+
+      cell, answers = _evaluate_cell(reader, tokenizer, ruler, config, task, length, show)
+      write_json(out / ANSWERS / f"{task}_{length}.json", answers)
+      cells.add((task, length, questions[task]), cell)
+      progress.note(
+        f"{task} at {length} tokens: {100 * cell['score']:.1f} % "
+        f"({config.samples} samples, {cell['seconds']:.1f} s)"
+      )
+  report = _report(name, settings, cells)
+  write_json(out / RESULTS, report)
+  plot_ruler(report, out / PICTURE)
+  return report
+
+
+def _evaluate_cell(
+  reader: Reader,
+  tokenizer: Tokenizer,
+  ruler: Ruler,
+  config: RulerConfig,
+  name: str,
+  length: int,
+  show: Callable[[int], None],
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """A task at a length: its result, and every answer with what was expected and its score."""
+  task, started, answers = TASKS[name], time.perf_counter(), []
+  batch: list[Sample] = []
+  for sample in ruler.samples(name, length, config.samples):
+    batch.append(sample)
+    if len(batch) == config.batch_size or len(answers) + len(batch) == config.samples:
+      texts = _answer(reader, tokenizer, batch, task, strict=config.strict)
+      answers.extend(
+        {
+          "question": sample.question,
+          "expected": list(sample.answers),
+          "answer": text,
+          "score": task.score(text, sample.answers),
+        }
+        for sample, text in zip(batch, texts)
+      )
+      batch = []
+      show(len(answers))
+  score = mean(answer["score"] for answer in answers)
+  seconds = time.perf_counter() - started
+  return {"score": score, "seconds": seconds}, answers
+
+
+def _answer(
+  reader: Reader, tokenizer: Tokenizer, samples: Sequence[Sample], task: Task, *, strict: bool
+) -> list[str]:
+  """What the model says to each of them."""
+  state, prompts = None, [tokenizer.encode(sample.prompt) for sample in samples]
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message=".*max_positions")  # `_check_positions` said so
+    if strict:
+      state = _learn(reader, tokenizer, [sample.context for sample in samples])
+      prompts = [tokenizer.encode(sample.question) for sample in samples]
+    stop = stop_tokens(reader.model, tokenizer)
+    result = generate(reader, prompts, max_new_tokens=task.new_tokens, stop=stop, state=state)
+  return [tokenizer.decode(new.tolist(), skip_special_tokens=True) for new in result.new_tokens]
+
+
+def _learn(reader: Reader, tokenizer: Tokenizer, documents: Sequence[str]):
+  """What the fast weights learn of documents, which are filled up to whole chunks with empty lines.
+
+  Else the tokens behind the last whole chunk would not be learned.
+  """
+  rows = [tokenizer.encode(document) for document in documents]
+  empty = tokenizer.encode("\n", add_special_tokens=False)
+  for row in rows:
+    missing = -len(row) % reader.ttt.chunk_size
+    fill = empty or row[-1:]
+    row.extend((fill * missing)[:missing])
+  return generate(reader, rows, max_new_tokens=0).state.fast_weights_only()
+
+
+def _settings(reader: Reader, config: RulerConfig) -> dict[str, Any]:
+  """What scores depend on, besides task, length and file of questions."""
+  return {
+    "evaluation": "ruler",
+    "model": reader.fingerprint(),
+    "seed": config.seed,
+    "samples": config.samples,
+    "strict": config.strict,
+    "haystack": config.haystack_digest(),
+  }
+
+
+def _check_questions(out: Path, cells: Cells, questions: dict[str, str | None]) -> None:
+  """Raises ValueError if there are results of a task with another file of questions."""
+  for task, _, asked in cells:
+    if questions.get(task, asked) != asked:
+      raise UserError(
+        f"{out} has results of {task} with the questions {asked}, these are {questions[task]}: give the "
+        "same file, or another --out"
+      )
+
+
+def _report(name: str, settings: dict[str, Any], cells: Cells) -> dict[str, Any]:
+  order = {task: i for i, task in enumerate(TASKS)}
+  done = sorted(cells, key=lambda key: (key[1], order[key[0]]))
+  ordered = [
+    {"task": task, "length": length, "questions": asked, **cells[task, length, asked]}
+    for task, length, asked in done
+  ]
+  scores: dict[int, list[float]] = {}
+  for cell in ordered:
+    scores.setdefault(cell["length"], []).append(cell["score"])
+  tasks = len({cell["task"] for cell in ordered})
+  return {
+    "name": name,
+    "settings": settings,
+    "device_kind": jax.devices()[0].device_kind,
+    "jax_version": jax.__version__,
+    "averages": {
+      str(length): mean(values) if len(values) == tasks else None
+      for length, values in scores.items()
+    },
+    "cells": ordered,
+  }
+
+
+def _check_positions(reader: Reader, todo: Sequence[tuple[str, int]]) -> None:
+  limit = reader.model.max_positions
+  beyond = sorted({length for _, length in todo if limit is not None and length > limit})
+  if beyond:
+    warnings.warn(
+      f"lengths {beyond} are beyond the model's max_positions={limit}: its attention was not trained "
+      "there; its fast weights read on",
+      stacklevel=3,
+    )

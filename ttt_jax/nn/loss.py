@@ -1,0 +1,187 @@
+"""Next-token cross-entropy, of logits or of a model whose logits are too many to keep."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Shaped
+
+from ttt_jax.nn.layers import Embed, RMSNorm, check_ids, in_vocabulary, project
+from ttt_jax.nn.transformer import HEAD, Transformer
+from ttt_jax.ops.numerics import accumulation_dtype, where
+from ttt_jax.parallel.mesh import Axes, over_shards
+
+IGNORE = -1  # the label of a token that has no successor in its document
+
+LOGITS_AT_ONCE = 2**25  # of a device: 128 MB in float32
+
+
+def token_losses(
+  logits: Float[Array, "B T V"], labels: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+  """`-log softmax(logits)[label]` in nats, 0 where the label is IGNORE, and 1 where it is not.
+
+  Computed in the logits' dtype, float32 or wider. A label that is neither IGNORE nor in the vocabulary is
+  an error where its value is known; in a traced array its loss is NaN. The logits of a token that is
+  ignored may be anything, also NaN: their gradient is 0.
+
+  Raises:
+    ValueError: a label outside of the vocabulary.
+  """
+  check_ids("labels", labels, logits.shape[-1], ignore=IGNORE)
+  return _losses(where(labels != IGNORE, logits), labels, None, 0.0)
+
+
+def mean_loss(losses: Float[Array, "B T"], valid: Float[Array, "..."]) -> Float[Array, ""]:
+  """The sum of the losses by the number of tokens with a label, of these rows or of all of a step."""
+  return jnp.sum(losses) / jnp.maximum(jnp.sum(valid), 1)
+
+
+def model_losses(
+  model: Transformer,
+  tokens: Int[Array | np.ndarray, "B T"],
+  labels: Int[Array | np.ndarray, "B T"],
+  segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+  *,
+  update: bool = True,
+  z_loss: float = 0.0,
+  at_once: int = LOGITS_AT_ONCE,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Any]:
+  """`token_losses(model(tokens), labels)` and the `MlpStats`, with few logits in memory at a time.
+
+  Args:
+    model: the model.
+    tokens, labels, segment_ids: packed rows.
+    update: whether the fast weights learn.
+    z_loss, at_once: as for `hidden_losses`.
+
+  Raises:
+    ValueError: tokens or labels outside of the vocabulary, where their values are known.
+  """
+  x, stats = model.hidden(tokens, segment_ids, update=update)
+  losses, valid = hidden_losses(
+    x, labels, model.embed, model.norm, model.head, z_loss=z_loss, at_once=at_once
+  )
+  return losses, valid, stats
+
+
+def hidden_losses(
+  x: Float[Array, "B T D"],
+  labels: Int[Array | np.ndarray, "B T"],
+  embed: Embed,
+  norm: RMSNorm,
+  head: nnx.Param | None,
+  *,
+  z_loss: float = 0.0,
+  at_once: int = LOGITS_AT_ONCE,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+  """`token_losses(next_token_logits(x, embed, norm, head), labels)`, few logits in memory at a time.
+
+  A device reads its part of the vocabulary, `at_once` logits at a time, forward and, computed once
+  more, backward. Over `fsdp` the head is gathered once, and its gradient reduced once; over `tensor`
+  three numbers per token are exchanged.
+
+  Args:
+    z_loss: weight of `logsumexp(logits)^2`, added to the loss of every token with a label.
+    at_once: logits of a device.
+
+  Raises:
+    ValueError: a label outside of the vocabulary, where its value is known; else its loss is NaN.
+  """
+  rows = ("batch", "sequence")
+  tied = head is None
+  check_ids("labels", labels, embed.table.shape[0], ignore=IGNORE)
+  return over_shards(
+    partial(_device_losses, tied=tied, z_loss=z_loss, at_once=at_once),
+    x,
+    jnp.asarray(labels),
+    norm,
+    embed.table[...] if tied else head[...],
+    dims=((*rows, None), rows, None, ("vocab", "embed") if tied else ("embed", "vocab")),
+    out_dims=(rows, rows),
+    # Else the head's gradient would be summed over the shards in every piece.
+    check_vma=False,
+  )
+
+
+def _device_losses(x, labels, norm, kernel, *, tied, z_loss, at_once, axes: Axes):
+  """Losses and weights of the tokens of a device; what is ignored may be anything, also NaN."""
+  x = where(labels != IGNORE, x)
+  if axes.fsdp is not None:
+    kernel = _gather(kernel, x.dtype, axes.fsdp, 1 if tied else 0)
+
+  def losses_of(piece):
+    x, labels = piece
+    with jax.named_scope("head"):
+      logits = project(HEAD[tied], norm(x), kernel, accumulation_dtype(x.dtype))
+      return _losses(logits, labels, axes.tensor, z_loss)
+
+  return in_pieces(losses_of, x, labels, max(1, at_once // kernel.shape[0 if tied else 1]))
+
+
+def in_pieces(
+  function: Callable, x: Float[Array, "B T D"], labels: Int[Array, "B T"], size: int
+) -> tuple[Shaped[Array, "B T"], ...]:
+  """`function((x, labels))`, which treats tokens one by one, on `size` of them at a time.
+
+  All pieces are equal, the last one filled up with tokens whose label is IGNORE. Backward, every piece is
+  computed once more.
+  """
+  shape, count = labels.shape, labels.size
+  if count <= size:
+    return function((x, labels))
+  filling = -count % size
+
+  def cut(a, fill):
+    a = a.reshape(count, *a.shape[2:])
+    a = jnp.pad(a, [(0, filling)] + [(0, 0)] * (a.ndim - 1), constant_values=fill)
+    return a.reshape(-1, 1, size, *a.shape[1:])
+
+  once_more = jax.checkpoint(function, prevent_cse=False)  # in a scan nothing can be shared anyway
+  results = jax.lax.map(once_more, (cut(x, 0), cut(labels, IGNORE)))
+  return tuple(a.reshape(-1)[:count].reshape(shape) for a in results)
+
+
+def _losses(logits, labels, tensor_axis: str | None, z_loss: float):
+  """`token_losses` where the logits of a token lie on the devices of `tensor_axis`, if any."""
+  valid = labels != IGNORE
+  size = logits.shape[-1]
+  known = in_vocabulary(labels, size, tensor_axis)
+  index = jnp.where(known, labels.astype(jnp.int32), 0)
+  if tensor_axis is None:
+    picked = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
+    total = jax.nn.logsumexp(logits, axis=-1)
+  else:
+    index -= size * jax.lax.axis_index(tensor_axis)
+    here = (index >= 0) & (index < size)
+    picked = jnp.take_along_axis(logits, jnp.where(here, index, 0)[..., None], axis=-1)[..., 0]
+    picked = jax.lax.psum(jnp.where(here, picked, jnp.zeros_like(picked)), tensor_axis)
+    largest = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits, axis=-1)), tensor_axis)
+    rest = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+    total = largest + jnp.log(jax.lax.psum(rest, tensor_axis))
+  losses = total - picked + z_loss * total**2
+  losses = jnp.where(known, losses, jnp.full_like(losses, jnp.nan))
+  return jnp.where(valid, losses, jnp.zeros_like(losses)), valid.astype(losses.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(kernel: Array, dtype, axis_name: str, dim: int) -> Array:
+  """The whole kernel, sent in `dtype`; gradients of all pieces are summed and reduced in float32."""
+  whole = jax.lax.all_gather(kernel.astype(dtype), axis_name, axis=dim, tiled=True)
+  return whole.astype(accumulation_dtype(dtype))
+
+
+def _gather_fwd(kernel, dtype, axis_name, dim):
+  return _gather(kernel, dtype, axis_name, dim), jnp.zeros((), kernel.dtype)
+
+
+def _gather_bwd(dtype, axis_name, dim, like, cotangent):
+  reduced = jax.lax.psum_scatter(cotangent, axis_name, scatter_dimension=dim, tiled=True)
+  return (reduced.astype(like.dtype),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)

@@ -1,0 +1,136 @@
+"""Documents in packed rows: what `segment_ids` mean, and the facts a chunk needs to know of them.
+
+`segment_ids [B, T]` name each token's document; neighbouring documents differ and 0 is padding. So a
+document is a run of equal ids: an id may come again later in the row and then names another one.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int, Shaped
+
+from ttt_jax.errors import UserError
+from ttt_jax.ops.exchange.prefix import from_left, shard_count
+
+
+class ChunkFacts(NamedTuple):
+  """What the chunks of a row need to know of its documents. R tokens follow the last full chunk.
+
+  Attributes:
+    reads: the token belongs to the document whose state comes into its chunk: it sees the state.
+    writes: the token belongs to its chunk's last document: it enters the update.
+    keeps: these two documents are the same one: the chunk keeps the state, else it drops it.
+    tail_reads: `reads` of the tokens after the last full chunk.
+  """
+
+  reads: Bool[Array, "B N C"]
+  writes: Bool[Array, "B N C"]
+  keeps: Bool[Array, "B N"]
+  tail_reads: Bool[Array, "B R"]
+
+
+def check_segment_ids(segment_ids: Array, shape: tuple[int, ...]) -> None:
+  """Raises ValueError unless `segment_ids` are integers of `shape`, one per token."""
+  if segment_ids.shape != shape:
+    raise UserError(
+      f"segment_ids has shape {segment_ids.shape}, expected {shape}: one document number per token"
+    )
+  if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+    raise UserError(
+      f"segment_ids has dtype {segment_ids.dtype}: document numbers are integers, 0 for padding"
+    )
+
+
+def _starts(segment_ids: Int[Array, "*B T"], before: Int[Array, "*B"]) -> Bool[Array, "*B T"]:
+  """Where a token's id differs from that of the token before it."""
+  shifted = jnp.concatenate([before[..., None], segment_ids[..., :-1]], axis=-1)
+  return segment_ids != shifted
+
+
+def _last_before(segment_ids: Int[Array, "B T"], context_axis: str | None) -> Int[Array, "B"]:
+  """The id of the token before the first one; the first one's own at the start of the sequence."""
+  if context_axis is None:
+    return segment_ids[:, 0]
+  received = from_left(segment_ids[:, -1], context_axis)
+  return jnp.where(lax.axis_index(context_axis) == 0, segment_ids[:, 0], received)
+
+
+def number_documents(
+  segment_ids: Int[Array, "B T"], *, context_axis: str | None = None
+) -> Int[Array, "B T"]:
+  """Numbers the documents of a row 1, 2, 3, ..., so that equal numbers mean the same document.
+
+  Padding stays 0. With `context_axis`, inside `jax.shard_map`, numbers run on over the shards: one
+  neighbour exchange and one all-gather of an integer per row.
+  """
+  starts = _starts(segment_ids, _last_before(segment_ids, context_axis)).astype(jnp.int32)
+  numbers = 1 + jnp.cumsum(starts, axis=-1)
+  if context_axis is not None:
+    counts = lax.all_gather(jnp.sum(starts, axis=-1), context_axis)  # [P, B]
+    before = jnp.arange(shard_count(context_axis)) < lax.axis_index(context_axis)
+    numbers += jnp.sum(jnp.where(before[:, None], counts, 0), axis=0)[:, None]
+  return jnp.where(segment_ids == 0, 0, numbers)
+
+
+def same_document(segment_ids: Int[Array, "*B T"], offset: int) -> Bool[Array, "*B T"]:
+  """Whether token t + offset is there and in the document of token t; never for padding."""
+  starts = _starts(segment_ids, segment_ids[..., 0]).astype(jnp.int32)
+  document = jnp.where(segment_ids == 0, -1, jnp.cumsum(starts, axis=-1))
+  return (document >= 0) & (document == shift(document, offset, axis=-1, fill=-1))
+
+
+def shift(x: Shaped[Array, "*S"], offset: int, *, axis: int, fill: int) -> Shaped[Array, "*S"]:
+  """Index t of `axis` gets what t + offset has, or `fill` where there is none."""
+  axis %= x.ndim
+  size = x.shape[axis]
+  offset = max(-size, min(size, offset))
+  kept = lax.slice_in_dim(x, max(0, offset), size + min(0, offset), axis=axis)
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = (max(0, -offset), max(0, offset))
+  return jnp.pad(kept, padding, constant_values=fill)
+
+
+def chunk_facts(
+  segment_ids: Int[Array, "B T"], chunk_size: int, context_axis: str | None
+) -> ChunkFacts:
+  """The facts of section 1 of the design: per chunk, from its own tokens and the one before it."""
+  b, t = segment_ids.shape
+  n = t // chunk_size
+  full = segment_ids[:, : n * chunk_size].reshape(b, n, chunk_size)
+  tail = segment_ids[:, n * chunk_size :]
+  entering = _last_before(segment_ids, context_axis)  # id of the document the state belongs to
+  last = jnp.concatenate([entering[:, None], full[:, :, -1]], axis=1)  # [B, N + 1]
+
+  def run_from_left(same):
+    return jnp.cumprod(same.astype(jnp.int32), axis=-1) == 1
+
+  reads = run_from_left(full == last[:, :-1, None]) & (full != 0)
+  writes = jnp.flip(run_from_left(jnp.flip(full == full[:, :, -1:], -1)), -1) & (full != 0)
+  return ChunkFacts(
+    reads=reads,
+    writes=writes,
+    keeps=jnp.all(reads, axis=-1),
+    tail_reads=run_from_left(tail == last[:, -1:]) & (tail != 0),
+  )
+
+
+def length_facts(
+  lengths: Int[Array, "B"], tokens: int, chunk_size: int, context_axis: str | None
+) -> ChunkFacts:
+  """The same of rows filled up behind their `lengths` tokens: what fills up does not read.
+
+  A chunk writes if all of it is there; a chunk that is not, in which case `keeps` is off, leaves the state
+  as it is.
+  """
+  first = 0 if context_axis is None else tokens * lax.axis_index(context_axis)
+  there = first + jnp.arange(tokens, dtype=lengths.dtype)[None] < lengths[:, None]
+  n = tokens // chunk_size
+  full = there[:, : n * chunk_size].reshape(-1, n, chunk_size)
+  whole = full[:, :, -1]
+  return ChunkFacts(
+    reads=full,
+    writes=jnp.broadcast_to(whole[..., None], full.shape),
+    keeps=whole,
+    tail_reads=there[:, n * chunk_size :],
+  )

@@ -1,0 +1,373 @@
+"""The in-place fast-weight update of a down projection: the public op, its checks and its dispatch.
+
+What is here is shared by all implementations (`sequential.py`, `dual.py`, `associative.py`): documents as
+masks, the tokens behind the last full chunk, the mesh axes over which arrays vary.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ttt_jax.errors import UnsupportedError, UserError
+from ttt_jax.ops import linear
+from ttt_jax.ops.documents import ChunkFacts, check_segment_ids, chunk_facts, length_facts
+from ttt_jax.ops.exchange.prefix import last_shard, plan_exchange, shard_count
+from ttt_jax.ops.fast_weight.api import cost
+from ttt_jax.ops.fast_weight.associative import associative
+from ttt_jax.ops.fast_weight.chunks import Chunks, Options
+from ttt_jax.ops.fast_weight.dual import dual
+from ttt_jax.ops.fast_weight.sequential import sequential
+from ttt_jax.ops.fast_weight.stats import FastWeightStats as FastWeightStats
+from ttt_jax.ops.fast_weight.stats import measure, sampled_places
+from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
+from ttt_jax.ops.update import sum_over
+from ttt_jax.ops.varying import is_checked, vary_over, varying_axes
+
+IMPLEMENTATIONS = {"associative": associative, "dual": dual, "sequential": sequential}
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["S"], meta_fields=["pending"])
+@dataclasses.dataclass(frozen=True)
+class FastWeightState:
+  """What a fast weight has learned: it reads as `W + S`.
+
+  Attributes:
+    S: `[*B, F, D]` in the state's dtype, after the last full chunk.
+    pending: how many tokens were read after that chunk. They are not in S, so reading goes on from
+      the chunk boundary before them.
+  """
+
+  S: Any
+  pending: int = 0
+
+
+def inplace_ttt(
+  z: Float[Array, "*B T F"],
+  v: Float[Array, "*B T D"],
+  w_down: Float[Array, "F D"],
+  *,
+  chunk_size: int,
+  inner_lr: float | int | Float[Array, ""],
+  state: FastWeightState | None = None,
+  segment_ids: Int[Array, "*B T"] | None = None,
+  lengths: Int[Array, "*B"] | None = None,
+  decay: float | int | Float[Array, ""] | None = None,
+  clip_norm: float | int | None = None,
+  context_axis: str | None = None,
+  tensor_axis: str | None = None,
+  implementation: str | None = None,
+  merge: bool | None = None,
+  collective: str | None = None,
+  wire_dtype: Any = None,
+  state_dtype: Any = None,
+  return_stats: bool = False,
+):
+  """Reads every chunk with the fast weight made by the chunks before it.
+
+      apply    O_i     = Z_i (W + S_i)                                   S_0 = state, or 0
+      update   S_{i+1} = decay S_i + clip(inner_lr Z_i^T V_i)
+
+  Chunk i holds the tokens `i chunk_size` to `(i + 1) chunk_size - 1`. `apply` comes first: an output
+  never sees its own chunk's update, strictly causal. A last chunk that is not full is read but never
+  updates. With `segment_ids` the fast weight restarts at W in every document, wherever in a chunk it
+  begins; padding reads W and updates nothing.
+
+  With `segment_ids` or `lengths`, nothing that a token does not see reaches it, NaN and infinities
+  included: not in y, nor in the state, nor in the gradients of z, v and the state. Those of w_down,
+  inner_lr and decay are sums over all documents, of which one that is NaN makes them NaN; but padding, and
+  in w_down any token whose cotangent is 0, adds nothing.
+
+  | here         | paper (Feng et al., arXiv 2604.06169) |
+  |--------------|---------------------------------------|
+  | z            | Z, the gated activations              |
+  | v            | V, the NTP-aligned target             |
+  | w_down       | W_down^(0), transposed                |
+  | w_down + S_i | W_down^(i), transposed                |
+  | inner_lr     | eta                                   |
+  | clip_norm    | tau                                   |
+
+  Args:
+    z: gated MLP activations `act(h W_gate) * (h W_up)`.
+    v: update targets, see `ntp_targets`. Computed with in z's dtype.
+    w_down: the slow down projection in Flax kernel orientation. Computed with in z's dtype.
+    chunk_size: C, tokens per chunk.
+    inner_lr: step of the update; differentiable when an array.
+    state: what an earlier call returned, to read on at a chunk boundary. It belongs to the first
+      token's document. Under `context_axis` the same on every shard.
+    segment_ids: documents of a packed row: neighbouring documents differ, 0 is padding.
+    lengths: how many tokens of each row of the whole sequence are there, for rows of different lengths
+      filled up behind: a chunk that is not wholly there never updates, and the state stays as it is.
+      None is all. The state returned does not say how many tokens are pending: that differs by row.
+      A decay that is an array has no gradient then.
+    decay: the state's factor per chunk, in (0, 1]; differentiable when an array; None is 1.
+    clip_norm: a chunk's update of larger Frobenius norm is rescaled to this one; None is no clip.
+    context_axis: the mesh axis of the enclosing `jax.shard_map` along which T is cut into contiguous
+      shards of whole chunks; None when the sequence lies on one device.
+    tensor_axis: the mesh axis of the enclosing `jax.shard_map` along which F is cut: z, w_down and the
+      state are this device's part, y is summed over the axis in z's dtype.
+    implementation: `"sequential"` carries one S through the chunks, forward and backward (memory of one
+      state). `"dual"` scores every chunk against the earlier ones (no state, work of T^2; cheaper while
+      few earlier tokens are visible). `"associative"` is `jax.lax.associative_scan` over all chunks'
+      states (memory of N states). The last two also have forward-mode and higher derivatives, on shards
+      as on one device. None chooses by `cost.choose_implementation`.
+    merge: read a chunk in one product, `Z (W + S)`, instead of two, `Z W + Z S`: 8/6 of the FLOPs of a
+      gated MLP instead of 10/6. `W + S` is rounded to z's dtype, which in bfloat16 loses what of S is
+      below 1/256 of W. None merges where nothing is lost, float32 and float64.
+    collective: how shards exchange their updates, see `exclusive_prefix`; None chooses.
+    wire_dtype: a narrower dtype for that exchange; sums keep theirs.
+    state_dtype: dtype of S and of all sums of updates, `promote_types(z.dtype, float32)` by default.
+    return_stats: also return `FastWeightStats`, of this device's tokens.
+
+  Returns:
+    `(y, state)`, with y `[*B, T, D]` in z's dtype and the state after the last full chunk of the
+    whole sequence, on every shard; `(y, state, stats)` if asked.
+    Products accumulate in `promote_types(dtype, float32)`.
+
+  Raises:
+    ValueError: shapes or dtypes that disagree, values out of range, an unbound axis, shards that do not
+      hold whole chunks, a state from the middle of a chunk, unknown names.
+    NotImplementedError: `merge=True` with an implementation that has no `W + S` to read; the gradient of
+      a decay where there are `lengths`; forward mode through `"sequential"`.
+  """
+  _check_arguments(z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis)
+  _check_lengths(lengths, z.shape[:-2])
+  *lead, t, f = z.shape
+  d = v.shape[-1]
+  b = math.prod(lead)
+  n, tail = divmod(t, chunk_size)
+  dtype = z.dtype
+  accumulate = accumulation_dtype(dtype)
+  state_dtype = jnp.dtype(state_dtype or accumulate)
+  _check_state(state, (*lead, f, d), state_dtype, context_axis)
+  exchange = None
+  if context_axis is not None:
+    exchange = plan_exchange(
+      context_axis, (b, f, d), state_dtype, collective=collective, wire_dtype=wire_dtype
+    )
+  if tensor_axis is not None:
+    shard_count(tensor_axis, field="tensor_axis")
+  work = cost.Work(
+    tokens=t,
+    chunk_size=chunk_size,
+    d_ff=f,
+    d_model=d,
+    shards=1 if context_axis is None else shard_count(context_axis),
+    batch=b,
+    item=dtype.itemsize,
+    state_item=state_dtype.itemsize,
+  )
+  implementation, merge = _choose(implementation, merge, work, dtype)
+
+  axes = varying_axes(
+    z, v, w_down, *_arrays(inner_lr, decay, segment_ids, lengths, state and state.S)
+  )
+  for axis in (context_axis, tensor_axis):
+    axes |= {axis} if axis is not None and is_checked(axis) else set()
+
+  def localized(x, dtype):
+    return vary_over(jnp.asarray(x, dtype), axes)
+
+  z = localized(z, dtype).reshape(b, t, f)
+  v = localized(v, dtype).reshape(b, t, d)
+  w = localized(w_down, w_down.dtype)
+  lr = localized(inner_lr, accumulate)
+  s = None if state is None else localized(state.S, state_dtype).reshape(b, f, d)
+  facts = keep = None
+  if segment_ids is not None:
+    facts = chunk_facts(segment_ids.reshape(b, t), chunk_size, context_axis)
+    facts = ChunkFacts(*(vary_over(x, axes) for x in facts))
+    keep = facts.keeps.astype(state_dtype)
+  if isinstance(decay, jax.Array) and lengths is None:
+    decay = localized(decay, state_dtype)
+  elif isinstance(decay, jax.Array) or (decay is not None and decay != 1):
+    factor = _undifferentiated(decay) if isinstance(decay, jax.Array) else float(decay)
+    factor = localized(jnp.full((b, n), factor), state_dtype)
+    keep = factor if keep is None else keep * factor
+    decay = None
+  else:
+    decay = None
+
+  if lengths is not None:
+    of_lengths = length_facts(localized(lengths, jnp.int32).reshape(b), t, chunk_size, context_axis)
+    facts = of_lengths if facts is None else ChunkFacts(*map(jnp.logical_and, facts, of_lengths))
+    keep = None if keep is None else jnp.where(of_lengths.keeps, keep, 1)
+  chunks = Chunks(
+    z=z[:, : n * chunk_size].reshape(b, n, chunk_size, f),
+    v=where(
+      None if facts is None else facts.writes, v[:, : n * chunk_size].reshape(b, n, chunk_size, d)
+    ),
+    lr=lr,
+    s_in=s,
+    keep=keep,
+    decay=decay,
+    reads=None if facts is None else facts.reads,
+    writes=None if facts is None else facts.writes,
+  )
+  options = Options(
+    state_dtype=state_dtype,
+    clip_norm=None if clip_norm is None else float(clip_norm),
+    tensor_axis=tensor_axis,
+    exchange=exchange,
+    samples=sampled_places(n, chunk_size) if return_stats else None,
+  )
+  # Where all tokens count, the product with W is a plain one.
+  product = _plain_product if facts is None else linear.product
+  y, s, fast = _read_chunks(chunks, options, w, implementation, merge, product)
+  if tail:
+    z_tail, seen = z[:, n * chunk_size :], None if facts is None else facts.tail_reads
+    y_tail = product(z_tail, w.astype(dtype))
+    if s is not None:
+      y_tail += where(seen, matmul("btf,bfd->btd", where(seen, z_tail), s.astype(dtype)))
+    y = jnp.concatenate([y, y_tail.astype(dtype)], axis=1)
+  y = sum_over(y, tensor_axis)
+  if s is None:
+    s = _zeros_like_state(z, (b, f, d), state_dtype)
+  stats = measure(chunks, options, w, fast, s) if return_stats else None
+
+  if context_axis is not None:
+    s = last_shard(s, context_axis)
+  state = FastWeightState(S=s.reshape(*lead, f, d), pending=tail if lengths is None else 0)
+  y = y.reshape(*lead, t, d)
+  if stats is None:
+    return y, state
+  return y, state, jax.tree.map(lambda x: x.reshape(lead), stats)
+
+
+def _read_chunks(chunks, options, w, implementation, merge, product):
+  """y of the full chunks, `[B, N C, D]`, the state after them, and R of the tokens at `options.samples`."""
+  b, n, c, _ = chunks.z.shape
+  dtype, d = chunks.z.dtype, chunks.v.shape[-1]
+  if not n:
+    return jnp.zeros((b, 0, d), dtype), chunks.s_in, None
+  with jax.named_scope("fast_weight"):
+    if merge:
+      y, s, samples = sequential(chunks, options, w)
+      return y.reshape(b, n * c, d), s, samples
+    reads, s, *_ = implementation(chunks, options)
+  with jax.named_scope("slow_weight"):
+    slow = product(chunks.z.reshape(b, n * c, -1), w.astype(dtype))
+  samples = None if options.samples is None else reads[:, :, options.samples]
+  return (slow + reads.reshape(b, n * c, d)).astype(dtype), s, samples
+
+
+def _plain_product(z, w):
+  return matmul("btf,fd->btd", z, w)
+
+
+def _zeros_like_state(like, shape, dtype):
+  return vary_over(jnp.zeros(shape, dtype), varying_axes(like))
+
+
+def _choose(implementation, merge, work, dtype):
+  """The implementation's function, and whether it reads `W + S` in one product."""
+  if implementation not in (None, *IMPLEMENTATIONS):
+    known = ", ".join(map(repr, IMPLEMENTATIONS))
+    raise UserError(f"implementation={implementation!r} is not one of {known}")
+  if merge and implementation not in (None, "sequential"):
+    raise UnsupportedError(
+      f"merge=True: implementation={implementation!r} reads no W + S, use 'sequential' or merge=None"
+    )
+  lossless = accumulation_dtype(dtype) == dtype
+  if implementation is None and merge:
+    implementation = "sequential"
+  elif implementation is None:
+    work = dataclasses.replace(work, merge=lossless if merge is None else merge)
+    implementation = cost.choose_implementation(work, cost.find_device())
+  if merge is None:
+    merge = lossless and implementation == "sequential"
+  return IMPLEMENTATIONS[implementation], merge
+
+
+def _arrays(*values) -> list[jax.Array]:
+  return [x for x in values if isinstance(x, jax.Array)]
+
+
+@jax.custom_jvp
+def _undifferentiated(decay: Float[Array, ""]) -> Float[Array, ""]:
+  """`decay` where rows end at different chunks, which its gradient knows nothing of."""
+  return decay
+
+
+@_undifferentiated.defjvp
+def _undifferentiated_jvp(primals, tangents):
+  raise UnsupportedError(
+    "the gradient of decay with lengths: train on rows of one length, with segment_ids for padding, or "
+    "pass decay as a Python float"
+  )
+
+
+def _is_traced(x) -> bool:
+  return isinstance(x, jax.core.Tracer)
+
+
+def _check_arguments(
+  z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis
+) -> None:
+  for name, x in (("z", z), ("v", v), ("w_down", w_down)):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise UserError(f"{name} has dtype {x.dtype}, expected a floating-point one")
+  if z.ndim < 2:
+    raise UserError(f"z has shape {z.shape}, expected [..., T, F]")
+  if v.shape[:-1] != z.shape[:-1]:
+    raise UserError(f"v has shape {v.shape}, expected [..., T, D] with z's leading {z.shape[:-1]}")
+  if w_down.shape != (z.shape[-1], v.shape[-1]):
+    raise UserError(
+      f"w_down has shape {w_down.shape}, expected [F, D] = {(z.shape[-1], v.shape[-1])} "
+      "(the transpose of a PyTorch weight)"
+    )
+  if chunk_size < 1:
+    raise UserError(f"chunk_size={chunk_size} must be at least 1 token")
+  for name, x in (("inner_lr", inner_lr), ("decay", decay)):
+    if x is not None and jnp.ndim(x) != 0:
+      raise UserError(f"{name} has shape {jnp.shape(x)}, expected a number or a 0-d array")
+  if decay is not None and not _is_traced(decay) and not 0 < float(decay) <= 1:
+    raise UserError(f"decay={decay} must be in (0, 1]: the state's factor per chunk")
+  if clip_norm is not None:
+    if isinstance(clip_norm, jax.Array):
+      raise UserError(f"clip_norm={clip_norm} is an array: it has no gradient, pass a Python float")
+    if clip_norm <= 0:
+      raise UserError(f"clip_norm={clip_norm} must be positive; None for no clip")
+  if segment_ids is not None:
+    check_segment_ids(segment_ids, z.shape[:-1])
+  t = z.shape[-2]
+  if context_axis is not None:
+    shards = shard_count(context_axis)
+    if t % chunk_size:
+      raise UserError(
+        f"chunk_size={chunk_size} does not divide the {t} tokens of a shard ({shards} shards over "
+        f"{context_axis!r}, {t * shards} tokens): shards hold whole chunks"
+      )
+
+
+def _check_lengths(lengths, lead) -> None:
+  if lengths is None:
+    return
+  if lengths.shape != lead or not jnp.issubdtype(lengths.dtype, jnp.integer):
+    raise UserError(
+      f"lengths has shape {lengths.shape} and dtype {lengths.dtype}, expected integers {lead}: one a row"
+    )
+
+
+def _check_state(state, shape, dtype, context_axis) -> None:
+  if state is None:
+    return
+  if state.S.shape != shape:
+    raise UserError(f"state.S has shape {state.S.shape}, expected [..., F, D] = {shape}")
+  if state.S.dtype != dtype:
+    raise UserError(f"state.S has dtype {state.S.dtype}, expected state_dtype={dtype}")
+  if state.pending:
+    raise UserError(
+      f"state comes from the middle of a chunk: {state.pending} tokens after its last full chunk were "
+      "read but not learned. Read on from that chunk's end: feed these tokens again, with "
+      "dataclasses.replace(state, pending=0)"
+    )
+  if context_axis is not None and context_axis in varying_axes(state.S):
+    raise UserError(
+      f"state.S varies over context_axis={context_axis!r}: every shard must be given the one state "
+      "that comes before the whole sequence"
+    )

@@ -1,0 +1,197 @@
+"""The fast weight for those who do not call `shard_map`: the op over global arrays on a mesh.
+
+For other models: arrays in, arrays out, no module and no config. Everything is `ttt_jax.inplace_ttt` and
+`ttt_jax.ntp_targets`, mapped fully manually over the shards.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from ttt_jax.errors import UserError
+from ttt_jax.ops.fast_weight.api import FastWeightState, inplace_ttt
+from ttt_jax.ops.fast_weight.targets import ntp_targets
+
+_USUAL = ("data", "fsdp", "tensor")  # mesh axes that are taken where a mesh has them
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextParallel:
+  """What `context_parallel` returns: call it like `ttt_jax.inplace_ttt`, on global arrays."""
+
+  mesh: Mesh | jax.sharding.AbstractMesh
+  axis: str
+  batch_axes: tuple[str, ...]
+  tensor_axis: str | None
+
+  def __call__(
+    self,
+    z: Float[Array, "*B T F"],
+    v: Float[Array, "*B T D"],
+    w_down: Float[Array, "F D"],
+    *,
+    inner_lr: float | int | Float[Array, ""],
+    state: FastWeightState | None = None,
+    segment_ids: Int[Array, "*B T"] | None = None,
+    decay: float | int | Float[Array, ""] | None = None,
+    return_stats: bool = False,
+    **options: Any,
+  ):
+    """`ttt_jax.inplace_ttt`, with T split over `axis`, the first dimension of B over `batch_axes`, and F
+    over `tensor_axis`: the same numbers as on one device.
+
+    Args and Returns are those of `inplace_ttt`, less `context_axis` and `tensor_axis`. The state and the
+    statistics are split like B, the state also along F; the statistics have a last dimension of shards.
+
+    Raises:
+      ValueError: sizes that the mesh does not divide, and what `inplace_ttt` raises.
+    """
+    lead, (t, f) = z.shape[:-2], z.shape[-2:]
+    self._check_sizes(lead, t, f)
+    rows = self._rows(lead)
+    tokens, ids = PartitionSpec(*rows, self.axis, None), PartitionSpec(*rows, self.axis)
+    kept = PartitionSpec(*rows, self.tensor_axis, None)
+    arrays = {
+      "z": (z, PartitionSpec(*rows, self.axis, self.tensor_axis)),
+      "v": (v, tokens),
+      "w_down": (w_down, PartitionSpec(self.tensor_axis, None)),
+    }
+    if state is not None:
+      arrays["state"] = (state.S, kept)
+    if segment_ids is not None:
+      arrays["segment_ids"] = (segment_ids, ids)
+    for name, value in (("inner_lr", inner_lr), ("decay", decay)):
+      if isinstance(value, jax.Array):
+        arrays[name] = (value, PartitionSpec())
+      else:
+        options[name] = value
+    pending = 0 if state is None else state.pending
+
+    def local(arrays):
+      if "state" in arrays:
+        arrays = arrays | {"state": FastWeightState(arrays["state"], pending)}
+      y, state, *stats = inplace_ttt(
+        **arrays,
+        **options,
+        context_axis=self.axis,
+        tensor_axis=self.tensor_axis,
+        return_stats=return_stats,
+      )
+      return y, state.S, jax.tree.map(lambda x: x[..., None], stats)
+
+    stats_specs = [PartitionSpec(*rows, self.axis)] if return_stats else []
+    y, s, stats = self._map(local, arrays, (tokens, kept, stats_specs))
+    return y, FastWeightState(s), *stats
+
+  def ntp_targets(
+    self,
+    x: Float[Array, "*B T D"],
+    conv: Float[Array, "width D"],
+    projection: Float[Array, "D D"] | None,
+    *,
+    chunk_size: int,
+    segment_ids: Int[Array, "*B T"] | None = None,
+  ) -> Float[Array, "*B T D"]:
+    """`ttt_jax.ntp_targets` with T and B split as for the op. Chunks are whole: nothing is exchanged."""
+    lead, t = x.shape[:-2], x.shape[-2]
+    self._check_sizes(lead, t, None)
+    if t // self.mesh.shape[self.axis] % chunk_size:
+      raise UserError(
+        f"chunk_size={chunk_size} does not divide the {t // self.mesh.shape[self.axis]} tokens of a "
+        f"shard ({self.mesh.shape[self.axis]} shards over {self.axis!r}): shards hold whole chunks"
+      )
+    rows = self._rows(lead)
+    tokens = PartitionSpec(*rows, self.axis, None)
+    arrays = {"x": (x, tokens), "conv": (conv, PartitionSpec())}
+    if projection is not None:
+      arrays["projection"] = (projection, PartitionSpec())
+    if segment_ids is not None:
+      arrays["segment_ids"] = (segment_ids, PartitionSpec(*rows, self.axis))
+
+    def local(arrays):
+      return ntp_targets(**{"projection": None} | arrays, chunk_size=chunk_size)
+
+    return self._map(local, arrays, tokens)
+
+  def _map(self, local, arrays, out_specs):
+    """`local` of a dict of arrays and their specs, on every shard."""
+    specs = {name: spec for name, (_, spec) in arrays.items()}
+    arrays = {name: x for name, (x, _) in arrays.items()}
+    if AxisType.Explicit in self.mesh.axis_types:
+      # Where shardings are part of types, an argument must come in the one that is asked for.
+      arrays = {
+        name: jax.sharding.reshard(x, NamedSharding(self.mesh, specs[name]))
+        for name, x in arrays.items()
+      }
+    return jax.shard_map(local, mesh=self.mesh, in_specs=(specs,), out_specs=out_specs)(arrays)
+
+  def _rows(self, lead: tuple[int, ...]) -> tuple[tuple[str, ...] | None, ...]:
+    return ((self.batch_axes or None), *(None,) * (len(lead) - 1)) if lead else ()
+
+  def _check_sizes(self, lead, t, f) -> None:
+    over_rows = 1
+    for name in self.batch_axes:
+      over_rows *= self.mesh.shape[name]
+    if over_rows > 1 and not lead:
+      raise UserError(
+        f"z has no batch dimension to split over batch_axes={self.batch_axes}: add one, or pass "
+        "batch_axes=()"
+      )
+    sizes = [("T", t, self.axis, self.mesh.shape[self.axis])]
+    if lead:
+      sizes.append(("B", lead[0], self.batch_axes, over_rows))
+    if f is not None and self.tensor_axis is not None:
+      sizes.append(("F", f, self.tensor_axis, self.mesh.shape[self.tensor_axis]))
+    for dim, size, axis, parts in sizes:
+      if size % parts:
+        raise UserError(f"{parts} devices over {axis!r} do not divide {dim}={size}")
+
+
+def context_parallel(
+  mesh: Mesh | jax.sharding.AbstractMesh,
+  axis: str = "context",
+  batch_axes: tuple[str, ...] = ("data", "fsdp"),
+  tensor_axis: str | None = "tensor",
+) -> ContextParallel:
+  """`ttt_jax.inplace_ttt` over global arrays whose sequence is split over a mesh axis.
+
+      op = ttt_jax.ops.fast_weight.sharded(mesh)
+      y, state = op(z, v, w_down, chunk_size=512, inner_lr=0.1)      # in anybody's jit, grad, scan, remat
+
+  Fully manual inside, on meshes with Auto and with Explicit axes. `op.ntp_targets` is the same for
+  `ttt_jax.ntp_targets`.
+
+  Args:
+    mesh: the devices.
+    axis: the mesh axis along which T is split into contiguous shards of whole chunks.
+    batch_axes: mesh axes over which the first batch dimension is split.
+    tensor_axis: the mesh axis over which F is split (y is summed over it), or None. The usual names
+      data, fsdp and tensor are ignored where the mesh does not have them.
+
+  Raises:
+    ValueError: a name that is not an axis of the mesh, or an axis of several devices without a use here.
+  """
+  names = mesh.axis_names
+  if tensor_axis is not None and tensor_axis not in names and tensor_axis in _USUAL:
+    tensor_axis = None
+  batch_axes = tuple(name for name in batch_axes if name in names or name not in _USUAL)
+  used = (axis, *batch_axes, *((tensor_axis,) if tensor_axis is not None else ()))
+  for name in used:
+    if name not in names:
+      raise UserError(
+        f"{name!r} is not an axis of the mesh, which has {', '.join(map(repr, names))}"
+      )
+  if len(set(used)) < len(used):
+    raise UserError(
+      f"axis={axis!r}, batch_axes={batch_axes}, tensor_axis={tensor_axis!r}: one twice"
+    )
+  for name in names:
+    if name not in used and mesh.shape[name] > 1:
+      raise UserError(
+        f"mesh axis {name!r} of {mesh.shape[name]} devices has no use here: name it in batch_axes, or "
+        "use a mesh without it"
+      )
+  return ContextParallel(mesh, axis, batch_axes, tensor_axis)

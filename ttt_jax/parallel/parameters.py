@@ -1,0 +1,145 @@
+"""How parameters, and whatever is kept per parameter, are split over the mesh.
+
+One table says what the dimensions of a parameter are; the axes they are split over are the rules of
+`ttt_jax.parallel.mesh`. Optimiser state has its parameter's name at the end of its path, and so its partition.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from ttt_jax.errors import UserError
+from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.parallel.mesh import FSDP, ambient_mesh, spec
+
+# The name, for `jax.checkpoint` policies, of parameters gathered over fsdp: kept, they would all lie
+# on every device at the end of the forward pass.
+GATHERED = "gathered_parameter"
+
+# The dimensions of a layer's parameter; layers stacked have one more before them, which is not split.
+# Small ones are whole on every device.
+_DIMENSIONS: dict[str, tuple[str | None, ...]] = {
+  "table": ("vocab", "embed"),
+  "head": ("embed", "vocab"),
+  "query": ("embed", "heads", None),
+  "key": ("embed", "kv_heads", None),
+  "value": ("embed", "kv_heads", None),
+  "out": ("heads", None, "embed"),
+  "query_bias": ("heads", None),
+  "key_bias": ("kv_heads", None),
+  "value_bias": ("kv_heads", None),
+  "out_bias": (None,),
+  "gate": ("embed", "mlp"),
+  "up": ("embed", "mlp"),
+  "down": ("mlp", "embed"),
+  "conv": (None, None),
+  "projection": ("embed", None),
+  "log_rate": (),
+  "log_half_life": (),
+  "scale": (None,),
+  # Of linear attention; its heads are as many as those of keys and values.
+  "decay_down": ("embed", None),
+  "decay_up": (None, "kv_heads", None),
+  "decay_bias": ("kv_heads", None),
+  "output_gate": ("embed", "kv_heads", None),
+  "beta": ("embed", "kv_heads"),
+  "short_conv": (None, "kv_heads", None),
+}
+
+
+def dimensions(name: str, rank: int) -> tuple[str | None, ...]:
+  """The logical dimensions of the array of a path such as `groups/0/1/mlp/conv/value`.
+
+  Raises:
+    ValueError: there is no such parameter in the table, or it has another rank.
+  """
+  dims = _DIMENSIONS.get(name.removesuffix("/value").rpartition("/")[2])
+  if dims is None and rank == 0:
+    return ()  # a counter
+  if dims is None or rank - len(dims) not in (0, 1):
+    raise UserError(
+      f"{name} of rank {rank} is no parameter that can be split: its name in the table has {dims}"
+    )
+  return (None,) * (rank - len(dims)) + dims
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+  """Where each array of a model, a layer or a training state lies on the mesh.
+
+  Raises:
+    ValueError: a mesh axis does not divide the dimension it splits.
+  """
+  return jax.tree.map_with_path(partial(_sharding, mesh), tree)
+
+
+def constrain_parameters(tree: Any) -> Any:
+  """The arrays, split like the parameters whose names they have over the ambient mesh."""
+  mesh = ambient_mesh()
+  if mesh is None:
+    return tree
+
+  def constrain(path, x):
+    return jax.lax.with_sharding_constraint(x, spec(*dimensions(_name(path), x.ndim), mesh=mesh))
+
+  return jax.tree.map_with_path(constrain, tree)
+
+
+def gathered(tree: Any, dtype: DTypeLike) -> Any:
+  """A layer with its parameters whole over `fsdp`, rounded to the dtype it computes in.
+
+  They are sent in that dtype, and are float32 or wider again when they arrive, so that their gradients
+  are; these are summed and split in one. Called inside the scan over layers, and inside of what is
+  rematerialised: a device holds one layer.
+  """
+  mesh = ambient_mesh()
+  if mesh is None or mesh.shape.get(FSDP, 1) == 1:
+    return tree
+
+  def gather(path, x):
+    dims = dimensions(_name(path), x.ndim)
+    if "embed" not in dims:
+      return x
+    whole = spec(*(None if dim == "embed" else dim for dim in dims), mesh=mesh)
+    x = _gather(x, jnp.dtype(dtype), spec(*dims, mesh=mesh), whole)
+    return checkpoint_name(x, GATHERED)
+
+  return jax.tree.map_with_path(gather, tree)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: Array, dtype: jnp.dtype, split: PartitionSpec, whole: PartitionSpec) -> Array:
+  x = jax.lax.with_sharding_constraint(x.astype(dtype), split)
+  return jax.lax.with_sharding_constraint(x, whole).astype(accumulation_dtype(dtype))
+
+
+def _gather_fwd(x, dtype, split, whole):
+  return _gather(x, dtype, split, whole), jnp.zeros((), x.dtype)
+
+
+def _gather_bwd(dtype, split, whole, like, cotangent):
+  return (jax.lax.with_sharding_constraint(cotangent, split).astype(like.dtype),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def _name(path: tuple) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _sharding(mesh: Mesh, path: tuple, x: Any) -> NamedSharding:
+  dims = dimensions(_name(path), len(x.shape))
+  partition = spec(*dims, mesh=mesh)
+  for dim, size, axis in zip(dims, x.shape, partition):
+    if axis is not None and size % mesh.shape[axis]:
+      raise UserError(
+        f"mesh.{axis}={mesh.shape[axis]} does not divide the {size} of dimension {dim!r} of "
+        f"{_name(path)} {list(x.shape)}: choose a divisor"
+      )
+  return NamedSharding(mesh, partition)

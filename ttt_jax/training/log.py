@@ -1,0 +1,169 @@
+"""Where the numbers of a run go: `metrics.jsonl`, TensorBoard, Weights & Biases; and traces of steps."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from ttt_jax.config import Config
+from ttt_jax.errors import UserError
+from ttt_jax.parallel.processes import is_main
+from ttt_jax.training.rundir import METRICS_FILE, MetricsLog
+
+
+@runtime_checkable
+class Writer(Protocol):
+  """One place that records go to."""
+
+  def write(self, record: dict[str, Any]) -> None:
+    """Adds a record, which has a `step`."""
+
+  def close(self) -> None:
+    """Nothing more comes."""
+
+
+class Log:
+  """Writes every record to all writers, of which only the first process has any."""
+
+  def __init__(self, writers: list[Writer]):
+    self._writers = writers
+
+  def write(self, record: dict[str, Any]) -> None:
+    for writer in self._writers:
+      writer.write(record)
+
+
+@contextmanager
+def open_log(config: Config, run_dir: Path, *, resume_step: int) -> Iterator[Log]:
+  """The log of a run that goes on after `resume_step`.
+
+  Raises:
+    ValueError: a writer of `train.writers` whose package is not there.
+  """
+  with ExitStack() as stack:
+    writers = []
+    if is_main():
+      openers = [_open_jsonl, *(_OPENERS[name] for name in config.train.writers)]
+      for opener in openers:
+        writers.append(opener(config, run_dir, resume_step))
+        stack.callback(writers[-1].close)
+    yield Log(writers)
+
+
+def check_writers(config: Config) -> None:
+  """Raises UserError for a writer of `train.writers` whose package is not there."""
+  for name in config.train.writers:
+    _extra(*_PACKAGES[name])
+
+
+def _open_jsonl(config: Config, run_dir: Path, resume_step: int) -> Writer:
+  return MetricsLog.open(run_dir / METRICS_FILE, resume_step=resume_step)
+
+
+class _TensorBoard:
+  def __init__(self, config: Config, run_dir: Path, resume_step: int):
+    # Steps after the one resumed from are written again: TensorBoard drops the old ones.
+    self._writer = _extra(*_PACKAGES["tensorboard"]).SummaryWriter(
+      str(run_dir / "tensorboard"), purge_step=resume_step + 1
+    )
+
+  def write(self, record: dict[str, Any]) -> None:
+    for name, value in scalars(record).items():
+      self._writer.add_scalar(name, value, record["step"])
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class _Wandb:
+  def __init__(self, config: Config, run_dir: Path, resume_step: int):
+    # One identity per run directory, so that a resumed run goes on in its own curves.
+    file = run_dir / "wandb_id"
+    wandb = _extra(*_PACKAGES["wandb"])
+    if not file.exists():
+      file.write_text(wandb.util.generate_id())
+    self._run = wandb.init(
+      project="ttt_jax", name=config.name, id=file.read_text(), resume="allow", dir=str(run_dir)
+    )
+
+  def write(self, record: dict[str, Any]) -> None:
+    self._run.log(scalars(record), step=record["step"])
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+_OPENERS: dict[str, Callable[[Config, Path, int], Writer]] = {
+  "tensorboard": _TensorBoard,
+  "wandb": _Wandb,
+}
+
+
+# By the name of a writer: what it imports, and the extra of ttt_jax that installs it.
+_PACKAGES = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb", "wandb")}
+
+
+def _extra(package: str, extra: str):
+  try:
+    return importlib.import_module(package)
+  except ModuleNotFoundError as error:
+    raise UserError(
+      f"train.writers names {extra!r}, which needs {package}: pip install 'ttt_jax[{extra}]'"
+    ) from error
+
+
+def scalars(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+  """The numbers of a record by path, as `ttt/2/state_ratio`, without those that are not there."""
+  flat = {}
+  for name, value in record.items():
+    if isinstance(value, dict):
+      flat |= scalars(value, f"{prefix}{name}/")
+    elif value is not None and name != "step":
+      flat[prefix + name] = value
+  return flat
+
+
+class Profile:
+  """A trace of the steps `first` to `last` under `run_dir/profile`, for TensorBoard or Perfetto; a context
+  manager."""
+
+  def __init__(self, steps: tuple[int, int] | None, run_dir: Path):
+    self._steps = steps
+    self._path = run_dir / "profile"
+    self._running = False
+    self._latest = None  # what the last step of the trace will have made
+
+  def __enter__(self) -> "Profile":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._stop()
+
+  def before(self, step: int, state: Any) -> None:
+    """Called before a step is started, with the state that it will be given."""
+    if self._steps is None:
+      return
+    first, last = self._steps
+    self._latest = None  # donated to the step
+    if first <= step <= last and not self._running:
+      jax.block_until_ready(state)  # else the trace begins with the end of earlier steps
+      jax.profiler.start_trace(str(self._path))
+      self._running = True
+
+  def after(self, step: int, state: Any) -> None:
+    """Called when a step was started, with the state that it will have made."""
+    if self._running:
+      self._latest = state
+      if step >= self._steps[1]:
+        self._stop()
+
+  def _stop(self) -> None:
+    if self._running:
+      # A step is only dispatched when `after` is called; a trace stopped then would not have it.
+      jax.block_until_ready(self._latest)
+      jax.profiler.stop_trace()
+      self._running, self._latest = False, None

@@ -1,0 +1,269 @@
+"""A whole run: corpus, mesh, training, its twin, evaluation, and what they leave in the run directory."""
+
+import statistics
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int32
+from rich.console import Console
+from rich.table import Table
+
+from ttt_jax.checkpoints.resolve import initial_model, resolve, resolve_run
+from ttt_jax.checkpoints.runs import abstract_model, load_model
+from ttt_jax.checkpoints.tokenizer import load_tokenizer
+from ttt_jax.config import Config
+from ttt_jax.data import VOCAB_SIZE, Corpus, load_corpus
+from ttt_jax.errors import UserError
+from ttt_jax.evaluation.heldout import check_evaluation, evaluate, evaluation_rows
+from ttt_jax.evaluation.plots import plot_by_position, plot_training
+from ttt_jax.nn.transformer import Transformer, count_parameters
+from ttt_jax.parallel.mesh import make_mesh
+from ttt_jax.parallel.processes import is_main, on_main, together
+from ttt_jax.parallel.trees import delete
+from ttt_jax.training.log import check_writers
+from ttt_jax.training.loop import model_summary, train
+from ttt_jax.training.rundir import (
+  METRICS_FILE,
+  as_begun,
+  hold_run,
+  open_run,
+  read_metrics,
+  write_json,
+)
+
+BASELINE = "baseline"  # the twin's directory inside the run's
+
+
+def run_training(config: Config, console: Console | None = None) -> dict[str, Any] | None:
+  """Trains the model of a config (and its twin), evaluates, draws; returns the summary.
+
+  The same call again goes on from the last checkpoint. Returns None if it was interrupted.
+
+  Raises:
+    ValueError: the run directory is another config's, or another process trains there; as `resolve`,
+      `make_mesh`, `load_data` and `train`.
+  """
+  console = Console(quiet=not is_main()) if console is None else console
+  config = as_begun(resolve(config))
+  mesh = make_mesh(config.mesh)
+  corpus = together(lambda: load_data(config))
+  rows = together(lambda: check_ready(config, corpus, mesh))
+  run_dir = Path(config.resolved_run_dir)
+  with ExitStack() as held:
+    on_main(lambda: held.enter_context(hold_run(run_dir, config)))
+    return _train_and_report(config, corpus, mesh, run_dir, rows, console)
+
+
+def check_ready(config: Config, corpus: Corpus, mesh: Mesh) -> Int32[np.ndarray, "B T"]:
+  """Asks before the first step what would else be missing after the last; returns `evaluation_rows`.
+
+  Nothing has been written by then.
+
+  Raises:
+    UserError, UnsupportedError: no held-out document is long enough; documents of that length cannot be
+      read on this mesh; a trace of steps that do not come; a writer whose package is not there.
+  """
+  if is_main():
+    check_writers(config)
+  profile = config.train.profile
+  if profile is not None and profile[1] > config.train.steps:
+    raise UserError(
+      f"train.profile={list(profile)} ends after the last step, train.steps={config.train.steps}: choose "
+      "earlier steps, or null"
+    )
+  rows = evaluation_rows(config, corpus)
+  check_evaluation(config, mesh)
+  if config.eval.baseline:
+    check_evaluation(config.without_ttt(), mesh)
+  return rows
+
+
+def _train_and_report(config, corpus, mesh, run_dir, rows, console) -> dict[str, Any] | None:
+  console.print(corpus.report(), highlight=False)
+  console.print(f"{_devices(mesh)}; run directory {run_dir}", highlight=False)
+
+  twin = config.eval.baseline
+  finished, step, model = _train(
+    config, corpus, mesh, run_dir, console=console, keep_model=not twin
+  )
+  baseline = None
+  if finished and twin:
+    # It has all the memory; then the models are read from their checkpoints, one at a time.
+    plain, where = config.without_ttt(), run_dir / BASELINE
+    named = {"title": "twin without TTT", "console": console}
+    finished, step, _ = _train(plain, corpus, mesh, where, keep_model=False, **named)
+    model = partial(load_model, config, mesh, run_dir)
+    baseline = partial(load_model, plain, mesh, where)
+  if not finished:
+    console.print(f"stopped after step {step}, saved: the same command goes on from there")
+    return None
+  return _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, rows, console)
+
+
+def _train(*args, keep_model: bool, **kwargs) -> tuple[bool, int, Callable[[], Transformer] | None]:
+  """`train`: whether it finished, its last step, and its model to be handed over.
+
+  All other arrays of its state are deleted: a run that just fits has no room for more.
+  """
+  result = train(*args, **kwargs)
+  finished, step, state = result.finished, int(result.state.step), result.state
+  delete(state._replace(model=None) if keep_model else state)
+  return finished, step, _handed_over(state.model) if keep_model else None
+
+
+def _handed_over(model: Transformer) -> Callable[[], Transformer]:
+  """A function that returns the model once and keeps no reference to it."""
+  return [model].pop
+
+
+def run_evaluation(
+  config: Config, *, is_run: bool = True, console: Console | None = None
+) -> dict[str, Any]:
+  """Evaluates a model again, with the config's `eval` section.
+
+  Args:
+    is_run: the newest checkpoint of a run, and its twin's; else the model of `init_from` as it is, in a
+      run directory of its own.
+
+  Raises:
+    ValueError: there is no run or no checkpoint there, or it is another model's; the run directory is
+      another run's; as `load_pretrained`.
+  """
+  console = Console(quiet=not is_main()) if console is None else console
+  config = as_begun(resolve_run(config) if is_run else resolve(config))
+  mesh = make_mesh(config.mesh)
+  run_dir = Path(config.resolved_run_dir)
+  corpus = together(lambda: load_data(config))
+  rows = together(lambda: evaluation_rows(config, corpus))
+  model, baseline = _handed_over(evaluated_model(config, mesh, is_run=is_run)), None
+  if is_run and config.eval.baseline:
+    baseline = partial(load_model, config.without_ttt(), mesh, run_dir / BASELINE)
+  if not is_run:
+    on_main(lambda: open_run(run_dir, config))
+  console.print(corpus.report(), highlight=False)
+  return _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, rows, console)
+
+
+def evaluated_model(config: Config, mesh: Mesh, *, is_run: bool) -> Transformer:
+  """The model of a run's newest checkpoint, or the pretrained one of a resolved config as it is."""
+  if is_run:
+    return load_model(config, mesh, Path(config.resolved_run_dir))
+  return initial_model(config, mesh)
+
+
+def load_data(config: Config) -> Corpus:
+  """The documents of a resolved config, in the tokens that its model reads; those of a run, as it began.
+
+  Raises:
+    ValueError: the model has not as many tokens as the tokenizer; as `load_tokenizer` and
+      `load_corpus`.
+  """
+  config = as_begun(config)
+  tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+  tokens = VOCAB_SIZE if tokenizer is None else tokenizer.vocab_size
+  if tokens > config.model.vocab_size:
+    raise UserError(
+      f"model.vocab_size={config.model.vocab_size} is less than the {tokens} tokens of "
+      f"{config.tokenizer or 'bytes'}: "
+      + (
+        f"set model.vocab_size={tokens}"
+        if config.init_from is None
+        else f"data.tokenizer is not that of init_from={config.init_from!r}"
+      )
+    )
+  return load_corpus(config.data, seed=config.seed, tokenizer=tokenizer)
+
+
+def _evaluate_and_report(
+  config, model, baseline, corpus, mesh, run_dir, rows, console
+) -> dict[str, Any]:
+  """`model` and `baseline` are functions that hand them over."""
+  console.print("evaluating on held-out documents ...")
+  runs = {}
+  if (run_dir / METRICS_FILE).exists():  # else nothing was trained: a pretrained model as it is
+    name = "with fast weights" if config.ttt.layers else "model"
+    runs[name] = read_metrics(run_dir / METRICS_FILE)
+  if baseline is not None:
+    runs["twin without"] = read_metrics(run_dir / BASELINE / METRICS_FILE)
+  before = partial(initial_model, config, mesh) if config.eval.before else None
+  shapes = abstract_model(config, mesh)
+  records = next(iter(runs.values()), [])
+  summary = {
+    "name": config.name,
+    "steps": records[-1]["step"] if records else 0,
+    "params": count_parameters(shapes),
+    "params_baseline": None
+    if baseline is None
+    else count_parameters(abstract_model(config.without_ttt(), mesh)),
+    "devices": mesh.size,
+    "processes": jax.process_count(),
+    "device_kind": mesh.devices.flat[0].device_kind,
+    "mesh": dict(mesh.shape),
+    "jax_version": jax.__version__,
+    "tokens": records[-1]["tokens"] if records else 0,
+    "tokens_per_second": _speed(records),
+    "tokens_per_second_baseline": _speed(runs["twin without"]) if baseline is not None else None,
+    "skipped": corpus.skipped.counts(),
+    **evaluate(config, model, baseline, before, corpus, mesh, rows=rows),
+  }
+  on_main(lambda: _write_summary(config, shapes, summary, runs, run_dir, console))
+  return summary
+
+
+def _write_summary(config, model, summary, runs, run_dir, console) -> None:
+  write_json(run_dir / "summary.json", summary)
+  plot_by_position(summary, run_dir / "loss_by_position.png")
+  if runs:
+    plot_training(runs, run_dir / "training_loss.png")
+  _print_summary(config, model, summary, run_dir, console)
+
+
+def _speed(records: list[dict[str, Any]]) -> float | None:
+  """The median over the logged intervals."""
+  speeds = [r["tokens_per_second"] for r in records if r["tokens_per_second"]]
+  return statistics.median(speeds) if speeds else None
+
+
+def _devices(mesh: Mesh) -> str:
+  kind = mesh.devices.flat[0].device_kind
+  axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+  return f"{mesh.size} {kind} device{'s' if mesh.size > 1 else ''}" + (f" ({axes})" if axes else "")
+
+
+def _print_summary(config, model, summary, run_dir, console) -> None:
+  table = Table()
+  columns = {
+    "loss_before": "before",
+    "loss_before_updates_off": "before, updates off",
+    "loss": "updates on" if config.ttt.layers else "loss",
+    "loss_updates_off": "updates off",
+    "loss_baseline": "twin",
+  }
+  columns = {k: v for k, v in columns.items() if summary["heldout_by_position"][0][k] is not None}
+  table.add_column("position", justify="right")
+  for title in columns.values():
+    table.add_column(title, justify="right")
+  for row in summary["heldout_by_position"]:
+    table.add_row(f"{row['from']} - {row['to']}", *(f"{row[k]:.3f}" for k in columns))
+  overall = {"loss": "heldout_loss", **{k: f"heldout_{k}" for k in columns if k != "loss"}}
+  table.add_row("all", *(f"{summary[overall[k]]:.3f}" for k in columns), style="bold")
+  console.print(model_summary(config, model), highlight=False)
+  documents = f"{summary['heldout_documents']} documents of {summary['heldout_seq_len']} tokens"
+  console.print(f"held-out loss by position in nats per token, {documents}", highlight=False)
+  console.print(table)
+  if summary["sample"] is not None:
+    console.rule("a held-out document, continued by the model", align="left")
+    console.print(
+      summary["sample"]["prompt"][-200:], style="dim", markup=False, highlight=False, end=""
+    )
+    console.print(summary["sample"]["continuation"], style="bold", markup=False, highlight=False)
+    console.rule()
+  names = ("summary.json", "loss_by_position.png", "training_loss.png", METRICS_FILE)
+  written = [str(run_dir / name) for name in names if (run_dir / name).exists()]
+  console.print("written: " + ", ".join(written), highlight=False)

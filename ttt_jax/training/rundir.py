@@ -1,0 +1,298 @@
+"""The directory of a run: its config, its metrics, and files written whole or not at all.
+
+A run directory belongs to one config, so that a command repeated there resumes what was begun and
+anything else is refused before a file is touched. Checkpoints live beside, in `checkpoint.py`.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from ttt_jax.config import Config
+from ttt_jax.config.yaml import config_difference, dump_config, flatten, load_config, read_yaml
+from ttt_jax.errors import UserError
+from ttt_jax.parallel.processes import from_main
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+_LOCK_FILE = ".lock"
+# The last line of a config that was written whole: what it lacks, its version of ttt_jax did not have.
+_END = "# end of the config\n"
+
+# They say where a run goes on, not what it computes: never compared.
+_NOT_COMPARED = ("run_dir", "runtime", "plan")
+# Null in these is what the run began with; a version of ttt_jax that did not have them began with this.
+_AS_BEGUN = {"data.start_of_text": None, "data.end_of_text": False}
+# Fields and sections that a resumed run may change: how long, on what, how often, how judged.
+MAY_CHANGE = (
+  "train.steps",
+  "train.log_every",
+  "train.writers",
+  "train.profile",
+  "data.max_bad_records",
+  "mesh",
+  "checkpoint",
+  "eval",
+)
+
+
+def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = MAY_CHANGE) -> Path:
+  """Makes the directory of a new run or returns that of the run to resume; holds its `config.yaml`.
+
+  Args:
+    path: the directory.
+    config: what is to run there. If a resumed run's config differs in `may_change`, the new one is
+      recorded.
+    may_change: fields and sections in which the config of a resumed run may differ.
+
+  Raises:
+    ValueError: the directory is not a run's, or is another config's. Nothing has been changed.
+  """
+  path = Path(path)
+  changed = _check_run(path, config, may_change)
+  _make_directory(path)
+  if changed:
+    _write_config(path / CONFIG_FILE, _filled(config, _begun_with(path / CONFIG_FILE)))
+  return path
+
+
+def as_begun(config: Config) -> Config:
+  """The config of a run that goes on: null for the ends of documents is what the run began with.
+
+  One that was begun by a version of ttt_jax without `data.end_of_text` so keeps its tokens: there it is
+  false.
+  """
+  file = Path(config.resolved_run_dir) / CONFIG_FILE
+  return _filled(config, from_main(lambda: _begun_with(file)))
+
+
+@contextmanager
+def hold_run(path: str | Path, config: Config) -> Iterator[None]:
+  """`open_run` to write there: no second process can, from here to the end of the `with`.
+
+  The system lets go of the directory when the process ends, however it ends. Where files cannot be
+  locked, a warning says that nothing holds it.
+
+  Raises:
+    ValueError: another process is at it; it cannot be written to; as `open_run`. Nothing has been
+      changed.
+  """
+  path = Path(path)
+  _check_run(path, config, MAY_CHANGE)
+  _make_directory(path)
+  try:
+    tempfile.TemporaryFile(dir=path).close()
+  except OSError as error:
+    raise UserError(f"run_dir={str(path)!r} cannot be written to: {error.strerror}") from error
+  with ExitStack() as held:
+    try:
+      held.enter_context(FileLock(path / _LOCK_FILE, timeout=0))
+    except Timeout as error:
+      raise UserError(
+        f"run_dir={str(path)!r} is in use, another process trains there: wait for its end, or give "
+        "another --run_dir"
+      ) from error
+    except (OSError, NotImplementedError) as error:  # not every file system has locks
+      warnings.warn(
+        f"run_dir={str(path)!r} cannot be locked ({error}): nothing keeps a second process out",
+        stacklevel=3,
+      )
+    open_run(path, config)
+    yield
+
+
+def recorded_config(run_dir: str | Path) -> Config:
+  """The config that a run recorded; what an earlier version of ttt_jax did not have is what it did.
+
+  Raises:
+    UserError: there is none, or it was cut short.
+  """
+  file = Path(run_dir) / CONFIG_FILE
+  if not file.is_file():
+    raise UserError(f"run_dir={str(run_dir)!r} has no checkpoints: train there first")
+  if not _is_whole(file):
+    raise UserError(  # what it lacks must not pass for defaults
+      f"{file} is damaged, its last line is not {_END.strip()!r}: give another --run_dir, or add that "
+      "line if all the rest is there"
+    )
+  return _filled(load_config(file), _begun_with(file))
+
+
+def write_json(path: str | Path, data: Any) -> None:
+  """Writes a JSON file whole or not at all; NaN and infinities become null."""
+  write_whole(Path(path), json.dumps(jsonable(data), indent=2, allow_nan=False) + "\n")
+
+
+class MetricsLog:
+  """`metrics.jsonl`: one JSON object per line, each with its `step`; a context manager."""
+
+  def __init__(self, path: str | Path):
+    """Appends to the file as it is; a run that may have been killed uses `open`."""
+    self._path = Path(path)
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    self._file = self._path.open("a", encoding="utf-8")
+
+  @classmethod
+  def open(cls, path: str | Path, resume_step: int) -> "MetricsLog":
+    """The log of a run that goes on after `resume_step`, so that every step stands in it once.
+
+    Records of later steps, which will come again, and a line a killed process left torn are dropped.
+    """
+    path = Path(path)
+    if path.exists():
+      text = path.read_text(encoding="utf-8", errors="replace")
+      kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
+      lines = "".join(_line(record) for record in kept)
+      if lines != text:
+        write_whole(path, lines)
+    return cls(path)
+
+  def __enter__(self) -> "MetricsLog":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self.close()
+
+  def write(self, record: dict[str, Any]) -> None:
+    """Appends a record, on disk for others to read at once; NaN and infinities become null."""
+    self._file.write(_line(record))
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+  """The records of a `metrics.jsonl`, without a last line that a killed process left torn.
+
+  Raises:
+    ValueError: another line is no record.
+  """
+  path = Path(path)
+  lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+  records = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError:
+      record = None
+    if isinstance(record, dict) and isinstance(record.get("step"), int):
+      records.append(record)
+    elif number < len(lines):
+      raise UserError(f"{path}, line {number} is not a record of metrics: {line[:80]!r}")
+  return records
+
+
+def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> bool:
+  """Refuses a directory that is not this config's; whether its recorded config has to be written."""
+  file = path / CONFIG_FILE
+  if path.exists() and not path.is_dir():
+    raise UserError(f"run_dir={str(path)!r} is a file: give another --run_dir")
+  if not file.exists():
+    # A start killed at once leaves at most the lock and the unfinished config.
+    if path.is_dir() and {p.name for p in path.iterdir()} - {_tmp(file).name, _LOCK_FILE}:
+      raise UserError(
+        f"run_dir={str(path)!r} is not empty and not a run of ttt_jax (it has no {CONFIG_FILE}): "
+        "give another --run_dir"
+      )
+    return True
+  config = _filled(config, _begun_with(file))
+  recorded, current = _read_config(file), dataclasses.asdict(config)
+  refused = config_difference(_without(recorded, may_change), _without(current, may_change))
+  if refused:
+    raise UserError(
+      f"run_dir={str(path)!r} holds a run of another config:\n  "
+      + "\n  ".join(refused)
+      + f"\nto resume it use its own config, {file}; to start this one give another --run_dir"
+    )
+  return bool(config_difference(_without(recorded, ()), _without(current, ())))
+
+
+def _make_directory(path: Path) -> None:
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"run_dir={str(path)!r} cannot be made: {error.strerror}") from error
+
+
+def _write_config(file: Path, config: Config) -> None:
+  write_whole(file, dump_config(config) + _END)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+  """The recorded config; what an earlier version of ttt_jax did not have is what it did."""
+  return dataclasses.asdict(recorded_config(file.parent))
+
+
+def _is_whole(file: Path) -> bool:
+  return file.read_text(encoding="utf-8", errors="replace").endswith(_END)
+
+
+def _begun_with(file: Path) -> dict[str, Any]:
+  """What the recorded config has in the fields of `_AS_BEGUN`; empty where no run was begun."""
+  if not file.is_file() or not _is_whole(file):
+    return {}
+  recorded = dict(flatten(read_yaml(file)))
+  return {name: recorded.get(name, before) for name, before in _AS_BEGUN.items()}
+
+
+def _filled(config: Config, begun_with: dict[str, Any]) -> Config:
+  """The config with these values where it has null."""
+  for name, value in begun_with.items():
+    section, field = name.split(".")
+    values = getattr(config, section)
+    if getattr(values, field) is None:
+      values = dataclasses.replace(values, **{field: value})
+      config = dataclasses.replace(config, **{section: values})
+  return config
+
+
+def _without(tree: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+  """The fields by dotted name, less those in `names`, in a section of `names`, or not compared."""
+  dropped = (*_NOT_COMPARED, *names)
+  return {
+    name: value
+    for name, value in flatten(tree)
+    if not any(name == drop or name.startswith(f"{drop}.") for drop in dropped)
+  }
+
+
+def _line(record: dict[str, Any]) -> str:
+  return json.dumps(jsonable(record), allow_nan=False) + "\n"
+
+
+def jsonable(value: Any) -> Any:
+  """`value` of Python types that JSON has, None for what is not finite."""
+  if isinstance(value, dict):
+    return {str(key): jsonable(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [jsonable(item) for item in value]
+  if isinstance(value, np.ndarray | np.generic):
+    return jsonable(value.tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def _tmp(path: Path) -> Path:
+  return path.with_name(f".{path.name}.tmp")
+
+
+def write_whole(path: Path, text: str) -> None:
+  """Replaces a file in one step, so that a kill or a full disk leaves the old one or the new."""
+  tmp = _tmp(path)
+  with tmp.open("w", encoding="utf-8") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(tmp, path)

@@ -1,0 +1,188 @@
+"""One training step over the mesh: the state that it reads and replaces, and how both are made."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from ttt_jax.checkpoints.resolve import initial_model, make_model
+from ttt_jax.config import Config, TrainConfig
+from ttt_jax.nn.loss import IGNORE, mean_loss, model_losses
+from ttt_jax.nn.mlp import merge_stats
+from ttt_jax.nn.transformer import Transformer
+from ttt_jax.ops.numerics import accumulation_dtype
+from ttt_jax.parallel.mesh import constrain, put_rows, sharding
+from ttt_jax.parallel.parameters import constrain_parameters, shardings
+from ttt_jax.training.optimizer import learning_rate, make_optimizer
+from ttt_jax.training.trainable import trained_parameters, with_parameters
+
+
+class TrainState(NamedTuple):
+  """Everything a step reads and replaces.
+
+  Attributes:
+    model: in `model.param_dtype`.
+    master: the parameters that train, in `train.master_dtype`, of which the model's are rounded
+      copies; None where the model's own are as wide.
+    opt_state: of optax, for the master's parameters.
+    step: steps done, with those skipped.
+    skipped: steps whose loss or gradient was not finite: they changed nothing but the counters.
+    bad_in_a_row: of these, the last ones.
+  """
+
+  model: Transformer
+  master: dict[str, Array] | None
+  opt_state: Any
+  step: Int[Array, ""]
+  skipped: Int[Array, ""]
+  bad_in_a_row: Int[Array, ""]
+
+
+class Batch(NamedTuple):
+  tokens: Int[Array, "B T"]
+  labels: Int[Array, "B T"]
+  segment_ids: Int[Array, "B T"]
+
+
+def new_state(config: Config, model: Transformer) -> TrainState:
+  """The state before the first step of training a model."""
+  parameters = trained_parameters(model, config.train.trainable)
+  master = None
+  wide = jnp.dtype(config.train.master_dtype)
+  if jnp.dtype(config.model.param_dtype).itemsize < wide.itemsize:
+    master = {name: x.astype(wide) for name, x in parameters.items()}
+  opt_state = make_optimizer(config.train).init(parameters if master is None else master)
+  return TrainState(model, master, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+  """The parameters before the first step and fresh optimiser state, made on the mesh."""
+  model = initial_model(config, mesh)
+  where = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh)._replace(model=None))
+  start = jax.jit(lambda model: new_state(config, model)._replace(model=None), out_shardings=where)
+  return start(model)._replace(model=model)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of `init_state`, without computing it."""
+  shapes = jax.eval_shape(lambda: new_state(config, make_model(config)))
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    shapes,
+    shardings(shapes, mesh),
+  )
+
+
+def train_step(
+  state: TrainState, batch: Batch, *, config: Config
+) -> tuple[TrainState, dict[str, Any]]:
+  """One step of gradient descent on the mean loss of a batch, in the parameters that train.
+
+  Where the loss or a gradient is not finite, nothing changes but the counters. Pure; jit it under
+  `jax.set_mesh`.
+
+  Returns:
+    The next state, and the metrics: `loss`, `grad_norm`, `update_norm` (0 if skipped), `learning_rate` of
+    this update, `skipped` and `bad_in_a_row` with this step, and the statistics of the fast weights as
+    `ttt`.
+  """
+  loss, grads, stats = _gradients(state.model, batch, config.train)
+  grad_norm = optax.tree.norm(grads)
+  good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  # Beyond the limit every step counts as bad, so that the loop, which looks now and then, finds it.
+  good &= state.bad_in_a_row <= config.train.max_bad_steps
+  with jax.named_scope("optimizer"):
+    old = trained_parameters(state.model, config.train.trainable)
+    wide = old if state.master is None else state.master
+    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, wide)
+    updates, opt_state = make_optimizer(config.train).update(grads, state.opt_state, wide)
+    wide, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(good, new, old),
+      (optax.apply_updates(wide, updates), opt_state),
+      (wide, state.opt_state),
+    )
+    rounded = jax.tree.map(lambda x, like: x.astype(like.dtype), wide, old)
+  bad = (~good).astype(jnp.int32)
+  new = TrainState(
+    model=with_parameters(state.model, rounded),
+    master=None if state.master is None else wide,
+    opt_state=opt_state,
+    step=state.step + 1,
+    skipped=state.skipped + bad,
+    bad_in_a_row=bad * (state.bad_in_a_row + 1),
+  )
+  metrics = {
+    "loss": loss,
+    "grad_norm": grad_norm,
+    "update_norm": jnp.where(good, optax.tree.norm(updates), 0),
+    # Optax counts updates, of which a skipped step is none.
+    "learning_rate": learning_rate(config.train)(state.step - state.skipped),
+    "skipped": new.skipped,
+    "bad_in_a_row": new.bad_in_a_row,
+    "ttt": stats,
+  }
+  return new, metrics
+
+
+def _gradients(model: Transformer, batch: Batch, config: TrainConfig):
+  """The loss of a batch, its gradients in float32 or wider, and the `MlpStats`.
+
+  With `train.accumulate` the rows are read in so many parts. The mean is over all tokens of the batch
+  with a label, so that the parts add up to the same numbers.
+  """
+  valid = (batch.labels != IGNORE).astype(jnp.float32)
+  parameters = trained_parameters(model, config.trainable)
+
+  @partial(jax.value_and_grad, has_aux=True)
+  def loss(parameters: dict[str, Array], batch: Batch) -> tuple[Float[Array, ""], Any]:
+    losses, _, stats = model_losses(
+      with_parameters(model, parameters),
+      batch.tokens,
+      batch.labels,
+      batch.segment_ids,
+      z_loss=config.z_loss,
+    )
+    return mean_loss(losses, valid.astype(losses.dtype)), stats
+
+  def widened(grads):
+    return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
+
+  if config.accumulate == 1:
+    (value, stats), grads = loss(parameters, batch)
+    return value, constrain_parameters(widened(grads)), stats
+
+  def split(rows):
+    """Every part holds rows of all devices, which keep theirs."""
+    parts = rows.reshape(-1, config.accumulate, rows.shape[1]).swapaxes(0, 1)
+    return constrain(parts, None, "batch", "sequence")
+
+  def add(total, part):
+    (value, stats), grads = loss(parameters, part)
+    grads = constrain_parameters(widened(grads))
+    return jax.tree.map(jnp.add, total, (value, grads)), stats
+
+  zeros = constrain_parameters(widened(jax.tree.map(jnp.zeros_like, parameters)))
+  start = jnp.zeros((), accumulation_dtype(model.model.dtype)), zeros
+  (value, grads), stats = jax.lax.scan(add, start, jax.tree.map(split, batch))
+  return value, grads, None if stats is None else merge_stats(stats)
+
+
+def jit_train_step(config: Config, mesh: Mesh) -> Callable:
+  """`train_step`, compiled for the mesh, to be called (or lowered) under `jax.set_mesh(mesh)`.
+
+  The state passed in is donated.
+  """
+  state = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+  return jax.jit(
+    partial(train_step, config=config), donate_argnums=0, out_shardings=(state, sharding(mesh))
+  )
+
+
+def put_batch(rows: dict[str, Any], mesh: Mesh) -> Batch:
+  """The batch on the mesh, from the host rows that this process holds (`local_rows`)."""
+  return Batch(*(put_rows(rows[name], mesh, "sequence") for name in Batch._fields))
