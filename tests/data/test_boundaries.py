@@ -11,13 +11,15 @@ import yaml
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from ttt_jax import data
+from ttt_jax.checkpoints.runs import as_begun
 from ttt_jax.checkpoints.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from ttt_jax.cli import main
 from ttt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
+from ttt_jax.config.recorded import CONFIG_FILE
 from ttt_jax.data.boundaries import boundaries
+from ttt_jax.data.load import load_data
 from ttt_jax.generation.sampling import stop_tokens
-from ttt_jax.training.run import load_data
-from ttt_jax.training.rundir import CONFIG_FILE, as_begun, hold_run, open_run
+from ttt_jax.training.rundir import hold_run, open_run
 
 METADATA = "ttt_jax_data.json"
 WORDS = ("<s>", "</s>", "<end>", "a", "b", "c", "d", "?")

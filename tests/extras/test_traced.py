@@ -18,7 +18,7 @@ from ttt_jax.config import (
 )
 from ttt_jax.extras.plan.programs import trace_training
 from ttt_jax.extras.plan.traced import device_flops
-from ttt_jax.ops.attention.api import splash
+from ttt_jax.ops.attention import splash
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.training.flops import token_flops, visible_keys
 

@@ -12,7 +12,8 @@ from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 
 from ttt_jax.extras.plan.hlo import count_collectives
-from ttt_jax.ops.attention.api import _choose, attention, blockwise
+from ttt_jax.ops.attention import blockwise
+from ttt_jax.ops.attention.api import _choose, attention
 
 B, T, H, G, K = 2, 24, 4, 2, 6
 TOKENS = PartitionSpec(None, "context")

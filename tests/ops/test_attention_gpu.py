@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from ttt_jax.ops.attention.api import _choose
-from ttt_jax.ops.fast_weight.api import cost
+from ttt_jax.ops.hardware import find_device
 
 
 class _Gpu:
@@ -50,4 +50,4 @@ def test_default_attention_on_a_gpu(gpu, head_size, expected, traced_for, monkey
   if traced_for == "a mesh of another":  # a head size that every cuDNN takes
     expected = "cudnn" if head_size <= 128 else "xla"
   assert chosen == [expected]
-  assert cost.find_device().name in ("h100", "h200")
+  assert find_device().name in ("h100", "h200")

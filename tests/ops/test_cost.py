@@ -11,14 +11,15 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import ttt_jax
 from ttt_jax.extras.plan.hlo import count_collectives
-from ttt_jax.ops.fast_weight.api import cost
+from ttt_jax.ops.exchange import cost
+from ttt_jax.ops.hardware import DEVICES, find_device
 
 LARGE = {"chunk_size": 1024, "d_ff": 9728, "d_model": 2560}
 
 
 def test_every_device_has_figures_and_their_source():
-  assert set(cost.DEVICES) == {"v5e", "v5p", "v6e", "h100", "h200", "cpu"}
-  for device in cost.DEVICES.values():
+  assert set(DEVICES) == {"v5e", "v5p", "v6e", "h100", "h200", "cpu"}
+  for device in DEVICES.values():
     for field in ("peak", "peak_float32", "memory", "link", "latency"):
       assert getattr(device, field) > 0
     assert device.source
@@ -38,7 +39,7 @@ def test_every_device_has_figures_and_their_source():
   ],
 )
 def test_device_kinds(kind, name):
-  assert cost.find_device(kind).name == name
+  assert find_device(kind).name == name
 
 
 def test_unknown_device():
@@ -61,14 +62,14 @@ def test_few_visible_tokens_get_the_dual_form():
 
 def test_slices_make_the_ring_fastest():
   """K is at the minimum of what the model says of the ring."""
-  work = cost.Work(1, 1, d_ff=9728, d_model=2560, shards=16)
-  device = dataclasses.replace(cost.DEVICES["v5p"], latency=1e-5)
-  best = cost.ring_slices(work, device)
+  exchange = 16, 9728 * 2560 * 4
+  device = dataclasses.replace(DEVICES["v5p"], latency=1e-5)
+  best = cost.ring_slices(*exchange, device, rows=9728)
   assert 2 < best < cost._MOST_SLICES
 
   def seconds(slices):
     with mock.patch.object(cost, "ring_slices", return_value=slices):
-      return cost.collective_seconds(work, device)["ring"]
+      return cost.collective_seconds(*exchange, device, rows=9728)["ring"]
 
   assert seconds(best) <= min(seconds(best - 1), seconds(best + 1))
 

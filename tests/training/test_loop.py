@@ -25,7 +25,7 @@ from ttt_jax.config import AttentionConfig, CheckpointConfig, Config, DataConfig
 from ttt_jax.data import Corpus, Document, InMemory, Source, training_rows
 from ttt_jax.evaluation.progress import TrainingProgress
 from ttt_jax.extras.plan.hlo import count_collectives
-from ttt_jax.ops.fast_weight.cost import find_device
+from ttt_jax.ops.hardware import find_device
 from ttt_jax.training import loop as training
 from ttt_jax.training.flops import training_flops
 from ttt_jax.training.log import Profile

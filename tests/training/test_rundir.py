@@ -20,7 +20,8 @@ from ttt_jax.config import (
   TTTConfig,
 )
 from ttt_jax.config.yaml import load_config
-from ttt_jax.training.rundir import MetricsLog, hold_run, open_run, read_metrics, write_json
+from ttt_jax.files import write_json
+from ttt_jax.training.rundir import MetricsLog, hold_run, open_run, read_metrics
 
 CONFIG = Config(ttt=TTTConfig(layers=(1,)))
 

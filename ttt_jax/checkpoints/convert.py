@@ -6,11 +6,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ttt_jax.checkpoints.files import GENERATION_CONFIG, is_gguf, local_path, new_directory
+from ttt_jax.checkpoints.files import GENERATION_CONFIG, is_gguf, local_path
 from ttt_jax.checkpoints.open import is_run, open_model, open_tokenizer
 from ttt_jax.checkpoints.save import write_model
 from ttt_jax.checkpoints.sections import Fields
 from ttt_jax.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from ttt_jax.files import new_directory
 from ttt_jax.nn.transformer import Transformer, count_parameters
 
 

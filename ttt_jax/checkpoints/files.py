@@ -7,10 +7,8 @@ memory map, whose pages would count as the process's memory; and written without
 import json
 import os
 import re
-import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ttt_jax.errors import UnsupportedError, UserError
+from ttt_jax.files import write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -210,10 +209,6 @@ def write_safetensors(
     write_json(directory / INDEX, index)
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-  path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:
   return int(np.prod(shape)) * dtype.itemsize
 
@@ -238,26 +233,6 @@ def _header(kinds: dict[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % 8)  # tensors begin aligned
   return _HEADER_LENGTH.pack(len(text)) + text
-
-
-@contextmanager
-def new_directory(path: str | Path) -> Iterator[Path]:
-  """A directory to fill that becomes `path` when the block ends, and vanishes if it fails.
-
-  Raises:
-    ValueError: `path` exists and is not an empty directory. Nothing has been written.
-  """
-  path = Path(path).expanduser()
-  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-    raise UserError(f"{path} exists already: nothing is written over it, give another path")
-  unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  unfinished.mkdir(parents=True)
-  try:
-    yield unfinished
-    os.rename(unfinished, path)  # also replaces an empty directory
-  except BaseException:
-    shutil.rmtree(unfinished, ignore_errors=True)
-    raise
 
 
 def is_gguf(path: Path) -> bool:

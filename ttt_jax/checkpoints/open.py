@@ -15,9 +15,9 @@ from ttt_jax.checkpoints.resolve import run_sections
 from ttt_jax.checkpoints.sections import Fields
 from ttt_jax.checkpoints.tokenizer import BYTES, Tokenizer, load_tokenizer
 from ttt_jax.config import MeshConfig
+from ttt_jax.config.recorded import CONFIG_FILE, recorded_config
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.parallel.mesh import make_mesh
-from ttt_jax.training.rundir import CONFIG_FILE, recorded_config
 
 
 def is_run(path: Path) -> bool:

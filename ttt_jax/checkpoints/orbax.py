@@ -25,9 +25,9 @@ from jax.sharding import SingleDeviceSharding
 from ttt_jax.config import CheckpointConfig
 from ttt_jax.config.training import VERIFY
 from ttt_jax.errors import UserError
+from ttt_jax.files import write_text
 from ttt_jax.parallel.processes import is_main, together
 from ttt_jax.parallel.trees import named_leaves
-from ttt_jax.training.rundir import write_whole
 
 # 2: a file's checksum may be null, or stand in the file of the process that wrote it.
 _FORMAT, _READABLE = "ttt_jax/2", ("ttt_jax/1", "ttt_jax/2")
@@ -249,7 +249,7 @@ class Checkpoints:
     checksums = {
       name: _crc(file) for name, file in _files(path).items() if _writer_of(name) == mine
     }
-    write_whole(path / _CHECKSUMS.format(mine), json.dumps(checksums))
+    write_text(path / _CHECKSUMS.format(mine), json.dumps(checksums))
 
   def _verify(self, path: Path, files: dict[str, tuple[int, int | None]]) -> None:
     """Compares this process's share of a checkpoint's files with its record.

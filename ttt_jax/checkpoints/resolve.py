@@ -16,18 +16,18 @@ from ttt_jax.checkpoints.files import is_gguf, local_path
 from ttt_jax.checkpoints.hf import load_model, open_checkpoint, resolve_sections
 from ttt_jax.checkpoints.sections import Fields, Sections, agreed, given_sections
 from ttt_jax.config import Config, check_layers, check_mesh, check_trainable
+from ttt_jax.config.recorded import recorded_config
 from ttt_jax.errors import UserError
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.parallel.parameters import shardings
 from ttt_jax.parallel.trees import named_leaves
-from ttt_jax.training.rundir import recorded_config
 
 
 def resolve(config: Config) -> Config:
   """The config with the model that `init_from` names in its sections, and the mesh of all devices.
 
-  A field of `model`, `attention` or `ttt` that was given counts (`ttt_jax.checkpoints.sections`); all others
-  are the checkpoint's.
+  A field of `model`, `attention` or `ttt` that was given counts (`ttt_jax.checkpoints.sections`); all
+  others are the checkpoint's.
 
   Raises:
     UserError: a given field of `model` or `attention` is not the checkpoint's value, and none that

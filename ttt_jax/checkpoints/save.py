@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from ttt_jax.checkpoints.files import CONFIG, new_directory, write_json, write_safetensors
+from ttt_jax.checkpoints.files import CONFIG, write_safetensors
 from ttt_jax.checkpoints.hf_config import write_config
 from ttt_jax.checkpoints.tensors import Row, named_parameters, tensor_table
 from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.checkpoints.ttt_config import SECTION, write_published, write_section
 from ttt_jax.errors import UserError
+from ttt_jax.files import new_directory, write_json
 from ttt_jax.nn.mlp import LOG_SPEED
 from ttt_jax.nn.transformer import Transformer
 

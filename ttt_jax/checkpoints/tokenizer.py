@@ -18,10 +18,10 @@ from ttt_jax.checkpoints.files import (
   is_gguf,
   local_path,
   read_json,
-  write_json,
 )
 from ttt_jax.checkpoints.hf_config import model_tokens
 from ttt_jax.errors import UserError
+from ttt_jax.files import write_json
 
 BYTES = "bytes"  # the name of the tokenizer of 256 bytes
 _TOKENIZER = "tokenizer.json"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax.config import Config
+from ttt_jax.config.recorded import CONFIG_FILE
 from ttt_jax.config.yaml import flatten, load_config, load_fields, make_config, merged_fields
 from ttt_jax.errors import UserError
-from ttt_jax.training.rundir import CONFIG_FILE
 
 EVALUATED = "a run's YAML file or directory; or a Hugging Face directory, a .gguf file"
 

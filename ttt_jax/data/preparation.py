@@ -4,7 +4,6 @@ The metadata is written first, as unfinished, and once more when everything else
 directory tells whether it is whole, and one that a killed `prepare` left is made anew by the next one.
 """
 
-import json
 import os
 import time
 import zlib
@@ -33,6 +32,7 @@ from ttt_jax.data.prepared import (
 from ttt_jax.data.skipped import Skipped, stable_hash
 from ttt_jax.data.tokens import fingerprint, token_dtype, tokenized
 from ttt_jax.errors import UserError
+from ttt_jax.files import unfinished_path, write_json
 
 _LINE_SECONDS = 10  # between two lines of progress where no bar can be drawn
 
@@ -127,7 +127,7 @@ def _clear(directory: Path) -> None:
   if directory.exists() and not directory.is_dir():
     raise UserError(f"destination={str(directory)!r} is a file: give another one")
   directory.mkdir(parents=True, exist_ok=True)
-  names = {path.name for path in directory.iterdir()} - {_tmp(directory).name}
+  names = {path.name for path in directory.iterdir()} - {unfinished_path(directory / METADATA).name}
   if not names:
     return
   if METADATA not in names:
@@ -141,16 +141,7 @@ def _clear(directory: Path) -> None:
 
 
 def _write_metadata(directory: Path, metadata: dict[str, Any]) -> None:
-  tmp = _tmp(directory)
-  with tmp.open("w", encoding="utf-8") as file:
-    json.dump(metadata, file, indent=1)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(tmp, directory / METADATA)
-
-
-def _tmp(directory: Path) -> Path:
-  return directory / f".{METADATA}.tmp"
+  write_json(directory / METADATA, metadata)
 
 
 def _shard_name(number: int) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax.errors import UserError
+from ttt_jax.files import jsonable, write_text
 from ttt_jax.parallel.processes import from_main, is_main
-from ttt_jax.training.rundir import jsonable, write_whole
 
 
 class Cells:
@@ -41,7 +41,7 @@ class Cells:
       results = self._read(lines, settings)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     lines = lines or [json.dumps({"settings": settings})]
-    write_whole(self._path, "".join(line + "\n" for line in lines))
+    write_text(self._path, "".join(line + "\n" for line in lines))
     return results
 
   def _read(self, lines: list[str], settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.checkpoints.resolve import resolve, resolve_run
+from ttt_jax.checkpoints.runs import evaluated_model
 from ttt_jax.config import Config
 from ttt_jax.data import heldout_rows
+from ttt_jax.data.load import load_data
 from ttt_jax.evaluation.cells import Cells
 from ttt_jax.evaluation.perplexity import (
   PerplexityConfig,
@@ -18,11 +20,10 @@ from ttt_jax.evaluation.perplexity import (
 )
 from ttt_jax.evaluation.plots import plot_perplexity
 from ttt_jax.evaluation.progress import EvaluationProgress
+from ttt_jax.files import write_json
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.processes import is_main, on_main, together
-from ttt_jax.training.run import evaluated_model, load_data
-from ttt_jax.training.rundir import write_json
 
 
 def run_perplexity(

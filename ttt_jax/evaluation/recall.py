@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Int
 
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.heldout import over_rows
+from ttt_jax.files import write_text
 from ttt_jax.nn.transformer import Transformer
-from ttt_jax.training.rundir import write_whole
 
 _KEYS = np.arange(ord("A"), ord("Z") + 1, dtype=np.uint8)
 _VALUES = np.arange(ord("a"), ord("z") + 1, dtype=np.uint8)
@@ -58,7 +58,7 @@ def write_documents(directory: str | Path, *, documents: int, tokens: int, seed:
     raise UserError(f"{path} is there already: delete it, or name another directory")
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = (json.dumps({"text": make_document(tokens, seed, i)}) + "\n" for i in range(documents))
-  write_whole(path, "".join(lines))
+  write_text(path, "".join(lines))
   return path
 
 

@@ -7,15 +7,16 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.checkpoints.resolve import resolve, resolve_run
+from ttt_jax.checkpoints.runs import BASELINE, evaluated_model, load_model
 from ttt_jax.config import Config
 from ttt_jax.data import heldout_rows
+from ttt_jax.data.load import load_data
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.plots import plot_recall
 from ttt_jax.evaluation.recall import CHANCE, by_distance, recalled
+from ttt_jax.files import write_json
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.processes import is_main, on_main, together
-from ttt_jax.training.run import BASELINE, evaluated_model, load_data, load_model
-from ttt_jax.training.rundir import write_json
 
 
 def run_recall(

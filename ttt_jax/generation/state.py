@@ -1,8 +1,6 @@
 """What generation leaves behind, to read and write on: in memory, and in a file."""
 
 import dataclasses
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from safetensors.flax import save_file
 
 from ttt_jax.errors import UserError
 from ttt_jax.extras.baselines.layers import LINEAR_CACHE, LinearCache
+from ttt_jax.files import whole_file
 from ttt_jax.generation.decoder import Cache, Reader
 from ttt_jax.nn.attention import KEYS_AND_VALUES
 from ttt_jax.nn.mlp import FAST_CACHE
@@ -103,7 +102,6 @@ class GenerationState:
 
     Slots for tokens that were not read yet are left out.
     """
-    path = Path(path)
     longest = int(jnp.max(self.cache.lengths, initial=0))
     layers = tuple(
       layer._replace(attention=_first_slots(layer.attention, longest))
@@ -111,12 +109,12 @@ class GenerationState:
     )
     arrays = named_leaves(Cache(self.cache.lengths, layers), ".") | {"logits": self.logits}
     metadata = {"format": _FORMAT, "model": self.model}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
-      written = Path(directory) / "state"
+    with whole_file(path) as unfinished:
       save_file(
-        {name: jax.device_put(x, jax.devices()[0]) for name, x in arrays.items()}, written, metadata
+        {name: jax.device_put(x, jax.devices()[0]) for name, x in arrays.items()},
+        unfinished,
+        metadata,
       )
-      os.replace(written, path)
 
 
 def _first_slots(cache: KeyValueCache | LinearCache, slots: int) -> KeyValueCache | LinearCache:

@@ -1,7 +1,8 @@
 """How parameters, and whatever is kept per parameter, are split over the mesh.
 
 One table says what the dimensions of a parameter are; the axes they are split over are the rules of
-`ttt_jax.parallel.mesh`. Optimiser state has its parameter's name at the end of its path, and so its partition.
+`ttt_jax.parallel.mesh`. Optimiser state has its parameter's name at the end of its path, and so its
+partition.
 """
 
 from functools import partial

@@ -20,7 +20,7 @@ from ttt_jax.errors import UserError
 from ttt_jax.evaluation.heldout import evaluation_rows, losses_by_token
 from ttt_jax.evaluation.progress import TrainingProgress
 from ttt_jax.nn.transformer import Transformer, count_parameters
-from ttt_jax.ops.fast_weight.cost import find_device
+from ttt_jax.ops.hardware import find_device
 from ttt_jax.parallel.mesh import local_rows
 from ttt_jax.parallel.processes import gather, is_main, stop_requests
 from ttt_jax.training.flops import training_flops

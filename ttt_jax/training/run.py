@@ -15,29 +15,21 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.checkpoints.resolve import initial_model, resolve, resolve_run
-from ttt_jax.checkpoints.runs import abstract_model, load_model
-from ttt_jax.checkpoints.tokenizer import load_tokenizer
+from ttt_jax.checkpoints.runs import BASELINE, abstract_model, as_begun, evaluated_model, load_model
 from ttt_jax.config import Config
-from ttt_jax.data import VOCAB_SIZE, Corpus, load_corpus
+from ttt_jax.data import Corpus
+from ttt_jax.data.load import load_data
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.heldout import check_evaluation, evaluate, evaluation_rows
 from ttt_jax.evaluation.plots import plot_by_position, plot_training
+from ttt_jax.files import write_json
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.processes import is_main, on_main, together
 from ttt_jax.parallel.trees import delete
 from ttt_jax.training.log import check_writers
 from ttt_jax.training.loop import model_summary, train
-from ttt_jax.training.rundir import (
-  METRICS_FILE,
-  as_begun,
-  hold_run,
-  open_run,
-  read_metrics,
-  write_json,
-)
-
-BASELINE = "baseline"  # the twin's directory inside the run's
+from ttt_jax.training.rundir import METRICS_FILE, hold_run, open_run, read_metrics
 
 
 def run_training(config: Config, console: Console | None = None) -> dict[str, Any] | None:
@@ -148,36 +140,6 @@ def run_evaluation(
     on_main(lambda: open_run(run_dir, config))
   console.print(corpus.report(), highlight=False)
   return _evaluate_and_report(config, model, baseline, corpus, mesh, run_dir, rows, console)
-
-
-def evaluated_model(config: Config, mesh: Mesh, *, is_run: bool) -> Transformer:
-  """The model of a run's newest checkpoint, or the pretrained one of a resolved config as it is."""
-  if is_run:
-    return load_model(config, mesh, Path(config.resolved_run_dir))
-  return initial_model(config, mesh)
-
-
-def load_data(config: Config) -> Corpus:
-  """The documents of a resolved config, in the tokens that its model reads; those of a run, as it began.
-
-  Raises:
-    ValueError: the model has not as many tokens as the tokenizer; as `load_tokenizer` and
-      `load_corpus`.
-  """
-  config = as_begun(config)
-  tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
-  tokens = VOCAB_SIZE if tokenizer is None else tokenizer.vocab_size
-  if tokens > config.model.vocab_size:
-    raise UserError(
-      f"model.vocab_size={config.model.vocab_size} is less than the {tokens} tokens of "
-      f"{config.tokenizer or 'bytes'}: "
-      + (
-        f"set model.vocab_size={tokens}"
-        if config.init_from is None
-        else f"data.tokenizer is not that of init_from={config.init_from!r}"
-      )
-    )
-  return load_corpus(config.data, seed=config.seed, tokenizer=tokenizer)
 
 
 def _evaluate_and_report(

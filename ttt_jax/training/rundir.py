@@ -1,13 +1,11 @@
-"""The directory of a run: its config, its metrics, and files written whole or not at all.
+"""The directory of a run: its config and its metrics.
 
 A run directory belongs to one config, so that a command repeated there resumes what was begun and
-anything else is refused before a file is touched. Checkpoints live beside, in `checkpoint.py`.
+anything else is refused before a file is touched. Checkpoints live beside, in `checkpoints/orbax.py`.
 """
 
 import dataclasses
 import json
-import math
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,24 +13,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from ttt_jax.config import Config
-from ttt_jax.config.yaml import config_difference, dump_config, flatten, load_config, read_yaml
+from ttt_jax.config.recorded import (
+  CONFIG_FILE,
+  record_config,
+  recorded_config,
+)
+from ttt_jax.config.yaml import config_difference, flatten
 from ttt_jax.errors import UserError
-from ttt_jax.parallel.processes import from_main
+from ttt_jax.files import jsonable, unfinished_path, write_text
 
-CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 _LOCK_FILE = ".lock"
-# The last line of a config that was written whole: what it lacks, its version of ttt_jax did not have.
-_END = "# end of the config\n"
-
 # They say where a run goes on, not what it computes: never compared.
 _NOT_COMPARED = ("run_dir", "runtime", "plan")
-# Null in these is what the run began with; a version of ttt_jax that did not have them began with this.
-_AS_BEGUN = {"data.start_of_text": None, "data.end_of_text": False}
 # Fields and sections that a resumed run may change: how long, on what, how often, how judged.
 MAY_CHANGE = (
   "train.steps",
@@ -62,18 +58,8 @@ def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = 
   changed = _check_run(path, config, may_change)
   _make_directory(path)
   if changed:
-    _write_config(path / CONFIG_FILE, _filled(config, _begun_with(path / CONFIG_FILE)))
+    record_config(path, config)
   return path
-
-
-def as_begun(config: Config) -> Config:
-  """The config of a run that goes on: null for the ends of documents is what the run began with.
-
-  One that was begun by a version of ttt_jax without `data.end_of_text` so keeps its tokens: there it is
-  false.
-  """
-  file = Path(config.resolved_run_dir) / CONFIG_FILE
-  return _filled(config, from_main(lambda: _begun_with(file)))
 
 
 @contextmanager
@@ -111,28 +97,6 @@ def hold_run(path: str | Path, config: Config) -> Iterator[None]:
     yield
 
 
-def recorded_config(run_dir: str | Path) -> Config:
-  """The config that a run recorded; what an earlier version of ttt_jax did not have is what it did.
-
-  Raises:
-    UserError: there is none, or it was cut short.
-  """
-  file = Path(run_dir) / CONFIG_FILE
-  if not file.is_file():
-    raise UserError(f"run_dir={str(run_dir)!r} has no checkpoints: train there first")
-  if not _is_whole(file):
-    raise UserError(  # what it lacks must not pass for defaults
-      f"{file} is damaged, its last line is not {_END.strip()!r}: give another --run_dir, or add that "
-      "line if all the rest is there"
-    )
-  return _filled(load_config(file), _begun_with(file))
-
-
-def write_json(path: str | Path, data: Any) -> None:
-  """Writes a JSON file whole or not at all; NaN and infinities become null."""
-  write_whole(Path(path), json.dumps(jsonable(data), indent=2, allow_nan=False) + "\n")
-
-
 class MetricsLog:
   """`metrics.jsonl`: one JSON object per line, each with its `step`; a context manager."""
 
@@ -154,7 +118,7 @@ class MetricsLog:
       kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
       lines = "".join(_line(record) for record in kept)
       if lines != text:
-        write_whole(path, lines)
+        write_text(path, lines)
     return cls(path)
 
   def __enter__(self) -> "MetricsLog":
@@ -200,14 +164,17 @@ def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> bool:
     raise UserError(f"run_dir={str(path)!r} is a file: give another --run_dir")
   if not file.exists():
     # A start killed at once leaves at most the lock and the unfinished config.
-    if path.is_dir() and {p.name for p in path.iterdir()} - {_tmp(file).name, _LOCK_FILE}:
+    if path.is_dir() and {p.name for p in path.iterdir()} - {
+      unfinished_path(file).name,
+      _LOCK_FILE,
+    }:
       raise UserError(
         f"run_dir={str(path)!r} is not empty and not a run of ttt_jax (it has no {CONFIG_FILE}): "
         "give another --run_dir"
       )
     return True
   config = _filled(config, _begun_with(file))
-  recorded, current = _read_config(file), dataclasses.asdict(config)
+  recorded, current = dataclasses.asdict(recorded_config(path)), dataclasses.asdict(config)
   refused = config_difference(_without(recorded, may_change), _without(current, may_change))
   if refused:
     raise UserError(
@@ -225,38 +192,6 @@ def _make_directory(path: Path) -> None:
     raise UserError(f"run_dir={str(path)!r} cannot be made: {error.strerror}") from error
 
 
-def _write_config(file: Path, config: Config) -> None:
-  write_whole(file, dump_config(config) + _END)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-  """The recorded config; what an earlier version of ttt_jax did not have is what it did."""
-  return dataclasses.asdict(recorded_config(file.parent))
-
-
-def _is_whole(file: Path) -> bool:
-  return file.read_text(encoding="utf-8", errors="replace").endswith(_END)
-
-
-def _begun_with(file: Path) -> dict[str, Any]:
-  """What the recorded config has in the fields of `_AS_BEGUN`; empty where no run was begun."""
-  if not file.is_file() or not _is_whole(file):
-    return {}
-  recorded = dict(flatten(read_yaml(file)))
-  return {name: recorded.get(name, before) for name, before in _AS_BEGUN.items()}
-
-
-def _filled(config: Config, begun_with: dict[str, Any]) -> Config:
-  """The config with these values where it has null."""
-  for name, value in begun_with.items():
-    section, field = name.split(".")
-    values = getattr(config, section)
-    if getattr(values, field) is None:
-      values = dataclasses.replace(values, **{field: value})
-      config = dataclasses.replace(config, **{section: values})
-  return config
-
-
 def _without(tree: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
   """The fields by dotted name, less those in `names`, in a section of `names`, or not compared."""
   dropped = (*_NOT_COMPARED, *names)
@@ -269,30 +204,3 @@ def _without(tree: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 def _line(record: dict[str, Any]) -> str:
   return json.dumps(jsonable(record), allow_nan=False) + "\n"
-
-
-def jsonable(value: Any) -> Any:
-  """`value` of Python types that JSON has, None for what is not finite."""
-  if isinstance(value, dict):
-    return {str(key): jsonable(item) for key, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [jsonable(item) for item in value]
-  if isinstance(value, np.ndarray | np.generic):
-    return jsonable(value.tolist())
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value
-
-
-def _tmp(path: Path) -> Path:
-  return path.with_name(f".{path.name}.tmp")
-
-
-def write_whole(path: Path, text: str) -> None:
-  """Replaces a file in one step, so that a kill or a full disk leaves the old one or the new."""
-  tmp = _tmp(path)
-  with tmp.open("w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(tmp, path)

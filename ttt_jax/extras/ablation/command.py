@@ -11,7 +11,7 @@ from ttt_jax.extras.ablation.grid import load_ablation
 from ttt_jax.extras.ablation.picture import plot_ablation
 from ttt_jax.extras.ablation.report import report
 from ttt_jax.extras.ablation.runs import run_all
-from ttt_jax.training.rundir import write_json
+from ttt_jax.files import write_json
 
 
 def run(

@@ -19,8 +19,10 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ttt_jax.config import Config
+from ttt_jax.config.recorded import CONFIG_FILE
 from ttt_jax.extras.ablation.grid import Ablation, Variant
-from ttt_jax.training.rundir import CONFIG_FILE, jsonable, open_run
+from ttt_jax.files import jsonable
+from ttt_jax.training.rundir import open_run
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_DEVICES")
 # What a run is asked after its training, in its directory.

@@ -22,13 +22,16 @@ from rich.table import Table
 
 from ttt_jax.errors import UserError
 from ttt_jax.extras.plan.hlo import sent_bytes
+from ttt_jax.files import write_json
 from ttt_jax.ops.exchange.collectives import COLLECTIVES
+from ttt_jax.ops.exchange.cost import collective_seconds
 from ttt_jax.ops.exchange.prefix import exclusive_prefix
-from ttt_jax.ops.fast_weight.api import cost, inplace_ttt
+from ttt_jax.ops.fast_weight import cost
+from ttt_jax.ops.fast_weight.api import inplace_ttt
 from ttt_jax.ops.fast_weight.sharded import context_parallel
 from ttt_jax.ops.fast_weight.targets import ntp_targets
+from ttt_jax.ops.hardware import find_device
 from ttt_jax.ops.update import Update
-from ttt_jax.training.rundir import write_json
 
 # Name, options of the op, and FLOPs against the dense MLP's: forward, forward and backward.
 WAYS = {
@@ -214,8 +217,8 @@ def exchange_cases(config: BenchConfig) -> tuple[list[Case], list[dict[str, Any]
   shape = (config.shards, config.batch, config.d_ff, config.d_model)
   mesh = _mesh(config.shards)
   deltas = jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))
-  work = cost.Work(1, 1, config.d_ff, config.d_model, shards=config.shards, batch=config.batch)
-  predicted = cost.collective_seconds(work, cost.find_device())
+  state_bytes = config.batch * config.d_ff * config.d_model * 4
+  predicted = collective_seconds(config.shards, state_bytes, find_device(), rows=config.d_ff)
   cases, sent = [], []
   for collective, wire_dtype in itertools.product(COLLECTIVES, (None, "bfloat16")):
 
@@ -232,7 +235,7 @@ def exchange_cases(config: BenchConfig) -> tuple[list[Case], list[dict[str, Any]
       {
         "case": name,
         "sent_bytes": sum(sent_bytes(case.run.as_text()).values()),
-        "state_bytes": work.sent_state,
+        "state_bytes": state_bytes,
         "predicted_seconds": predicted[collective] if wire_dtype is None else None,
       }
     )

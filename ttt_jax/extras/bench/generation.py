@@ -18,10 +18,10 @@ from rich.table import Table
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig
 from ttt_jax.errors import UserError
 from ttt_jax.extras.bench.fast_weights import machine, wide_console
+from ttt_jax.files import write_json
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
 from ttt_jax.nn.transformer import Transformer, count_parameters
-from ttt_jax.training.rundir import write_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ttt_jax.extras.plan.programs import trace_prefill, trace_training
 from ttt_jax.extras.plan.topology import Topology, open_topology
 from ttt_jax.extras.plan.traced import TracedArray, device_flops, largest_arrays
 from ttt_jax.nn.transformer import count_parameters
-from ttt_jax.ops.fast_weight.cost import Device, find_device
+from ttt_jax.ops.hardware import Device, find_device
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.training.flops import token_flops, training_flops
 

@@ -24,11 +24,11 @@ from ttt_jax.extras.ruler.config import SamplesConfig
 from ttt_jax.extras.ruler.generate import Ruler
 from ttt_jax.extras.ruler.sample import Sample
 from ttt_jax.extras.ruler.tasks import TASKS, Task
+from ttt_jax.files import write_json
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
 from ttt_jax.generation.sampling import stop_tokens
 from ttt_jax.nn.transformer import Transformer
-from ttt_jax.training.rundir import write_json
 
 RESULTS, PICTURE, ANSWERS = "ruler.json", "ruler.png", "answers"
 _CELLS = "cells.jsonl"

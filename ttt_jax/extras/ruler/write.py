@@ -11,14 +11,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ttt_jax.checkpoints.files import new_directory
 from ttt_jax.checkpoints.tokenizer import load_tokenizer
 from ttt_jax.evaluation.progress import EvaluationProgress
 from ttt_jax.extras.bench.fast_weights import processor, wide_console
 from ttt_jax.extras.ruler.config import SamplesConfig
 from ttt_jax.extras.ruler.generate import Ruler
 from ttt_jax.extras.ruler.tasks import TASKS
-from ttt_jax.training.rundir import write_json
+from ttt_jax.files import new_directory, write_json
 
 REPORT = "ruler_generation.json"
 

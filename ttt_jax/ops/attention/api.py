@@ -13,10 +13,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.errors import UnsupportedError, UserError
-from ttt_jax.ops.attention.api import blockwise, splash
+from ttt_jax.ops.attention import blockwise, splash
 from ttt_jax.ops.documents import check_segment_ids
 from ttt_jax.ops.exchange.prefix import shard_count
-from ttt_jax.ops.fast_weight.cost import cuda_capability, target_platform
+from ttt_jax.ops.hardware import cuda_capability, target_platform
 from ttt_jax.ops.linear import finite_cotangent
 from ttt_jax.ops.numerics import accumulation_dtype, finite, poison
 from ttt_jax.ops.varying import is_checked, varying_axes

@@ -15,6 +15,7 @@ from jax.interpreters import ad
 from jaxtyping import Array, Float, Shaped
 
 from ttt_jax.errors import UserError
+from ttt_jax.ops.exchange import cost
 from ttt_jax.ops.exchange.collectives import (
   COLLECTIVES,
   Exchange,
@@ -22,7 +23,7 @@ from ttt_jax.ops.exchange.collectives import (
   gather_keeps,
   own_entry,
 )
-from ttt_jax.ops.fast_weight.api import cost
+from ttt_jax.ops.hardware import find_device
 from ttt_jax.ops.linear import define
 from ttt_jax.ops.numerics import where
 from ttt_jax.ops.update import Update, apply_update, prefix_keeps, times
@@ -52,12 +53,11 @@ def plan_exchange(
       wire_dtype = None  # nothing is saved by rounding up
   size = shard_count(axis_name)
   b, f, d = shape
-  wire_item = (wire_dtype or jnp.dtype(dtype)).itemsize
-  work = cost.Work(1, 1, d_ff=f, d_model=d, shards=size, batch=b, wire_item=wire_item)
-  device = cost.find_device()
+  state_bytes = b * f * d * (wire_dtype or jnp.dtype(dtype)).itemsize
+  device = find_device()
   if collective is None:
-    collective = cost.choose_collective(work, device)
-  slices = cost.ring_slices(work, device) if collective == "ring" else 1
+    collective = cost.choose_collective(size, state_bytes, device, rows=f)
+  slices = cost.ring_slices(size, state_bytes, device, rows=f) if collective == "ring" else 1
   return Exchange(axis_name, collective, slices, wire_dtype)
 
 

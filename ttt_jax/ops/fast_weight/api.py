@@ -17,13 +17,14 @@ from ttt_jax.errors import UnsupportedError, UserError
 from ttt_jax.ops import linear
 from ttt_jax.ops.documents import ChunkFacts, check_segment_ids, chunk_facts, length_facts
 from ttt_jax.ops.exchange.prefix import last_shard, plan_exchange, shard_count
-from ttt_jax.ops.fast_weight.api import cost
+from ttt_jax.ops.fast_weight import cost
 from ttt_jax.ops.fast_weight.associative import associative
 from ttt_jax.ops.fast_weight.chunks import Chunks, Options
 from ttt_jax.ops.fast_weight.dual import dual
 from ttt_jax.ops.fast_weight.sequential import sequential
 from ttt_jax.ops.fast_weight.stats import FastWeightStats as FastWeightStats
 from ttt_jax.ops.fast_weight.stats import measure, sampled_places
+from ttt_jax.ops.hardware import find_device
 from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
 from ttt_jax.ops.update import sum_over
 from ttt_jax.ops.varying import is_checked, vary_over, varying_axes
@@ -277,7 +278,7 @@ def _choose(implementation, merge, work, dtype):
     implementation = "sequential"
   elif implementation is None:
     work = dataclasses.replace(work, merge=lossless if merge is None else merge)
-    implementation = cost.choose_implementation(work, cost.find_device())
+    implementation = cost.choose_implementation(work, find_device())
   if merge is None:
     merge = lossless and implementation == "sequential"
   return IMPLEMENTATIONS[implementation], merge

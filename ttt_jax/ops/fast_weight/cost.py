@@ -1,4 +1,4 @@
-"""The cost model behind `implementation=None` and `collective=None`, and `explain`, which says why.
+"""The cost model behind `implementation=None`, and `explain`, which says what is chosen and why.
 
 Times are those of peak rates, so only their order means anything: a product takes FLOPs / peak, a pass
 over a state bytes / memory bandwidth, a message latency + bytes / link bandwidth. `ttt-jax bench` shows
@@ -7,120 +7,18 @@ where that order is wrong on the machine at hand.
 
 import dataclasses
 import math
-import re
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractDevice
 
 from ttt_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-  """What a chip can do.
-
-  Attributes:
-    name: as in conversation. kind: how `jax.Device.device_kind` begins.
-    peak: FLOP/s of a product of bfloat16 inputs.
-    peak_float32: FLOP/s of a product of float32 inputs at JAX's default precision: one bfloat16 pass on
-      TPU, TF32 on NVIDIA GPUs.
-    memory: bytes/s of its memory.
-    link: bytes/s to one neighbour, one way.
-    latency: seconds a message takes that carries nothing. Not published; assumed unless the source
-      says otherwise.
-    torus: neighbours are linked, and farther messages occupy every link on their way; else a switch
-      joins all devices.
-    fuses: passes over a state go on during the product before or after them, as in programs compiled for
-      TPU (two fusions a chunk); else they are kernels of their own.
-    source: where the figures are from.
-  """
-
-  name: str
-  kind: str
-  peak: float
-  peak_float32: float
-  memory: float
-  link: float
-  latency: float
-  torus: bool
-  fuses: bool
-  source: str
-
-
-# ICI figures are published per chip and for both directions: divided by ports and by 2. Dense rates of GPUs
-# are half of the published ones with sparsity; NVLink, too, is published for both directions.
-# fmt: off
-DEVICES = {
-  device.name: device
-  for device in (
-    Device("v5e", "TPU v5 lite", 197e12, 197e12, 819e9, 400e9 / 4 / 2, 1e-6, True, True,
-           "docs.cloud.google.com/tpu/docs/v5e"),
-    Device("v5p", "TPU v5", 459e12, 459e12, 2765e9, 1200e9 / 6 / 2, 1e-6, True, True,
-           "docs.cloud.google.com/tpu/docs/v5p"),
-    Device("v6e", "TPU v6", 918e12, 918e12, 1638e9, 800e9 / 4 / 2, 1e-6, True, True,
-           "docs.cloud.google.com/tpu/docs/v6e"),
-    Device("h100", "NVIDIA H100", 989e12, 495e12, 3.35e12, 900e9 / 2, 10e-6, False, False,
-           "NVIDIA H100 datasheet, SXM"),
-    Device("h200", "NVIDIA H200", 989e12, 495e12, 4.8e12, 900e9 / 2, 10e-6, False, False,
-           "NVIDIA H200 datasheet, SXM"),
-    Device("cpu", "cpu", 1.5e11, 1.5e11, 2e10, 8e8, 500e-6, False, False,
-           "two cores of an AMD EPYC as 8 devices, measured"),
-  )
-}
-# fmt: on
-_NEAREST = {"tpu": "v5p", "gpu": "h100", "cpu": "cpu"}
-
-
-def _target():
-  """A device that a program is traced for: of its mesh, which may not be the machine it is traced on."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.devices()[0] if device is None else device
-
-
-def target_platform() -> str:
-  """`"tpu"`, `"gpu"` or `"cpu"`: where the program will run that is being traced."""
-  platform = _target().platform
-  return "gpu" if platform in ("cuda", "rocm") else platform
-
-
-def cuda_capability() -> float | None:
-  """The compute capability of the GPU that a program is traced for; None unless it is NVIDIA's.
-
-  AMD's are named by architecture ("gfx942"). An abstract mesh knows its devices by kind only: without such
-  a device here, the capability is that of the oldest ones for which cuDNN has attention, 8.0.
-  """
-  device = _target()
-  if isinstance(device, AbstractDevice):
-    kind = device.device_kind
-    here = [known for known in jax.devices() if known.device_kind == kind]
-    if not here:
-      return None if kind.lower().startswith(("amd", "radeon", "gfx")) else 8.0
-    device = here[0]
-  capability = device.compute_capability
-  return float(capability) if re.fullmatch(r"\d+(\.\d+)?", capability) else None
-
-
-def find_device(kind: str | None = None) -> Device:
-  """The figures of a device kind, of a short name such as `"v5p"`, or of the device a program is for.
-
-  A kind that is not in the table gets the figures of its platform's nearest one.
-
-  Raises:
-    ValueError: a name that is neither in the table nor the kind of a device here.
-  """
-  if kind in DEVICES:
-    return DEVICES[kind]
-  platform = None
-  if kind is None:
-    kind, platform = _target().device_kind, target_platform()
-  for device in DEVICES.values():  # the first that fits: "TPU v5" begins v5e, too
-    if kind.startswith(device.kind):
-      return device
-  if platform is None:
-    raise UserError(f"device={kind!r} is not in the table: use one of {', '.join(DEVICES)}")
-  return DEVICES[_NEAREST.get(platform, "h100")]
+from ttt_jax.ops.exchange.cost import (
+  bytes_sent,
+  choose_collective,
+  collective_seconds,
+  ring_slices,
+)
+from ttt_jax.ops.hardware import Device, find_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,45 +81,10 @@ def implementation_seconds(work: Work, device: Device) -> dict[str, float]:
   }
 
 
-def collective_seconds(work: Work, device: Device) -> dict[str, float]:
-  """Time of one exchange of states over `work.shards` contiguous devices, one kind of link.
-
-  On a torus the axis is taken as a ring of two-way links; a message over several hops occupies each.
-  """
-  p, s = work.shards, work.sent_state
-  k = ring_slices(work, device)
-  steps = math.ceil(math.log2(p)) if p > 1 else 0
-  if device.torus:
-    sent = {"all_gather": (p - 1) / 2, "doubling": p - 1, "all_to_all": 2 * p / 8}
-  else:
-    sent = {"all_gather": p - 1, "doubling": steps, "all_to_all": 2 * (p - 1) / p}
-  sent["ring"] = (p + k - 2) / k
-  messages = {"all_gather": 1, "doubling": steps, "all_to_all": 2, "ring": p + k - 2}
-  return {
-    name: messages[name] * device.latency + sent[name] * s / device.link
-    for name in ("all_gather", "doubling", "all_to_all", "ring")
-  }
-
-
-_MOST_SLICES = 64  # of the ring: a program has P + K - 2 messages, one after another
-
-
-def ring_slices(work: Work, device: Device) -> int:
-  """K of the ring: the minimum of `(P + K - 2) (latency + S / (K link))`, at most F and 64."""
-  best = math.sqrt(max(0, work.shards - 2) * work.sent_state / (device.link * device.latency))
-  return max(1, min(round(best), work.d_ff, _MOST_SLICES))
-
-
 def choose_implementation(work: Work, device: Device) -> str:
   """The faster of `sequential` and `dual`, by the model. `associative` is there to be asked for."""
   seconds = implementation_seconds(work, device)
   return min(("sequential", "dual"), key=seconds.__getitem__)
-
-
-def choose_collective(work: Work, device: Device) -> str:
-  """The fastest one, by the model."""
-  seconds = collective_seconds(work, device)
-  return min(seconds, key=seconds.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,17 +131,6 @@ def _seconds(seconds: float) -> str:
     if seconds >= size:
       return f"{seconds / size:.3g} {unit}"
   return f"{seconds / 1e-9:.3g} ns"
-
-
-def bytes_sent(work: Work) -> dict[str, int]:
-  """What each collective sends per device, at most."""
-  p, s = work.shards, work.sent_state
-  return {
-    "all_gather": (p - 1) * s,
-    "doubling": (math.ceil(math.log2(p)) if p > 1 else 0) * s,
-    "all_to_all": 2 * s * (p - 1) // p,
-    "ring": s if p > 1 else 0,
-  }
 
 
 def explain(
@@ -344,13 +196,15 @@ def explain(
   )
   found = find_device(device)
   implementation = "sequential" if merge else choose_implementation(work, found)
+  many = shards > 1
+  exchange = (shards, work.sent_state, found)
   return Explanation(
     device=found,
     work=work,
     implementation=implementation,
     implementations=implementation_seconds(work, found),
-    collective=choose_collective(work, found) if shards > 1 else None,
-    collectives=collective_seconds(work, found) if shards > 1 else {},
-    bytes_sent=bytes_sent(work),
-    slices=ring_slices(work, found),
+    collective=choose_collective(*exchange, rows=d_ff) if many else None,
+    collectives=collective_seconds(*exchange, rows=d_ff) if many else {},
+    bytes_sent=bytes_sent(shards, work.sent_state),
+    slices=ring_slices(*exchange, rows=d_ff),
   )

@@ -1,0 +1,1 @@
+"""Linear recurrences in the place of attention, to compare with."""

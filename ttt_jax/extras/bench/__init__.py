@@ -1,0 +1,1 @@
+"""Benchmarks of fast weights and of generation."""

@@ -1,0 +1,82 @@
+"""Files and directories written whole or not at all: a kill or a full disk leaves what was there."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ttt_jax.errors import UserError
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+  """A path beside `path` to write to; the file takes the place of `path` in one step when the block ends.
+
+  It is on the disk before it is renamed. If the block fails, `path` stays as it was.
+  """
+  path = Path(path)
+  unfinished = unfinished_path(path)
+  try:
+    yield unfinished
+    with unfinished.open("rb") as file:
+      os.fsync(file.fileno())
+    os.replace(unfinished, path)
+  except BaseException:
+    unfinished.unlink(missing_ok=True)
+    raise
+
+
+def unfinished_path(path: Path) -> Path:
+  """Where `whole_file` writes; a process killed in its block leaves this."""
+  return path.with_name(f".{path.name}.tmp")
+
+
+def write_text(path: str | Path, text: str) -> None:
+  """Writes a text file whole or not at all."""
+  with whole_file(path) as unfinished:
+    unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, data: Any) -> None:
+  """Writes a JSON file whole or not at all; NaN and infinities become null."""
+  text = json.dumps(jsonable(data), indent=2, ensure_ascii=False, allow_nan=False)
+  write_text(path, f"{text}\n")
+
+
+def jsonable(value: Any) -> Any:
+  """`value` of Python types that JSON has, None for what is not finite."""
+  if isinstance(value, dict):
+    return {str(key): jsonable(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [jsonable(item) for item in value]
+  if isinstance(value, np.ndarray | np.generic):
+    return jsonable(value.tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+  """A directory to fill that becomes `path` when the block ends, and vanishes if it fails.
+
+  Raises:
+    UserError: `path` exists and is not an empty directory. Nothing has been written.
+  """
+  path = Path(path).expanduser()
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    raise UserError(f"{path} exists already: nothing is written over it, give another path")
+  unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  unfinished.mkdir(parents=True)
+  try:
+    yield unfinished
+    os.rename(unfinished, path)  # also replaces an empty directory
+  except BaseException:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    raise

@@ -1,0 +1,1 @@
+"""Attention over the shards of a sequence, and its kernels."""

@@ -1,0 +1,61 @@
+"""The cost model behind `collective=None`: what each collective sends, and how long that takes.
+
+A message takes latency + bytes / link bandwidth, at published peak rates: only the order of the results
+means anything.
+"""
+
+import math
+
+from ttt_jax.ops.hardware import Device
+
+_MOST_SLICES = 64  # of the ring: a program has P + K - 2 messages, one after another
+
+
+def collective_seconds(
+  shards: int, state_bytes: int, device: Device, *, rows: int
+) -> dict[str, float]:
+  """Time of one exchange over `shards` contiguous devices, one kind of link, by collective.
+
+  On a torus the axis is taken as a ring of two-way links; a message over several hops occupies each.
+
+  Args:
+    shards: P, devices along the sequence.
+    state_bytes: S, what one device contributes.
+    rows: F, at most so many slices can a state be cut into.
+  """
+  p, s = shards, state_bytes
+  k = ring_slices(shards, state_bytes, device, rows=rows)
+  steps = math.ceil(math.log2(p)) if p > 1 else 0
+  if device.torus:
+    sent = {"all_gather": (p - 1) / 2, "doubling": p - 1, "all_to_all": 2 * p / 8}
+  else:
+    sent = {"all_gather": p - 1, "doubling": steps, "all_to_all": 2 * (p - 1) / p}
+  sent["ring"] = (p + k - 2) / k
+  messages = {"all_gather": 1, "doubling": steps, "all_to_all": 2, "ring": p + k - 2}
+  return {
+    name: messages[name] * device.latency + sent[name] * s / device.link
+    for name in ("all_gather", "doubling", "all_to_all", "ring")
+  }
+
+
+def ring_slices(shards: int, state_bytes: int, device: Device, *, rows: int) -> int:
+  """K of the ring: the minimum of `(P + K - 2) (latency + S / (K link))`, at most F and 64."""
+  best = math.sqrt(max(0, shards - 2) * state_bytes / (device.link * device.latency))
+  return max(1, min(round(best), rows, _MOST_SLICES))
+
+
+def choose_collective(shards: int, state_bytes: int, device: Device, *, rows: int) -> str:
+  """The fastest collective, by the model."""
+  seconds = collective_seconds(shards, state_bytes, device, rows=rows)
+  return min(seconds, key=seconds.__getitem__)
+
+
+def bytes_sent(shards: int, state_bytes: int) -> dict[str, int]:
+  """What each collective sends per device, at most."""
+  p, s = shards, state_bytes
+  return {
+    "all_gather": (p - 1) * s,
+    "doubling": (math.ceil(math.log2(p)) if p > 1 else 0) * s,
+    "all_to_all": 2 * s * (p - 1) // p,
+    "ring": s if p > 1 else 0,
+  }

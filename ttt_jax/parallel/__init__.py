@@ -1,0 +1,1 @@
+"""The mesh, where parameters lie on it, and many processes."""
