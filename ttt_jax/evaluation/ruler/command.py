@@ -15,6 +15,7 @@ from ttt_jax.evaluation.ruler.evaluate import (
   evaluate_ruler,
 )
 from ttt_jax.evaluation.ruler.tasks import TASKS
+from ttt_jax.generation.reader import Reader
 from ttt_jax.pretrained.sections import Fields
 from ttt_jax.pretrained.source import open_model, open_tokenizer
 
@@ -34,7 +35,7 @@ def run(
     out = Path("runs") / f"ruler_{name}{'_strict' if config.strict else ''}"
   tokenizer = open_tokenizer(source)
   config.ruler(tokenizer).sample(config.chosen[0], min(config.lengths), 0)  # before a long loading
-  model = open_model(source, dtype=dtype, fields=fields)
+  model = Reader.of(open_model(source, dtype=dtype, fields=fields), donate=True)
   if left_out := config.left_out():
     console.print(left_out)
   try:
