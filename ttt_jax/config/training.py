@@ -26,7 +26,7 @@ class DataConfig:
   # reads into memory. Hidden files are left out. None: the Python standard library's own sources.
   path: str | None = None
   mixture: tuple[WeightedSource, ...] = ()  # several sources, instead of `path`
-  # Of JSON lines, parquet and JSON in ArrayRecord files; `meta.text` is the field `text` of `meta`.
+  # The field of JSON records, or the column of parquet, that is read; `meta.text` is `text` in `meta`.
   text_field: str = "text"
   # Where `ttt_jax.load_tokenizer` finds one, or "bytes". None: the one of `init_from`, else bytes.
   tokenizer: str | None = None
