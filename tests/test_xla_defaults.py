@@ -26,7 +26,7 @@ from ttt_jax.train import train
 
 TESTS = Path(__file__).parent
 
-# Of each part: the files, which of their tests, and how many these are.
+# Each part: the files, which of their tests, and how many these are.
 CORE = {
   "operator": (
     ["ops/test_fast_weight.py", "ops/test_golden_mlp.py"],
