@@ -8,15 +8,8 @@ import jax
 import jaxtyping
 import pytest
 
-# A third of the suite's time was jax 0.10's emitter of fusions; newer ones do not know the flag.
-if jax.__version_info__ < (0, 11):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
-
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
-# Of XLA: tests, and the commands that they start, compile more than they run.
-jax.config.update("jax_disable_most_optimizations", True)
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -25,7 +18,34 @@ jaxtyping.install_import_hook("ttt_jax", "beartype.beartype")
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
+def pytest_addoption(parser):
+  parser.addoption(
+    "--xla-defaults",
+    action="store_true",
+    help="compile as a user's program does; without it most of XLA's optimizations are off",
+  )
+
+
 def pytest_configure(config):
+  if not config.getoption("--xla-defaults"):
+    _compile_fast()
+  _share_programs(config)
+
+
+def _compile_fast():
+  """Tests, and the commands that they start, compile more than they run.
+
+  `test_xla_defaults.py` has a core of the suite run again without this.
+  """
+  jax.config.update("jax_disable_most_optimizations", True)
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+  # A third of the suite's time was jax 0.10's emitter of fusions; newer ones do not know the flag.
+  if jax.__version_info__ < (0, 11):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+
+
+def _share_programs(config):
   """Programs compiled once are shared by the workers and by the commands that tests run."""
   if _CACHE in os.environ:  # the user's, or in a worker the first process's
     return

@@ -3,6 +3,7 @@
 A model learns to end a text from nothing but labels: without an end-of-text token behind each document it
 is never told to stop. The token is the document's last one, of the same segment in a row, so that it is
 the label of the last token of the text; what begins a text is the first one. Neither is there twice.
+(A text that fills its last row to the end has the token in a row of its own, where it is no label.)
 """
 
 from dataclasses import dataclass

@@ -22,7 +22,7 @@ def run(parsed: argparse.Namespace, fields: Fields) -> None:
   console = Console(stderr=True)
   prompts = _prompts(parsed)
   tokenizer = open_tokenizer(parsed.model)
-  model = Reader.of(open_model(parsed.model, dtype=parsed.dtype, fields=fields))
+  model = Reader.of(open_model(parsed.model, dtype=parsed.dtype, fields=fields), donate=True)
   tokenizer.check_vocabulary(model.model.vocab_size)
   _say(console, _describe(model))
   state = _start(parsed, model, tokenizer, len(prompts), console)

@@ -16,7 +16,14 @@ from ttt_jax.extras.ruler.evaluate import (
   RulerConfig,
   evaluate_ruler,
 )
+<<<<<<< HEAD:ttt_jax/extras/ruler/command.py
 from ttt_jax.extras.ruler.tasks import TASKS
+=======
+from ttt_jax.extras.ruler.tasks import TASKS
+from ttt_jax.generation.decoder import Reader
+from ttt_jax.checkpoints.sections import Fields
+from ttt_jax.checkpoints.open import open_model, open_tokenizer
+>>>>>>> main:ttt_jax/evaluation/ruler/command.py
 
 
 def run(
@@ -34,7 +41,7 @@ def run(
     out = Path("runs") / f"ruler_{name}{'_strict' if config.strict else ''}"
   tokenizer = open_tokenizer(source)
   config.ruler(tokenizer).sample(config.chosen[0], min(config.lengths), 0)  # before a long loading
-  model = open_model(source, dtype=dtype, fields=fields)
+  model = Reader.of(open_model(source, dtype=dtype, fields=fields), donate=True)
   if left_out := config.left_out():
     console.print(left_out)
   try:
