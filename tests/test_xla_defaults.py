@@ -21,8 +21,8 @@ from rich.console import Console
 
 from ttt_jax.config import AttentionConfig, Config, DataConfig, TrainConfig
 from ttt_jax.data import Corpus, Document, InMemory, Source
-from ttt_jax.rundir import read_metrics
-from ttt_jax.train import train
+from ttt_jax.training.loop import train
+from ttt_jax.training.rundir import read_metrics
 
 TESTS = Path(__file__).parent
 

@@ -9,21 +9,9 @@ from rich.table import Table
 
 from ttt_jax.checkpoints.open import open_model, open_tokenizer
 from ttt_jax.checkpoints.sections import Fields
-from ttt_jax.extras.ruler.evaluate import (
-  ANSWERS,
-  PICTURE,
-  RESULTS,
-  RulerConfig,
-  evaluate_ruler,
-)
-<<<<<<< HEAD:ttt_jax/extras/ruler/command.py
-from ttt_jax.extras.ruler.tasks import TASKS
-=======
+from ttt_jax.extras.ruler.evaluate import ANSWERS, PICTURE, RESULTS, RulerConfig, evaluate_ruler
 from ttt_jax.extras.ruler.tasks import TASKS
 from ttt_jax.generation.decoder import Reader
-from ttt_jax.checkpoints.sections import Fields
-from ttt_jax.checkpoints.open import open_model, open_tokenizer
->>>>>>> main:ttt_jax/evaluation/ruler/command.py
 
 
 def run(
