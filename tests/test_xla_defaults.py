@@ -35,13 +35,13 @@ CORE = {
     8 + 6,
   ),
   "collectives": (
-    ["ops/test_communication.py", "test_train.py"],
+    ["ops/test_communication.py", "training/test_loop.py"],
     "forward_exchanges or outgoing_state or documents_cost or gradient_exchanges "
     "or collectives_of_a_training_step and data",
     4 + 1 + 1 + 16 + 1,
   ),
   "models": (
-    ["pretrained/test_golden_models.py", "generation/test_golden.py"],
+    ["checkpoints/test_golden_models.py", "generation/test_golden.py"],
     "test_published_numbers and not float64 and (llama_b or qwen3_d) or test_generation and qwen3_c",
     2 + 1,
   ),
@@ -82,7 +82,7 @@ def test_core(part, run_tests):
 @pytest.mark.parametrize("words", [["--xla-defaults"], []], ids=["defaults", "fast"])
 def test_what_the_compiler_is_told(words, run_tests, tmp_path):
   """XLA writes down the options that are not as they are by default."""
-  run_tests(*words, "test_hlo.py::test_moved_bytes", XLA_FLAGS=f"--xla_dump_to={tmp_path}")
+  run_tests(*words, "extras/test_hlo.py::test_moved_bytes", XLA_FLAGS=f"--xla_dump_to={tmp_path}")
   told = [file.read_text() for file in tmp_path.glob("*debug_options*")]
   assert told
   options = ["xla_backend_optimization_level: 0", "xla_llvm_disable_expensive_passes: true"]
