@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from evaluation.rulers import word_pieces
+from extras.rulers import word_pieces
 from helpers import MODEL, TTT, random_model
 
 from ttt_jax.checkpoints.tokenizer import byte_tokenizer

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from evaluation.rulers import squad, write
+from extras.rulers import squad, write
 from helpers import MODEL, TTT, random_model
 
 import ttt_jax

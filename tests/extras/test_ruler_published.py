@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation.rulers import hotpot, squad, write
+from extras.rulers import hotpot, squad, write
 
 from ttt_jax.checkpoints.tokenizer import byte_tokenizer
 from ttt_jax.extras.ruler import TASKS, Ruler, string_match_all, string_match_part

@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-from evaluation.rulers import TOKENIZERS, hotpot, squad, write
+from extras.rulers import TOKENIZERS, hotpot, squad, write
 
 from ttt_jax.checkpoints.tokenizer import byte_tokenizer
 from ttt_jax.extras.ruler import TASKS, Ruler, string_match_all, string_match_part
