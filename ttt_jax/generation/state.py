@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from ttt_jax.errors import UserError
-from ttt_jax.extras.baselines.layers import LINEAR_CACHE, LinearCache
 from ttt_jax.files import whole_file
 from ttt_jax.generation.decoder import Cache, Reader
 from ttt_jax.nn.attention import KEYS_AND_VALUES
+from ttt_jax.nn.mixers import mixer_cache_dims
 from ttt_jax.nn.mlp import FAST_CACHE
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.ops.attention.cached import KeyValueCache
@@ -26,12 +26,11 @@ from ttt_jax.parallel.trees import named_leaves
 _FORMAT = "ttt_jax generation state 1"
 NOTHING = -1  # in place of a token
 
-# Logical dimensions of the arrays of a `Cache`, and of the logits.
+# Logical dimensions of the arrays of a `Cache` but for those of mixers, and of the logits.
 _DIMENSIONS = {
   "lengths": ("batch",),
   "logits": ("batch",),
   **KEYS_AND_VALUES._asdict(),
-  **LINEAR_CACHE._asdict(),
   **FAST_CACHE._asdict(),
 }
 
@@ -117,9 +116,9 @@ class GenerationState:
       )
 
 
-def _first_slots(cache: KeyValueCache | LinearCache, slots: int) -> KeyValueCache | LinearCache:
+def _first_slots(cache: Any, slots: int) -> Any:
   """The keys and values of that many tokens; a state has no tokens."""
-  if isinstance(cache, LinearCache):
+  if not isinstance(cache, KeyValueCache):
     return cache
   return jax.tree.map(lambda x: x[:, :slots], cache)
 
@@ -199,8 +198,10 @@ def _where(arrays: dict[str, Any], reader: Reader, *, split_rows: bool) -> Any:
 def state_shardings(arrays: dict[str, Any], mesh: Mesh, *, split_rows: bool) -> dict[str, Any]:
   """Where a `cache` and `logits` lie on the mesh: as the model reads them, or with whole rows."""
 
+  dimensions = _DIMENSIONS | mixer_cache_dims()
+
   def where(path, _):
-    dims = _DIMENSIONS[jax.tree_util.keystr(path[-1:], simple=True)]
+    dims = dimensions[jax.tree_util.keystr(path[-1:], simple=True)]
     return sharding(mesh, *(dims if split_rows else (None, *dims[1:])))
 
   return jax.tree.map_with_path(where, arrays)

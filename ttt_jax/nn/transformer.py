@@ -7,7 +7,7 @@ the depth.
 
 import itertools
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig, check_layers
 from ttt_jax.errors import UserError
-from ttt_jax.extras.baselines.layers import LINEAR_ATTENTION, LinearCache
 from ttt_jax.nn.attention import Attention
 from ttt_jax.nn.layers import (
   PROJECTED,
@@ -30,6 +29,7 @@ from ttt_jax.nn.layers import (
   rms_normalize,
   rotary_angles,
 )
+from ttt_jax.nn.mixers import find_mixer
 from ttt_jax.nn.mlp import Mlp, MlpStats, TttMlp
 from ttt_jax.nn.pending import FastCache
 from ttt_jax.ops.attention.cached import KeyValueCache
@@ -109,9 +109,14 @@ _SAVED = {
 
 
 class LayerCache(NamedTuple):
-  """What a layer keeps of the text read; `fast` is None where no fast weight learns."""
+  """What a layer keeps of the text read.
 
-  attention: KeyValueCache | LinearCache
+  Attributes:
+    attention: keys and values, or what the layer's mixer keeps in their place.
+    fast: of its fast weight; None where none learns.
+  """
+
+  attention: KeyValueCache | Any
   fast: FastCache | None
 
 
@@ -135,8 +140,8 @@ class Block(nnx.Module):
         model, attention, window=kind.window, param_dtype=param_dtype, rngs=rngs
       )
     else:
-      mixer = LINEAR_ATTENTION[kind.mixer]
-      self.attention = mixer(model, attention, param_dtype=param_dtype, rngs=rngs)
+      layer = find_mixer(kind.mixer).layer
+      self.attention = layer(model, attention, param_dtype=param_dtype, rngs=rngs)
     self.mlp_norm = norm()
     if kind.ttt:
       self.mlp = TttMlp(model, ttt, param_dtype=param_dtype, rngs=rngs)

@@ -7,7 +7,7 @@ for: nothing that remat computes again, no masked half of a causal attention.
 from typing import NamedTuple
 
 from ttt_jax.config import AttentionConfig, Config, ModelConfig, TTTConfig
-from ttt_jax.extras.baselines.layers import linear_sizes, short_conv_width
+from ttt_jax.nn.mixers import find_mixer
 from ttt_jax.nn.transformer import LayerKind, layer_kinds
 
 
@@ -48,7 +48,7 @@ def token_flops(
       fast weight   2 F D (update Z^T V) + 2 D^2 (projection of the target) + 2 w D (its convolution)
 
   the last one in TTT layers only, and `2 D V` for the head. Layers with linear attention have, with heads
-  G, keys of width K and values of width M as in `linear_sizes`, in the places of the first two
+  G, keys of width K and values of width M as in `ttt_jax.extras.baselines`, in the places of the first two
 
       gla           2 D (2 G K + 3 G M) + 2 r (D + G K) + 6 D F      4 G K M (k^T v, q S)
       delta_net     2 D (2 G K + 2 G M) + 2 D G + 6 D F              6 G K M (k S, k^T u, q S)
@@ -74,21 +74,14 @@ def _mixer_projections(model: ModelConfig, attention: AttentionConfig, mixer: st
   d = model.d_model
   if mixer == "attention":
     return 2 * d * 2 * (model.num_heads + model.num_kv_heads) * model.head_size
-  heads, key, value, rank = linear_sizes(model, mixer)
-  keys, values = heads * key, heads * value
-  width = short_conv_width(attention, mixer)
-  short_conv = 2 * width * (2 * keys + values) if width > 1 else 0
-  if mixer == "gla":
-    return 2 * d * (2 * keys + 3 * values) + 2 * rank * (d + keys) + short_conv
-  return 2 * d * (2 * keys + 2 * values + heads) + short_conv
+  return find_mixer(mixer).projection_flops(model, attention)
 
 
 def _mixing(model: ModelConfig, kind: LayerKind, tokens: int) -> float:
   """What meets other tokens: scores and weighted values, or the products with a state."""
   if kind.mixer == "attention":
     return 4 * model.num_heads * model.head_size * visible_keys(tokens, kind.window)
-  heads, key, value, _ = linear_sizes(model, kind.mixer)
-  return float({"gla": 4, "delta_net": 6}[kind.mixer] * heads * key * value)
+  return find_mixer(kind.mixer).mixing_flops(model)
 
 
 def training_flops(config: Config) -> float:

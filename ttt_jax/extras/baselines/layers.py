@@ -1,10 +1,11 @@
-"""Baselines in the place of attention: gated linear attention and DeltaNet, around `ops.linear_attention`.
+"""Baselines in the place of attention: gated linear attention and DeltaNet, around the ops beside this.
 
 Each has the parameters of the attention that it replaces, so that a model of either kind is within 2 % of
 the plain one (from d_model 64 on, with d_ff three times that). Neither has rotary positions: the state is
 made in order.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from ttt_jax.config import AttentionConfig, ModelConfig
 from ttt_jax.errors import UnsupportedError
 from ttt_jax.extras.baselines.ops import delta_rule, gated_linear_attention, short_convolution
 from ttt_jax.nn.layers import PROJECTED, RMSNorm, add_bias, normal_init, project
+from ttt_jax.nn.mixers import Mixer, register_mixer
 from ttt_jax.ops.exchange.prefix import shard_count
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.parallel.mesh import Axes, over_shards
@@ -274,4 +276,31 @@ def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
   return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
-LINEAR_ATTENTION = {layer.mixer: layer for layer in (GatedLinearAttention, DeltaNet)}
+def projection_flops(mixer: str, model: ModelConfig, attention: AttentionConfig) -> int:
+  """FLOPs per token of a mixer's projections and short convolution."""
+  d = model.d_model
+  heads, key, value, rank = linear_sizes(model, mixer)
+  keys, values = heads * key, heads * value
+  width = short_conv_width(attention, mixer)
+  short_conv = 2 * width * (2 * keys + values) if width > 1 else 0
+  if mixer == "gla":
+    return 2 * d * (2 * keys + 3 * values) + 2 * rank * (d + keys) + short_conv
+  return 2 * d * (2 * keys + 2 * values + heads) + short_conv
+
+
+def mixing_flops(mixer: str, model: ModelConfig) -> float:
+  """FLOPs per token of a mixer's products with its state."""
+  heads, key, value, _ = linear_sizes(model, mixer)
+  return float({"gla": 4, "delta_net": 6}[mixer] * heads * key * value)
+
+
+for _layer in (GatedLinearAttention, DeltaNet):
+  register_mixer(
+    _layer.mixer,
+    Mixer(
+      layer=_layer,
+      cache_dims=LINEAR_CACHE._asdict(),
+      projection_flops=partial(projection_flops, _layer.mixer),
+      mixing_flops=partial(mixing_flops, _layer.mixer),
+    ),
+  )
