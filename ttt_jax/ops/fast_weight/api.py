@@ -7,7 +7,7 @@ masks, the tokens behind the last full chunk, the mesh axes over which arrays va
 import dataclasses
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,12 @@ from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UnsupportedError, UserError
 from ttt_jax.ops import linear
-from ttt_jax.ops.documents import ChunkFacts, check_segment_ids, chunk_facts, length_facts
+from ttt_jax.ops.documents import ChunkFacts, chunk_facts, length_facts
+from ttt_jax.ops.exchange.collectives import Exchange
 from ttt_jax.ops.exchange.prefix import last_shard, plan_exchange, shard_count
 from ttt_jax.ops.fast_weight import cost
 from ttt_jax.ops.fast_weight.associative import associative
+from ttt_jax.ops.fast_weight.checks import check_arguments, check_lengths, check_state
 from ttt_jax.ops.fast_weight.chunks import Chunks, Options
 from ttt_jax.ops.fast_weight.dual import dual
 from ttt_jax.ops.fast_weight.sequential import sequential
@@ -135,108 +137,140 @@ def inplace_ttt(
     NotImplementedError: `merge=True` with an implementation that has no `W + S` to read; the gradient of
       a decay where there are `lengths`; forward mode through `"sequential"`.
   """
-  _check_arguments(z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis)
-  _check_lengths(lengths, z.shape[:-2])
+  check_arguments(z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis)
+  check_lengths(lengths, z.shape[:-2])
   *lead, t, f = z.shape
-  d = v.shape[-1]
-  b = math.prod(lead)
-  n, tail = divmod(t, chunk_size)
-  dtype = z.dtype
-  accumulate = accumulation_dtype(dtype)
-  state_dtype = jnp.dtype(state_dtype or accumulate)
-  _check_state(state, (*lead, f, d), state_dtype, context_axis)
-  exchange = None
-  if context_axis is not None:
-    exchange = plan_exchange(
-      context_axis, (b, f, d), state_dtype, collective=collective, wire_dtype=wire_dtype
-    )
-  if tensor_axis is not None:
-    shard_count(tensor_axis, field="tensor_axis")
-  work = cost.Work(
-    tokens=t,
-    chunk_size=chunk_size,
-    d_ff=f,
-    d_model=d,
-    shards=1 if context_axis is None else shard_count(context_axis),
-    batch=b,
-    item=dtype.itemsize,
-    state_item=state_dtype.itemsize,
+  sizes = _Sizes(tuple(lead), math.prod(lead), t, chunk_size, f, v.shape[-1])
+  state_dtype = jnp.dtype(state_dtype or accumulation_dtype(z.dtype))
+  check_state(state, (*lead, f, sizes.d), state_dtype, context_axis)
+  options = Options(
+    state_dtype=state_dtype,
+    clip_norm=None if clip_norm is None else float(clip_norm),
+    tensor_axis=tensor_axis,
+    exchange=_plan(sizes, state_dtype, context_axis, tensor_axis, collective, wire_dtype),
+    samples=sampled_places(sizes.n, chunk_size) if return_stats else None,
   )
-  implementation, merge = _choose(implementation, merge, work, dtype)
+  implementation, merge = _choose(implementation, merge, sizes, z.dtype, options)
 
   axes = varying_axes(
     z, v, w_down, *_arrays(inner_lr, decay, segment_ids, lengths, state and state.S)
   )
   for axis in (context_axis, tensor_axis):
     axes |= {axis} if axis is not None and is_checked(axis) else set()
+  w = vary_over(jnp.asarray(w_down), axes)
+  facts, keep, decay = _kept(sizes, segment_ids, lengths, decay, state_dtype, context_axis, axes)
+  chunks, tail = _cut(sizes, z, v, inner_lr, state, facts, keep, decay, state_dtype, axes)
+  y, s, samples = _read(sizes, chunks, tail, w, facts, options, implementation, merge)
+  if s is None:
+    s = _zeros_like_state(tail, (sizes.b, f, sizes.d), state_dtype)
+  stats = measure(chunks, options, w, samples, s) if return_stats else None
+  return _finish(sizes, y, s, stats, context_axis, pending=0 if lengths is not None else sizes.tail)
+
+
+class _Sizes(NamedTuple):
+  """Sizes of one call: leading dimensions and their product, tokens of a shard, C, F, D."""
+
+  lead: tuple[int, ...]
+  b: int
+  t: int
+  c: int
+  f: int
+  d: int
+
+  @property
+  def n(self) -> int:
+    """Full chunks."""
+    return self.t // self.c
+
+  @property
+  def tail(self) -> int:
+    """Tokens behind the last full chunk."""
+    return self.t % self.c
+
+
+def _plan(sizes, state_dtype, context_axis, tensor_axis, collective, wire_dtype) -> Exchange | None:
+  """How states travel along `context_axis`; None on one device."""
+  if tensor_axis is not None:
+    shard_count(tensor_axis, field="tensor_axis")
+  if context_axis is None:
+    return None
+  shape = (sizes.b, sizes.f, sizes.d)
+  return plan_exchange(
+    context_axis, shape, state_dtype, collective=collective, wire_dtype=wire_dtype
+  )
+
+
+def _kept(
+  sizes, segment_ids, lengths, decay, state_dtype, context_axis, axes
+) -> tuple[ChunkFacts | None, Float[Array, "B N"] | None, Float[Array, ""] | None]:
+  """What each chunk does with the state that comes in.
+
+  A chunk's factor of the state is `keep * decay`: 0 where a document starts, 1 for a chunk that is not
+  wholly there (`lengths`), else the decay.
+
+  Returns:
+    facts: which tokens read the state and which write to it; None where all do.
+    keep: the factor `[B, N]`, decay included where decay has no gradient; None is 1 everywhere.
+    decay: the array that multiplies `keep` and has a gradient; None is 1.
+  """
+  facts = keep = None
+  if segment_ids is not None:
+    facts = chunk_facts(segment_ids.reshape(sizes.b, sizes.t), sizes.c, context_axis)
+    facts = ChunkFacts(*(vary_over(x, axes) for x in facts))
+    keep = facts.keeps.astype(state_dtype)
+  learned = isinstance(decay, jax.Array)
+  if learned and lengths is None:
+    return facts, keep, vary_over(jnp.asarray(decay, state_dtype), axes)
+  if learned or decay not in (None, 1):
+    factor = _undifferentiated(decay) if learned else float(decay)
+    factor = vary_over(jnp.full((sizes.b, sizes.n), factor, state_dtype), axes)
+    keep = factor if keep is None else keep * factor
+  if lengths is not None:
+    lengths = vary_over(jnp.asarray(lengths, jnp.int32), axes).reshape(sizes.b)
+    there = length_facts(lengths, sizes.t, sizes.c, context_axis)
+    facts = there if facts is None else ChunkFacts(*map(jnp.logical_and, facts, there))
+    keep = None if keep is None else jnp.where(there.keeps, keep, 1)
+  return facts, keep, None
+
+
+def _cut(
+  sizes, z, v, inner_lr, state, facts, keep, decay, state_dtype, axes
+) -> tuple[Chunks, Float[Array, "B tail F"]]:
+  """The full chunks, and the activations behind the last of them."""
+  b, t, c, f, d, n = sizes.b, sizes.t, sizes.c, sizes.f, sizes.d, sizes.n
 
   def localized(x, dtype):
     return vary_over(jnp.asarray(x, dtype), axes)
 
-  z = localized(z, dtype).reshape(b, t, f)
-  v = localized(v, dtype).reshape(b, t, d)
-  w = localized(w_down, w_down.dtype)
-  lr = localized(inner_lr, accumulate)
-  s = None if state is None else localized(state.S, state_dtype).reshape(b, f, d)
-  facts = keep = None
-  if segment_ids is not None:
-    facts = chunk_facts(segment_ids.reshape(b, t), chunk_size, context_axis)
-    facts = ChunkFacts(*(vary_over(x, axes) for x in facts))
-    keep = facts.keeps.astype(state_dtype)
-  if isinstance(decay, jax.Array) and lengths is None:
-    decay = localized(decay, state_dtype)
-  elif isinstance(decay, jax.Array) or (decay is not None and decay != 1):
-    factor = _undifferentiated(decay) if isinstance(decay, jax.Array) else float(decay)
-    factor = localized(jnp.full((b, n), factor), state_dtype)
-    keep = factor if keep is None else keep * factor
-    decay = None
-  else:
-    decay = None
-
-  if lengths is not None:
-    of_lengths = length_facts(localized(lengths, jnp.int32).reshape(b), t, chunk_size, context_axis)
-    facts = of_lengths if facts is None else ChunkFacts(*map(jnp.logical_and, facts, of_lengths))
-    keep = None if keep is None else jnp.where(of_lengths.keeps, keep, 1)
+  z = localized(z, z.dtype).reshape(b, t, f)
+  v = localized(v, z.dtype).reshape(b, t, d)
+  writes = None if facts is None else facts.writes
   chunks = Chunks(
-    z=z[:, : n * chunk_size].reshape(b, n, chunk_size, f),
-    v=where(
-      None if facts is None else facts.writes, v[:, : n * chunk_size].reshape(b, n, chunk_size, d)
-    ),
-    lr=lr,
-    s_in=s,
+    z=z[:, : n * c].reshape(b, n, c, f),
+    v=where(writes, v[:, : n * c].reshape(b, n, c, d)),
+    lr=localized(inner_lr, accumulation_dtype(z.dtype)),
+    s_in=None if state is None else localized(state.S, state_dtype).reshape(b, f, d),
     keep=keep,
     decay=decay,
     reads=None if facts is None else facts.reads,
-    writes=None if facts is None else facts.writes,
+    writes=writes,
   )
-  options = Options(
-    state_dtype=state_dtype,
-    clip_norm=None if clip_norm is None else float(clip_norm),
-    tensor_axis=tensor_axis,
-    exchange=exchange,
-    samples=sampled_places(n, chunk_size) if return_stats else None,
-  )
+  return chunks, z[:, n * c :]
+
+
+def _read(sizes, chunks, tail, w, facts, options, implementation, merge):
+  """y `[B, T, D]`, the state after the last full chunk, and R of the tokens at `options.samples`."""
+  dtype = chunks.z.dtype
   # Where all tokens count, the product with W is a plain one.
   product = _plain_product if facts is None else linear.product
-  y, s, fast = _read_chunks(chunks, options, w, implementation, merge, product)
-  if tail:
-    z_tail, seen = z[:, n * chunk_size :], None if facts is None else facts.tail_reads
-    y_tail = product(z_tail, w.astype(dtype))
+  y, s, samples = _read_chunks(chunks, options, w, implementation, merge, product)
+  if sizes.tail:
+    seen = None if facts is None else facts.tail_reads
+    y_tail = product(tail, w.astype(dtype))
     if s is not None:
-      y_tail += where(seen, matmul("btf,bfd->btd", where(seen, z_tail), s.astype(dtype)))
+      y_tail += where(seen, matmul("btf,bfd->btd", where(seen, tail), s.astype(dtype)))
     y = jnp.concatenate([y, y_tail.astype(dtype)], axis=1)
-  y = sum_over(y, tensor_axis)
-  if s is None:
-    s = _zeros_like_state(z, (b, f, d), state_dtype)
-  stats = measure(chunks, options, w, fast, s) if return_stats else None
-
-  if context_axis is not None:
-    s = last_shard(s, context_axis)
-  state = FastWeightState(S=s.reshape(*lead, f, d), pending=tail if lengths is None else 0)
-  y = y.reshape(*lead, t, d)
-  if stats is None:
-    return y, state
-  return y, state, jax.tree.map(lambda x: x.reshape(lead), stats)
+  return sum_over(y, options.tensor_axis), s, samples
 
 
 def _read_chunks(chunks, options, w, implementation, merge, product):
@@ -256,6 +290,17 @@ def _read_chunks(chunks, options, w, implementation, merge, product):
   return (slow + reads.reshape(b, n * c, d)).astype(dtype), s, samples
 
 
+def _finish(sizes, y, s, stats, context_axis, *, pending: int):
+  """What `inplace_ttt` returns: in the caller's shapes, with the state of the whole sequence."""
+  if context_axis is not None:
+    s = last_shard(s, context_axis)
+  state = FastWeightState(S=s.reshape(*sizes.lead, sizes.f, sizes.d), pending=pending)
+  y = y.reshape(*sizes.lead, sizes.t, sizes.d)
+  if stats is None:
+    return y, state
+  return y, state, jax.tree.map(lambda x: x.reshape(sizes.lead), stats)
+
+
 def _plain_product(z, w):
   return matmul("btf,fd->btd", z, w)
 
@@ -264,7 +309,7 @@ def _zeros_like_state(like, shape, dtype):
   return vary_over(jnp.zeros(shape, dtype), varying_axes(like))
 
 
-def _choose(implementation, merge, work, dtype):
+def _choose(implementation, merge, sizes, dtype, options):
   """The implementation's function, and whether it reads `W + S` in one product."""
   if implementation not in (None, *IMPLEMENTATIONS):
     known = ", ".join(map(repr, IMPLEMENTATIONS))
@@ -277,7 +322,17 @@ def _choose(implementation, merge, work, dtype):
   if implementation is None and merge:
     implementation = "sequential"
   elif implementation is None:
-    work = dataclasses.replace(work, merge=lossless if merge is None else merge)
+    work = cost.Work(
+      tokens=sizes.t,
+      chunk_size=sizes.c,
+      d_ff=sizes.f,
+      d_model=sizes.d,
+      shards=1 if options.exchange is None else shard_count(options.exchange.axis),
+      batch=sizes.b,
+      item=jnp.dtype(dtype).itemsize,
+      state_item=options.state_dtype.itemsize,
+      merge=lossless if merge is None else merge,
+    )
     implementation = cost.choose_implementation(work, find_device())
   if merge is None:
     merge = lossless and implementation == "sequential"
@@ -300,75 +355,3 @@ def _undifferentiated_jvp(primals, tangents):
     "the gradient of decay with lengths: train on rows of one length, with segment_ids for padding, or "
     "pass decay as a Python float"
   )
-
-
-def _is_traced(x) -> bool:
-  return isinstance(x, jax.core.Tracer)
-
-
-def _check_arguments(
-  z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis
-) -> None:
-  for name, x in (("z", z), ("v", v), ("w_down", w_down)):
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise UserError(f"{name} has dtype {x.dtype}, expected a floating-point one")
-  if z.ndim < 2:
-    raise UserError(f"z has shape {z.shape}, expected [..., T, F]")
-  if v.shape[:-1] != z.shape[:-1]:
-    raise UserError(f"v has shape {v.shape}, expected [..., T, D] with z's leading {z.shape[:-1]}")
-  if w_down.shape != (z.shape[-1], v.shape[-1]):
-    raise UserError(
-      f"w_down has shape {w_down.shape}, expected [F, D] = {(z.shape[-1], v.shape[-1])} "
-      "(the transpose of a PyTorch weight)"
-    )
-  if chunk_size < 1:
-    raise UserError(f"chunk_size={chunk_size} must be at least 1 token")
-  for name, x in (("inner_lr", inner_lr), ("decay", decay)):
-    if x is not None and jnp.ndim(x) != 0:
-      raise UserError(f"{name} has shape {jnp.shape(x)}, expected a number or a 0-d array")
-  if decay is not None and not _is_traced(decay) and not 0 < float(decay) <= 1:
-    raise UserError(f"decay={decay} must be in (0, 1]: the state's factor per chunk")
-  if clip_norm is not None:
-    if isinstance(clip_norm, jax.Array):
-      raise UserError(f"clip_norm={clip_norm} is an array: it has no gradient, pass a Python float")
-    if clip_norm <= 0:
-      raise UserError(f"clip_norm={clip_norm} must be positive; None for no clip")
-  if segment_ids is not None:
-    check_segment_ids(segment_ids, z.shape[:-1])
-  t = z.shape[-2]
-  if context_axis is not None:
-    shards = shard_count(context_axis)
-    if t % chunk_size:
-      raise UserError(
-        f"chunk_size={chunk_size} does not divide the {t} tokens of a shard ({shards} shards over "
-        f"{context_axis!r}, {t * shards} tokens): shards hold whole chunks"
-      )
-
-
-def _check_lengths(lengths, lead) -> None:
-  if lengths is None:
-    return
-  if lengths.shape != lead or not jnp.issubdtype(lengths.dtype, jnp.integer):
-    raise UserError(
-      f"lengths has shape {lengths.shape} and dtype {lengths.dtype}, expected integers {lead}: one a row"
-    )
-
-
-def _check_state(state, shape, dtype, context_axis) -> None:
-  if state is None:
-    return
-  if state.S.shape != shape:
-    raise UserError(f"state.S has shape {state.S.shape}, expected [..., F, D] = {shape}")
-  if state.S.dtype != dtype:
-    raise UserError(f"state.S has dtype {state.S.dtype}, expected state_dtype={dtype}")
-  if state.pending:
-    raise UserError(
-      f"state comes from the middle of a chunk: {state.pending} tokens after its last full chunk were "
-      "read but not learned. Read on from that chunk's end: feed these tokens again, with "
-      "dataclasses.replace(state, pending=0)"
-    )
-  if context_axis is not None and context_axis in varying_axes(state.S):
-    raise UserError(
-      f"state.S varies over context_axis={context_axis!r}: every shard must be given the one state "
-      "that comes before the whole sequence"
-    )
