@@ -18,7 +18,7 @@ from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.checkpoints.ttt_config import SECTION, write_published, write_section
 from ttt_jax.errors import UserError
 from ttt_jax.files import new_directory, write_json
-from ttt_jax.nn.mlp import LOG_SPEED
+from ttt_jax.nn.fast_mlp import LOG_SPEED
 from ttt_jax.nn.transformer import Transformer
 
 

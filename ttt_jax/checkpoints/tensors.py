@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from ttt_jax.nn.mlp import TttMlp
+from ttt_jax.nn.fast_mlp import TttMlp
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.parallel.trees import named_leaves
 

@@ -15,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig
+from ttt_jax.generation.cache import LayerCache, empty_fast_cache, learn_pending, read_block
 from ttt_jax.nn.layers import Embed, RMSNorm, rotary_angles
 from ttt_jax.nn.transformer import (
   Block,
-  LayerCache,
   Transformer,
   next_token_logits,
   split_tokens,
@@ -138,14 +138,18 @@ class Reader:
     layers = []
     for block, layer in zip(self.blocks, cache.layers):
       block = gathered(block, x.dtype)
-      x, layer = block.read(x, embeddings, rotary, layer, cache.lengths, counts, aligned=aligned)
+      x, layer = read_block(
+        block, x, embeddings, rotary, layer, cache.lengths, counts, aligned=aligned
+      )
       layers.append(layer)
     return x, Cache(cache.lengths + counts, tuple(layers))
 
   def learn_pending(self, cache: Cache, row: Int[Array, ""]) -> Cache:
     """The cache after every TTT layer learned one row's chunk, which is full."""
     layers = tuple(
-      layer if layer.fast is None else layer._replace(fast=block.mlp.learn_pending(layer.fast, row))
+      layer
+      if layer.fast is None
+      else layer._replace(fast=learn_pending(block.mlp, layer.fast, row))
       for block, layer in zip(self.blocks, cache.layers)
     )
     return cache._replace(layers=layers)
@@ -161,7 +165,7 @@ class Reader:
     for layer, block in enumerate(self.blocks):
       cache = block.attention.empty_cache(rows, capacity, dtype)
       learns = update and layer in self.ttt.layers
-      layers.append(LayerCache(cache, block.mlp.empty_cache(rows, dtype) if learns else None))
+      layers.append(LayerCache(cache, empty_fast_cache(block.mlp, rows, dtype) if learns else None))
     return Cache(jnp.zeros((rows,), jnp.int32), tuple(layers))
 
   def mesh(self) -> Mesh | None:

@@ -13,10 +13,10 @@ from safetensors.flax import save_file
 
 from ttt_jax.errors import UserError
 from ttt_jax.files import whole_file
+from ttt_jax.generation.cache import FAST_CACHE
 from ttt_jax.generation.decoder import Cache, Reader
 from ttt_jax.nn.attention import KEYS_AND_VALUES
 from ttt_jax.nn.mixers import mixer_cache_dims
-from ttt_jax.nn.mlp import FAST_CACHE
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.ops.attention.cached import KeyValueCache
 from ttt_jax.ops.numerics import accumulation_dtype

@@ -7,7 +7,7 @@ the depth.
 
 import itertools
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig, check_layers
 from ttt_jax.errors import UserError
 from ttt_jax.nn.attention import Attention
+from ttt_jax.nn.fast_mlp import MlpStats, TttMlp
 from ttt_jax.nn.layers import (
   PROJECTED,
   Embed,
@@ -30,9 +31,7 @@ from ttt_jax.nn.layers import (
   rotary_angles,
 )
 from ttt_jax.nn.mixers import find_mixer
-from ttt_jax.nn.mlp import Mlp, MlpStats, TttMlp
-from ttt_jax.nn.pending import FastCache
-from ttt_jax.ops.attention.cached import KeyValueCache
+from ttt_jax.nn.mlp import Mlp
 from ttt_jax.ops.documents import check_segment_ids, number_documents
 from ttt_jax.ops.exchange.prefix import INCOMING_STATE
 from ttt_jax.ops.numerics import accumulation_dtype
@@ -108,18 +107,6 @@ _SAVED = {
 }
 
 
-class LayerCache(NamedTuple):
-  """What a layer keeps of the text read.
-
-  Attributes:
-    attention: keys and values, or what the layer's mixer keeps in their place.
-    fast: of its fast weight; None where none learns.
-  """
-
-  attention: KeyValueCache | Any
-  fast: FastCache | None
-
-
 class Block(nnx.Module):
   """`x + attention(norm(x))`, then `x + mlp(norm(x))`; `attention` is the layer's mixer of tokens."""
 
@@ -156,34 +143,16 @@ class Block(nnx.Module):
       h = self.mlp_norm(x)
       stats = None
       if update and isinstance(self.mlp, TttMlp):
-        y, stats = self.mlp.learn(h, self._source(embeddings, h), documents)
+        y, stats = self.mlp.learn(h, self.source(embeddings, h), documents)
       else:
         y = self.mlp(h)
       x = constrain(x + y, "batch", "sequence", None)
     return x, stats
 
-  def _source(self, embeddings, h):
+  def source(self, embeddings, h):
     """What the targets of the fast weight are made of."""
     source = embeddings if self.mlp.ttt.target == "input_embed" else h
     return rms_normalize(source, self.mlp_norm.eps) if self.mlp.ttt.normalize_target else source
-
-  def read(self, x, embeddings, rotary, cache: LayerCache, lengths, counts, *, aligned: bool):
-    """The block's output for new tokens behind those in the cache, and the cache with them."""
-    with jax.named_scope("attention"):
-      y, attention = self.attention.read(
-        self.attention_norm(x), rotary, cache.attention, lengths, counts
-      )
-      x = x + y
-    with jax.named_scope("mlp"):
-      h = self.mlp_norm(x)
-      if cache.fast is None:
-        y, fast = self.mlp(h), None
-      elif x.shape[1] == 1:
-        y, fast = self.mlp.read_token(h, self._source(embeddings, h), cache.fast, lengths, counts)
-      else:
-        source = self._source(embeddings, h)
-        y, fast = self.mlp.read(h, source, cache.fast, lengths, counts, aligned=aligned)
-    return constrain(x + y, "batch", split_tokens(x), None), LayerCache(attention, fast)
 
 
 class Transformer(nnx.Module):

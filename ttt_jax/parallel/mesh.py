@@ -183,7 +183,7 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
 def over_shards(
   function: Callable[..., Any],
   *arguments: Any,
-  dims: tuple[tuple[str | None, ...] | None, ...],
+  dims: tuple[Any, ...],
   out_dims: Any,
   check_vma: bool = True,
 ) -> Any:
@@ -195,8 +195,9 @@ def over_shards(
 
   Args:
     function: takes `axes: Axes` as a keyword.
-    arguments: arrays, or None.
-    dims: the logical dimensions of each argument; None for one that is None or replicated.
+    arguments: arrays, None, or pytrees of these.
+    dims: the logical dimensions of each argument, a pytree of tuples for a pytree; None for one that is
+      None or replicated.
     out_dims: a pytree of tuples of logical dimensions, one for each output.
     check_vma: of `jax.shard_map`; False for a function whose kernels cannot say over which axes their
       outputs vary.
@@ -218,12 +219,15 @@ def over_shards(
   def to_spec(dims):
     return PartitionSpec() if dims is None else spec(*dims, mesh=mesh)
 
+  def to_specs(tree):
+    return jax.tree.map(to_spec, tree, is_leaf=lambda x: x is None or _is_dims(x))
+
   mapped = jax.shard_map(
     lambda *args: function(*args, axes=axes),
     mesh=mesh,
     axis_names=free,
-    in_specs=tuple(to_spec(d) for d in dims),
-    out_specs=jax.tree.map(to_spec, out_dims, is_leaf=lambda x: x is None or _is_dims(x)),
+    in_specs=tuple(map(to_specs, dims)),
+    out_specs=to_specs(out_dims),
     check_vma=check_vma,
   )
   return mapped(*arguments)

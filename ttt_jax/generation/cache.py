@@ -1,0 +1,204 @@
+"""What a model keeps of the rows it reads on with, and how a block reads behind it.
+
+Rows of a batch begin and end their chunks at places of their own: each keeps the tokens of its unfinished
+chunk, and learns them when the chunk is full.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from ttt_jax.nn.fast_mlp import PARAM_DIMS, TttMlp
+from ttt_jax.nn.layers import project
+from ttt_jax.nn.transformer import Block, split_tokens
+from ttt_jax.ops.attention.cached import KeyValueCache
+from ttt_jax.ops.fast_weight.api import FastWeightState
+from ttt_jax.ops.numerics import accumulation_dtype, matmul
+from ttt_jax.parallel.mesh import Axes, constrain, context_size, over_shards
+
+
+class FastCache(NamedTuple):
+  """What a TTT layer keeps of every row it reads: what it learned, and the chunk not yet learned.
+
+  Attributes:
+    s: the state after the last full chunk.
+    z, source: activations and target sources of the tokens behind it; the rest is of no meaning.
+  """
+
+  s: Float[Array, "B F D"]
+  z: Float[Array, "B C F"]
+  source: Float[Array, "B C D"]
+
+
+# Logical dimensions of a `FastCache`.
+FAST_CACHE = FastCache(
+  s=("batch", "mlp", None), z=("batch", None, "mlp"), source=("batch", None, None)
+)
+
+
+class LayerCache(NamedTuple):
+  """What a layer keeps of the text read.
+
+  Attributes:
+    attention: keys and values, or what the layer's mixer keeps in their place.
+    fast: of its fast weight; None where none learns.
+  """
+
+  attention: KeyValueCache | Any
+  fast: FastCache | None
+
+
+def read_block(
+  block: Block, x, embeddings, rotary, cache: LayerCache, lengths, counts, *, aligned: bool
+) -> tuple[Float[Array, "B T D"], LayerCache]:
+  """A block's output for new tokens behind those in the cache, and the cache with them."""
+  with jax.named_scope("attention"):
+    y, attention = block.attention.read(
+      block.attention_norm(x), rotary, cache.attention, lengths, counts
+    )
+    x = x + y
+  with jax.named_scope("mlp"):
+    h = block.mlp_norm(x)
+    if cache.fast is None:
+      y, fast = block.mlp(h), None
+    elif x.shape[1] == 1:
+      source = block.source(embeddings, h)
+      y, fast = read_token(block.mlp, h, source, cache.fast, lengths, counts)
+    else:
+      source = block.source(embeddings, h)
+      y, fast = read_tokens(block.mlp, h, source, cache.fast, lengths, counts, aligned=aligned)
+  return constrain(x + y, "batch", split_tokens(x), None), LayerCache(attention, fast)
+
+
+def empty_fast_cache(mlp: TttMlp, rows: int, dtype: DTypeLike) -> FastCache:
+  """The cache of rows that have read nothing."""
+  f, d = mlp.down.shape
+  c = mlp.ttt.chunk_size
+  return FastCache(
+    s=jnp.zeros((rows, f, d), mlp.state_dtype),
+    z=jnp.zeros((rows, c, f), dtype),
+    source=jnp.zeros((rows, c, d), dtype),
+  )
+
+
+def read_token(
+  mlp: TttMlp,
+  h: Float[Array, "B 1 D"],
+  source: Float[Array, "B 1 D"],
+  cache: FastCache,
+  lengths: Int[Array, "B"],
+  counts: Int[Array, "B"],
+) -> tuple[Float[Array, "B 1 D"], FastCache]:
+  """The output of one token per row, which joins the row's unfinished chunk if its count is 1.
+
+  A chunk that is full thereby is learned by `learn_pending`, before the row's next token.
+  """
+  z = mlp.hidden(h)
+  c = cache.z.shape[1]
+  rows = jnp.arange(z.shape[0], dtype=jnp.int32)
+  place = jnp.where(counts > 0, lengths % c, c)  # out of bounds: dropped
+
+  def put(old, x):
+    return old.at[rows, place].set(x[:, 0].astype(old.dtype), mode="drop", unique_indices=True)
+
+  slow = project("btf,fd->btd", z, mlp.down, accumulation_dtype(h.dtype))
+  fast = matmul("btf,bfd->btd", z, cache.s.astype(z.dtype))
+  cache = cache._replace(z=put(cache.z, z), source=put(cache.source, source))
+  return (slow + fast).astype(h.dtype), cache
+
+
+def learn_pending(mlp: TttMlp, cache: FastCache, row: Int[Array, ""]) -> FastCache:
+  """The cache after one row's chunk, which is full, was learned."""
+  of_row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), cache)
+  _, state = mlp.fast_weight(
+    of_row.z, of_row.source, mlp.params(cache.z.dtype), state=FastWeightState(of_row.s)
+  )
+  s = jax.lax.dynamic_update_slice_in_dim(cache.s, state.S.astype(cache.s.dtype), row, 0)
+  return cache._replace(s=s)
+
+
+def read_tokens(
+  mlp: TttMlp,
+  h: Float[Array, "B T D"],
+  source: Float[Array, "B T D"],
+  cache: FastCache,
+  lengths: Int[Array, "B"],
+  counts: Int[Array, "B"],
+  *,
+  aligned: bool,
+) -> tuple[Float[Array, "B T D"], FastCache]:
+  """The output of T new tokens, of which `counts` of a row are there, and what is learned of them.
+
+  Args:
+    aligned: no row that reads has an unfinished chunk. Else the new tokens are moved behind it, which
+      takes room for another chunk.
+  """
+  z, c = mlp.hidden(h), mlp.ttt.chunk_size
+  pending = jnp.zeros_like(lengths) if aligned else lengths % c
+  if not aligned:
+    z, source = (
+      join_chunk(old, x, pending, room=c * context_size())
+      for old, x in ((cache.z, z), (cache.source, source))
+    )
+  tokens = ("batch", "sequence", None)
+  y, s, z, source = over_shards(
+    partial(_read_chunks, mlp),
+    z,
+    source,
+    mlp.params(h.dtype),
+    cache.s,
+    pending + counts,
+    dims=(("batch", "sequence", "mlp"), tokens, PARAM_DIMS, FAST_CACHE.s, ("batch",)),
+    out_dims=(tokens, *FAST_CACHE),
+  )
+  if not aligned:
+    place = pending[:, None] + jnp.arange(h.shape[1], dtype=jnp.int32)[None]
+    y = jnp.take_along_axis(y, place[..., None], axis=1)
+  reads = (counts > 0)[:, None, None]  # other rows keep the chunk that they have begun
+  z, source = (
+    jnp.where(reads, new.astype(old.dtype), old)
+    for old, new in ((cache.z, z), (cache.source, source))
+  )
+  return y, FastCache(s, z, source)
+
+
+def _read_chunks(mlp: TttMlp, z, source, params, s, lengths, *, axes: Axes):
+  y, state = mlp.fast_weight(
+    z,
+    source,
+    params,
+    state=FastWeightState(s),
+    lengths=lengths,
+    context_axis=axes.context,
+    tensor_axis=axes.tensor,
+  )
+  c = mlp.ttt.chunk_size
+  start = lengths // c * c
+  pending = (chunk_at(x, start, c, axes.context) for x in (z, source))
+  return y, state.S, *pending
+
+
+def join_chunk(
+  old: Float[Array, "B C N"], new: Float[Array, "B T N"], pending: Int[Array, "B"], *, room: int
+) -> Float[Array, "B L N"]:
+  """The first `pending` tokens of `old`, then all of `new`, then anything: T + room tokens."""
+  both = jnp.concatenate([old.astype(new.dtype), new], axis=1)
+  place = jnp.arange(new.shape[1] + room, dtype=jnp.int32)[None]
+  behind = old.shape[1] + place - pending[:, None]
+  index = jnp.where(place < pending[:, None], place, jnp.minimum(behind, both.shape[1] - 1))
+  return jnp.take_along_axis(both, index[..., None], axis=1)
+
+
+def chunk_at(x, start, size, context_axis):
+  """The tokens `start` to `start + size - 1` of each row, zeros behind the row's end; on every shard."""
+  index = start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+  if context_axis is not None:
+    index -= x.shape[1] * jax.lax.axis_index(context_axis)
+  inside = (index >= 0) & (index < x.shape[1])
+  taken = jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[1] - 1)[..., None], axis=1)
+  taken = jnp.where(inside[..., None], taken, jnp.zeros_like(taken))
+  return taken if context_axis is None else jax.lax.psum(taken, context_axis)
