@@ -20,7 +20,7 @@ from ttt_jax.load_config import checked_fields, load_config, load_fields
 from ttt_jax.pretrained.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "notebooks").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "notebooks").rglob("*.md"))]
 END_OF_COMMAND = {"&&", "||", ";", "&", "|", ">", "<", "done"}
 # What a loop of the shell puts in the place of a variable.
 VARIABLES = {"$config": "configs/pretrain_4b_8k.yaml", "$i": "0"}
