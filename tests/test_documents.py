@@ -20,7 +20,7 @@ from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig
 from ttt_jax.config.yaml import checked_fields, load_config, load_fields
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "notebooks").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "notebooks").rglob("*.md"))]
 END_OF_COMMAND = {"&&", "||", ";", "&", "|", ">", "<", "done"}
 # What a loop of the shell puts in the place of a variable.
 VARIABLES = {"$config": "configs/pretrain_4b_8k.yaml", "$i": "0"}

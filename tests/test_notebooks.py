@@ -14,6 +14,10 @@ def test_there_are_notebooks():
   assert "01_fast_weights.ipynb" in [path.name for path in NOTEBOOKS]
 
 
+def test_their_pictures_are_small():
+  assert sum(path.stat().st_size for path in NOTEBOOKS) < 1.5e6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, monkeypatch, tmp_path, optimized_commands):
@@ -32,4 +36,6 @@ def test_it_runs(path, monkeypatch, tmp_path, optimized_commands):
   shown = [
     output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output
   ]
-  assert sum("image/png" in output["data"] for output in shown) >= 2
+  pictures = [output["data"]["image/png"] for output in shown if "image/png" in output["data"]]
+  assert len(pictures) >= 2
+  assert sum(map(len, pictures)) < 1e6  # all notebooks together stay below 1.5 MB

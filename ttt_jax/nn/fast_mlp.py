@@ -47,8 +47,8 @@ class MlpStats(NamedTuple):
   Attributes:
     update_ratio: mean of `|update| / |W|`, Frobenius norms, over the last chunks of the shards.
     state_ratio: largest `|S| / |W|` at the end of a shard.
-    output_ratio: `|z S| / |z W|` over 256 tokens of every shard: the fast part of the output against
-      the slow one.
+    output_ratio: `|z S| / |z W|` over about 256 tokens of every shard: the fast part of the output
+      against the slow one, each before they are added and rounded; 0 where nothing was learned.
     inner_lr: the inner rate.
     decay: the state's factor per chunk.
   """
