@@ -62,12 +62,12 @@ def _sequential(chunks, w, options):
   return _sequential_fwd(chunks, w, options)[0]
 
 
-def _at(x, i):
+def _chunk(x, i):
   """Chunk i of `[B, N, ...]`; of None, None."""
   return None if x is None else lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
 
 
-def _put(x, chunk, i):
+def _set_chunk(x, chunk, i):
   return lax.dynamic_update_index_in_dim(x, chunk.astype(x.dtype), i, axis=1)
 
 
@@ -76,15 +76,15 @@ def _zeros(shape, dtype, like):
   return vary_over(jnp.zeros(shape, dtype), varying_axes(like))
 
 
-def _follow(factor, u, s):
+def _next_state(factor, u, s):
   """`factor s + u`, of which a factor of 0 drops s; None is 1."""
   return s + u if factor is None else scale(factor, s) + u
 
 
 def _update(chunks, i, options):
   """`r U` of chunk i, in the state's dtype."""
-  z_i = where(_at(chunks.writes, i), _at(chunks.z, i))
-  u = (chunks.lr * matmul("bcf,bcd->bfd", z_i, _at(chunks.v, i))).astype(options.state_dtype)
+  z_i = where(_chunk(chunks.writes, i), _chunk(chunks.z, i))
+  u = (chunks.lr * matmul("bcf,bcd->bfd", z_i, _chunk(chunks.v, i))).astype(options.state_dtype)
   return clip_update(u, options.clip_norm, options.tensor_axis)
 
 
@@ -98,14 +98,14 @@ class _Reader(NamedTuple):
   w: Float[Array, "F D"] | None
   reads: Bool[Array, "B C"] | None  # the tokens that see the state
 
-  def through(self, subscripts: str, x, s):
+  def product(self, subscripts: str, x, s):
     """`x (W + S)`, or with the subscripts of the transpose `x (W + S)^T`; rounded to x's dtype with W."""
     if self.w is None:
       return where(self.reads, matmul(subscripts, x, s.astype(x.dtype)))
     seen = where(self._whole(), s)
-    product = matmul(subscripts, x, (self.w[None].astype(s.dtype) + seen).astype(x.dtype))
+    merged = matmul(subscripts, x, (self.w[None].astype(s.dtype) + seen).astype(x.dtype))
     rest = lambda partly: where(partly, matmul(subscripts, x, s.astype(x.dtype)))  # noqa: E731
-    return self._with_rest(product, rest)
+    return self._with_rest(merged, rest)
 
   def outer(self, z, d):
     """`(z^T d of the tokens that see the state, z^T d of all)`; the second only with W."""
@@ -133,7 +133,7 @@ class _Reader(NamedTuple):
 
 
 def _reader(chunks, w, i):
-  return _Reader(w, _at(chunks.reads, i))
+  return _Reader(w, _chunk(chunks.reads, i))
 
 
 def _total(chunks, factors, options):
@@ -142,22 +142,22 @@ def _total(chunks, factors, options):
   n = z.shape[1]
   with jax.named_scope("shard_total"):
     if options.clip_norm is None:
-      # Linear: one product over all tokens, each scaled by what is left of it at the end.
-      left = None if factors is None else prefix_keeps(factors.T, reverse=True).T
+      # Linear: one product over all tokens, each scaled by what is kept of it at the end.
+      kept = None if factors is None else prefix_keeps(factors.T, reverse=True).T
       if chunks.writes is not None:
-        z = where(tokens_of(chunks.writes, left), z)
-      delta = (lr * matmul("bncf,bncd->bfd", z, _weighted(v, left))).astype(options.state_dtype)
+        z = where(tokens_of(chunks.writes, kept), z)
+      delta = (lr * matmul("bncf,bncd->bfd", z, _weighted(v, kept))).astype(options.state_dtype)
     else:
 
       def step(i, s):
-        return _follow(_at(factors, i), _update(chunks, i, options), s)
+        return _next_state(_chunk(factors, i), _update(chunks, i, options), s)
 
       delta = lax.fori_loop(0, n, step, jnp.zeros_like(chunks.s_in))
     return Update(_product(factors), delta)
 
 
 def _product(factors):
-  """What is left of a state behind all chunks; None is all of it."""
+  """What all chunks keep of a state; None is all of it."""
   return None if factors is None else jnp.prod(factors, axis=1)
 
 
@@ -182,15 +182,15 @@ def _sequential_fwd(chunks, w, options):
   places = None if w is None else options.samples
 
   def read(i, s, y, samples):
-    z_i = _at(z, i)
-    y = _put(y, _reader(chunks, w, i).through("bcf,bfd->bcd", z_i, s), i)
+    z_i = _chunk(z, i)
+    y = _set_chunk(y, _reader(chunks, w, i).product("bcf,bfd->bcd", z_i, s), i)
     if places is not None:
       sample = matmul("bcf,bfd->bcd", z_i[:, places].astype(s.dtype), s)
-      samples = _put(samples, sample, i)
+      samples = _set_chunk(samples, sample, i)
     return y, samples
 
   def learn(i, s):
-    return _follow(_at(factors, i), _update(chunks, i, options), s)
+    return _next_state(_chunk(factors, i), _update(chunks, i, options), s)
 
   def body(i, carry):
     s, y, samples = carry
@@ -205,7 +205,7 @@ def _sequential_fwd(chunks, w, options):
     samples = _zeros((b, n, len(range(c)[places]), v.shape[-1]), wide, z)
   with jax.named_scope("chunks"):
     s, y, samples = lax.fori_loop(1, n, body, (s, *read(0, s, y, samples)))
-  s_end = learn(n - 1, s) if total is None else _follow(total.keep, total.delta, s_in)
+  s_end = learn(n - 1, s) if total is None else _next_state(total.keep, total.delta, s_in)
   if samples is not None and chunks.reads is not None:
     samples = where(chunks.reads[:, :, places], samples)
   return Outputs(y, s_end, samples), (chunks._replace(s_in=s_in), w)
@@ -228,99 +228,157 @@ def _sequential_bwd(options, saved, cotangents):
   Tokens that do not read or write count as 0 in what enters a sum and get 0 of what comes out of one.
 
   Across shards, G_N is the cotangent of this shard's own outgoing state plus what the shards after it
-  send back: an exclusive suffix of the same operator, of (prod_i f_i, this shard's G_0). The forwards
-  pass does not need it: that exchange may go on meanwhile.
+  send back (`_cotangent_of_later_shards`). The forwards pass does not need that: the exchange may go on
+  meanwhile.
   """
   chunks, w = saved
-  z, v, lr, s_in, keep, decay, reads, writes = chunks
+  keep, decay = chunks.keep, chunks.decay
   d_y, g_out, _ = cotangents
-  n = z.shape[1]
-  wide = accumulation_dtype(z.dtype)
+  d_y = d_y.astype(chunks.z.dtype)
   factors = factors_of(chunks, options)
-  d_y = d_y.astype(z.dtype)
-  # With every token reading and nothing forgotten, dW is what G gathers: G_0 - G_N.
-  dw_is_g = factors is None and reads is None
-
+  own = None
   if options.exchange is not None:
-    with jax.named_scope("shard_cotangent"):
-      reach = None if factors is None else prefix_keeps(factors.T).T
-      seen = None if reads is None else tokens_of(reads, reach)
-      own = matmul("bncf,bncd->bfd", where(seen, z), _weighted(where(seen, d_y), reach))
-      own = own.astype(g_out.dtype)
-    through = _product(factors)
-    suffix = exchange(Update(through, _follow(through, own, g_out)), options.exchange, True)
-    g_out = g_out + suffix.delta
-
-  def advance(i, s, tangent):
-    """From S_i and its tangent to those of i + 1."""
-    f = _at(factors, i)
-    if decay is not None:
-      tangent = _follow(f, s if keep is None else scale(_at(keep, i), s), tangent)
-    return _follow(f, _update(chunks, i, options), s), tangent
-
-  def through_read(i, s, tangent, dz, d_decay):
-    d_i = _at(d_y, i)
-    dz = _put(dz, _reader(chunks, w, i).through("bcd,bfd->bcf", d_i, s), i)
-    if decay is not None:
-      along = matmul("bcf,bfd->bcd", _at(z, i), tangent.astype(z.dtype))
-      d_decay += jnp.sum(where(_at(reads, i), along * d_i.astype(wide)))
-    return s, tangent, dz, d_decay
-
-  def forwards(i, carry):
-    s, tangent, dz, d_decay = carry
-    return through_read(i, *advance(i - 1, s, tangent), dz, d_decay)
-
-  tangent = None if decay is None else jnp.zeros_like(s_in)
-  with jax.named_scope("chunks_forwards"):
-    carry = through_read(0, s_in, tangent, jnp.zeros_like(z), jnp.zeros_like(lr))
-    s, tangent, dz, d_decay = lax.fori_loop(1, n, forwards, carry)
+    later, own = _cotangent_of_later_shards(chunks, options, factors, d_y, g_out)
+    g_out = g_out + later
+  forwards = _forwards_pass(chunks, w, options, factors, d_y)
+  d_decay = None
   if decay is not None:
-    tangent = advance(n - 1, s, tangent)[1]
-    d_decay = (d_decay.astype(decay.dtype) + jnp.sum(tangent * g_out)).astype(decay.dtype)
-
-  def retreat(i, g, dw):
-    """From G_{i+1} to G_i, and what chunk i adds to dW."""
-    own, all_tokens = _reader(chunks, w, i).outer(_at(z, i), _at(d_y, i))
-    g = _follow(_at(factors, i), own.astype(g.dtype), g)
-    return g, dw if dw is None else dw + jnp.sum(all_tokens, axis=0)
-
-  def through_update(i, g, dw, dz, dv, d_lr):
-    writes_i, v_i = _at(writes, i), _at(v, i)
-    z_i = where(writes_i, _at(z, i))
-    du = _through_clip(g, z_i, v_i, lr, options).astype(z.dtype)
-    z_du = where(writes_i, matmul("bcf,bfd->bcd", z_i, du))
-    d_lr += jnp.sum(z_du * v_i.astype(wide))
-    through_v = where(writes_i, matmul("bcd,bfd->bcf", v_i, du))
-    dz_i = _at(dz, i).astype(wide) + lr * through_v
-    return g, dw, _put(dz, dz_i, i), _put(dv, lr * z_du, i), d_lr
-
-  def backwards(j, carry):
-    i = n - 1 - j
-    g, dw, dz, dv, d_lr = carry
-    return through_update(i, *retreat(i + 1, g, dw), dz, dv, d_lr)
-
-  dw = None if w is None or dw_is_g else _zeros(w.shape, wide, z)
-  with jax.named_scope("chunks_backwards"):
-    carry = through_update(n - 1, g_out, dw, dz, jnp.zeros_like(v), jnp.zeros_like(lr))
-    g, dw, dz, dv, d_lr = lax.fori_loop(1, n, backwards, carry)
-    g_in, dw = retreat(0, g, dw)
+    d_decay = forwards.d_decay.astype(decay.dtype) + jnp.sum(forwards.tangent * g_out)
+    d_decay = d_decay.astype(decay.dtype)
+  # With every token reading and nothing forgotten, dW is what G gathers: G_0 - G_N.
+  dw_is_g = factors is None and chunks.reads is None
+  backwards = _backwards_pass(
+    chunks, w, options, factors, d_y, g_out, forwards.dz, with_dw=w is not None and not dw_is_g
+  )
+  g_in, dw = backwards.g, backwards.dw
   if w is not None and dw_is_g:
-    dw = jnp.sum(g_in - g_out if options.exchange is None else own, axis=0)
+    dw = jnp.sum(g_in - g_out if own is None else own, axis=0)
   if options.exchange is not None:
     # The state before the whole sequence enters on the first shard only.
     first = lax.axis_index(options.exchange.axis) == 0
     g_in = jnp.where(first, g_in, jnp.zeros_like(g_in))
   d_chunks = Chunks(
-    z=dz,
-    v=dv,
-    lr=d_lr,
+    z=backwards.dz,
+    v=backwards.dv,
+    lr=backwards.d_lr,
     s_in=g_in,
     keep=None if keep is None else jnp.zeros_like(keep),  # document borders, a constant decay
-    decay=None if decay is None else d_decay,
-    reads=_no_cotangent(reads),
-    writes=_no_cotangent(writes),
+    decay=d_decay,
+    reads=_no_cotangent(chunks.reads),
+    writes=_no_cotangent(chunks.writes),
   )
   return d_chunks, None if w is None else dw.astype(w.dtype)
+
+
+def _cotangent_of_later_shards(chunks, options, factors, d_y, g_out):
+  """What the shards after this one add to G_N, and this shard's own `sum_i Z_i^T dR_i`, decayed.
+
+  Locally a shard knows what its own tokens read of the state that came in: `own`. It lacks what later
+  shards read of the state that went out. Every shard sends `(prod_i f_i, f G_N + own)`, an update read
+  from the right; the exclusive suffix of these is what is missing.
+  """
+  with jax.named_scope("shard_cotangent"):
+    kept = None if factors is None else prefix_keeps(factors.T).T
+    seen = None if chunks.reads is None else tokens_of(chunks.reads, kept)
+    own = matmul("bncf,bncd->bfd", where(seen, chunks.z), _weighted(where(seen, d_y), kept))
+    own = own.astype(g_out.dtype)
+  keep = _product(factors)
+  suffix = exchange(Update(keep, _next_state(keep, own, g_out)), options.exchange, True)
+  return suffix.delta, own
+
+
+class _Forwards(NamedTuple):
+  """What the pass in the order of the chunks carries; `tangent` and `d_decay` count with a decay."""
+
+  s: Float[Array, "B F D"]
+  tangent: Float[Array, "B F D"] | None
+  dz: Float[Array, "B N C F"]
+  d_decay: Float[Array, ""]
+
+
+def _forwards_pass(chunks, w, options, factors, d_y) -> _Forwards:
+  """The part of dZ that comes of reading, and the decay's gradient but for `<T_N, G_N>`; T_N."""
+  z, decay, keep = chunks.z, chunks.decay, chunks.keep
+  n, wide = z.shape[1], accumulation_dtype(z.dtype)
+
+  def learn(i, carry):
+    """From S_i and its tangent to those of i + 1."""
+    factor, tangent = _chunk(factors, i), carry.tangent
+    if decay is not None:
+      kept = carry.s if keep is None else scale(_chunk(keep, i), carry.s)
+      tangent = _next_state(factor, kept, tangent)
+    s = _next_state(factor, _update(chunks, i, options), carry.s)
+    return carry._replace(s=s, tangent=tangent)
+
+  def read(i, carry):
+    d_i, d_decay = _chunk(d_y, i), carry.d_decay
+    dz_i = _reader(chunks, w, i).product("bcd,bfd->bcf", d_i, carry.s)
+    if decay is not None:
+      moved = matmul("bcf,bfd->bcd", _chunk(z, i), carry.tangent.astype(z.dtype))
+      d_decay += jnp.sum(where(_chunk(chunks.reads, i), moved * d_i.astype(wide)))
+    return carry._replace(dz=_set_chunk(carry.dz, dz_i, i), d_decay=d_decay)
+
+  start = _Forwards(
+    s=chunks.s_in,
+    tangent=None if decay is None else jnp.zeros_like(chunks.s_in),
+    dz=jnp.zeros_like(z),
+    d_decay=jnp.zeros_like(chunks.lr),
+  )
+  with jax.named_scope("chunks_forwards"):
+    carry = lax.fori_loop(1, n, lambda i, carry: read(i, learn(i - 1, carry)), read(0, start))
+  return carry if decay is None else learn(n - 1, carry)
+
+
+class _Backwards(NamedTuple):
+  """What the pass against the order of the chunks carries; `dw` counts where dW is not what G gathers."""
+
+  g: Float[Array, "B F D"]
+  dw: Float[Array, "F D"] | None
+  dz: Float[Array, "B N C F"]
+  dv: Float[Array, "B N C D"]
+  d_lr: Float[Array, ""]
+
+
+def _backwards_pass(chunks, w, options, factors, d_y, g_out, dz, *, with_dw: bool) -> _Backwards:
+  """G_0, dW, and what dZ, dV and dlr get of the updates."""
+  z, v, lr = chunks.z, chunks.v, chunks.lr
+  n, wide = z.shape[1], accumulation_dtype(z.dtype)
+
+  def unread(i, carry):
+    """From G_{i+1} to G_i, and what chunk i adds to dW."""
+    own, all_tokens = _reader(chunks, w, i).outer(_chunk(z, i), _chunk(d_y, i))
+    g = _next_state(_chunk(factors, i), own.astype(carry.g.dtype), carry.g)
+    dw = None if carry.dw is None else carry.dw + jnp.sum(all_tokens, axis=0)
+    return carry._replace(g=g, dw=dw)
+
+  def unlearn(i, carry):
+    """What chunk i's own update gets of G_{i+1}."""
+    writes_i, v_i = _chunk(chunks.writes, i), _chunk(v, i)
+    z_i = where(writes_i, _chunk(z, i))
+    du = _through_clip(carry.g, z_i, v_i, lr, options).astype(z.dtype)
+    z_du = where(writes_i, matmul("bcf,bfd->bcd", z_i, du))
+    v_du = where(writes_i, matmul("bcd,bfd->bcf", v_i, du))
+    dz_i = _chunk(carry.dz, i).astype(wide) + lr * v_du
+    return carry._replace(
+      dz=_set_chunk(carry.dz, dz_i, i),
+      dv=_set_chunk(carry.dv, lr * z_du, i),
+      d_lr=carry.d_lr + jnp.sum(z_du * v_i.astype(wide)),
+    )
+
+  start = _Backwards(
+    g=g_out,
+    dw=_zeros(w.shape, wide, z) if with_dw else None,
+    dz=dz,
+    dv=jnp.zeros_like(v),
+    d_lr=jnp.zeros_like(lr),
+  )
+
+  def body(j, carry):
+    i = n - 1 - j
+    return unlearn(i, unread(i + 1, carry))
+
+  with jax.named_scope("chunks_backwards"):
+    return unread(0, lax.fori_loop(1, n, body, unlearn(n - 1, start)))
 
 
 def _no_cotangent(mask):
