@@ -42,7 +42,7 @@ def add_tokens(
     The config with what is said of the roles elsewhere.
 
   Raises:
-    ValueError: an entry that is no token, or one that cannot have its id.
+    UserError: an entry that is no token, or one that cannot have its id.
   """
   given = config.get("added_tokens_decoder")
   if given is None:

@@ -33,7 +33,7 @@ def convert(
     console: where to print.
 
   Raises:
-    ValueError, NotImplementedError: as `load_pretrained` and `save_pretrained`.
+    UserError, UnsupportedError: as `load_pretrained` and `save_pretrained`.
   """
   console = Console() if console is None else console
   started = time.perf_counter()

@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
   """The object in a JSON file; a byte order mark before it does not count.
 
   Raises:
-    ValueError: no such file, or not a JSON object.
+    UserError: no such file, or not a JSON object.
   """
   try:
     data = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -67,7 +67,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
   """The tensors of a directory's `model.safetensors`, or of the files that its index names.
 
   Raises:
-    ValueError: there are none, a file is missing or damaged, or the index leads out of the directory.
+    UserError: there are none, a file is missing or damaged, or the index leads out of the directory.
   """
   if (directory / WEIGHTS).is_file():
     return open_safetensors(directory / WEIGHTS)
@@ -121,8 +121,8 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
   """The tensors of a file.
 
   Raises:
-    ValueError: the file is cut short or damaged.
-    NotImplementedError: tensors that are no floats.
+    UserError: the file is cut short or damaged.
+    UnsupportedError: tensors that are no floats.
   """
   check_safetensors(path)
   with path.open("rb") as file:
@@ -140,7 +140,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def check_safetensors(path: Path) -> None:
-  """Raises ValueError unless the file is whole, by the library's checks."""
+  """Raises UserError unless the file is whole, by the library's checks."""
   try:
     with safe_open(path, framework="numpy"):
       pass
@@ -262,7 +262,7 @@ def local_path(path: str | Path) -> Path:
   A directory that is no Hugging Face model and no run but holds one GGUF model stands for that file.
 
   Raises:
-    ValueError: there is no such path, nor a package to ask the hub for a model of that name.
+    UserError: there is no such path, nor a package to ask the hub for a model of that name.
   """
   local = Path(path).expanduser()
   if local.exists():

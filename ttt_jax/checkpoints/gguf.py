@@ -47,7 +47,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
   """Metadata by key, and the tensors as they are stored, of all parts of a split file.
 
   Raises:
-    ValueError: the file is cut short, damaged or no GGUF, or one of its parts is not there.
+    UserError: the file is cut short, damaged or no GGUF, or one of its parts is not there.
   """
   parts = gguf_parts(path)
   if missing := [part.name for part in parts if not part.is_file()]:
@@ -89,8 +89,8 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
   """The config.json that the metadata stands for, and the tensors, dequantised when read.
 
   Raises:
-    ValueError: a damaged file, or metadata without a size of the model.
-    NotImplementedError: an architecture or feature that is not there, by name.
+    UserError: a damaged file, or metadata without a size of the model.
+    UnsupportedError: an architecture or feature that is not there, by name.
   """
   fields, stored = read_gguf(path)
   architecture = fields.get("general.architecture")

@@ -71,7 +71,7 @@ _SWITCHED_OFF = {
 
 
 def check_keys(path: Path, fields: dict[str, Any]) -> None:
-  """Raises NotImplementedError for a key that is not known, or whose value changes the numbers."""
+  """Raises UnsupportedError for a key that is not known, or whose value changes the numbers."""
   prefix = f"{ARCHITECTURE}."
   for key, value in fields.items():
     name = key.removeprefix(prefix)
@@ -92,8 +92,8 @@ def need_number(path: Path, fields: dict[str, Any], name: str, kind: type = int)
   """A number of the architecture; of one per layer, the one that all layers have.
 
   Raises:
-    ValueError: it is not there, or no number.
-    NotImplementedError: layers differ.
+    UserError: it is not there, or no number.
+    UnsupportedError: layers differ.
   """
   key = f"{ARCHITECTURE}.{name}"
   value = fields.get(key)
@@ -107,7 +107,7 @@ def need_number(path: Path, fields: dict[str, Any], name: str, kind: type = int)
 
 
 def check_heads(path: Path, fields: dict[str, Any], head_dim: int) -> None:
-  """Raises NotImplementedError for heads that are not rotated whole, or scaled otherwise."""
+  """Raises UnsupportedError for heads that are not rotated whole, or scaled otherwise."""
   for name in ("rope.dimension_count", "attention.value_length"):
     size = fields.get(f"{ARCHITECTURE}.{name}", head_dim)
     if size != head_dim:

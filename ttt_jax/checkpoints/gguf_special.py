@@ -112,7 +112,7 @@ def special_tokens(fields: dict[str, Any]) -> SpecialTokens:
   """What the metadata says and llama.cpp concludes from it.
 
   Raises:
-    ValueError: a token is to be added that is not there.
+    UserError: a token is to be added that is not there.
   """
   tokens = fields.get(f"{_KEY}.tokens") or []
   place = {token: i for i, token in enumerate(tokens)}

@@ -58,8 +58,8 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
   """The tokenizer of a GGUF file.
 
   Raises:
-    ValueError: there is none, or its tokens are damaged.
-    NotImplementedError: a model or a rule for words that is not there, by name.
+    UserError: there is none, or its tokens are damaged.
+    UnsupportedError: a model or a rule for words that is not there, by name.
   """
   fields, _ = read_gguf(path)
   kind, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")

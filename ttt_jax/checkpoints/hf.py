@@ -235,7 +235,7 @@ def own_ttt(checkpoint: Checkpoint) -> TTTConfig:
   """The fast weights a checkpoint comes with.
 
   Raises:
-    ValueError: its config does not speak of any, but their tensors are there.
+    UserError: its config does not speak of any, but their tensors are there.
   """
   ttt = stated_ttt(checkpoint)
   stored = [name for name in checkpoint.tensors if name.endswith(_TTT_TENSORS)]
@@ -251,7 +251,7 @@ def own_ttt(checkpoint: Checkpoint) -> TTTConfig:
 
 
 def _check_tensors(checkpoint: Checkpoint, rows: tuple[Row, ...], *, fresh_allowed: bool) -> None:
-  """Raises ValueError with a line for every tensor that is missing, unknown or of another shape."""
+  """Raises UserError with a line for every tensor that is missing, unknown or of another shape."""
   stored = checkpoint.tensors
   lines = []
   for row in rows:
@@ -284,7 +284,7 @@ def _check_tensors(checkpoint: Checkpoint, rows: tuple[Row, ...], *, fresh_allow
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:
-  """Raises ValueError unless the head stored beside a tied embedding is that embedding."""
+  """Raises UserError unless the head stored beside a tied embedding is that embedding."""
   head, table = (checkpoint.tensors[name] for name in (HEAD, EMBEDDING))
   if head.shape != table.shape or not np.array_equal(head.read(), table.read()):
     raise UserError(

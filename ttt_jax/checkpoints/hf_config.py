@@ -92,8 +92,8 @@ def read_config(
     generation: generation_config.json, whose special tokens count where it names some.
 
   Raises:
-    NotImplementedError: an architecture, rope type or feature that is not there, by name.
-    ValueError: a key that is missing or contradicts another.
+    UnsupportedError: an architecture, rope type or feature that is not there, by name.
+    UserError: a key that is missing or contradicts another.
   """
   kind = _model_type(config)
   _refuse_features(config, kind)
@@ -124,7 +124,7 @@ def write_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, An
   """The config.json that `transformers` builds this model from; `read_config` reads it back.
 
   Raises:
-    NotImplementedError: no architecture of `transformers` has these features together.
+    UnsupportedError: no architecture of `transformers` has these features together.
   """
   kind = _architecture_for(model, attention)
   config = {
@@ -204,7 +204,7 @@ def _model_type(config: dict[str, Any]) -> str:
 
 
 def _refuse_features(config: dict[str, Any], kind: str) -> None:
-  """Raises NotImplementedError for what would change the numbers and is not there."""
+  """Raises UnsupportedError for what would change the numbers and is not there."""
   for key, neutral in _NEUTRAL.items():
     value = config.get(key)
     if value is not None and value not in neutral:
@@ -240,7 +240,7 @@ def model_tokens(
   """The ids under a key like `eos_token_id`, of generation_config.json where it has some, else config.json.
 
   Raises:
-    ValueError: one that is no id, or beyond the model's vocabulary.
+    UserError: one that is no id, or beyond the model's vocabulary.
   """
   name, value = "generation_config.json", (generation or {}).get(key)
   if value is None:

@@ -57,8 +57,8 @@ def read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
   `max_position_embeddings`.
 
   Raises:
-    NotImplementedError: a scaling that is not there, by name.
-    ValueError: a key is missing, no number, or contradicts another.
+    UnsupportedError: a scaling that is not there, by name.
+    UserError: a key is missing, no number, or contradicts another.
   """
   scaling = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
   theta = _theta(config, scaling)

@@ -193,7 +193,7 @@ class Checkpoints:
     """Returns when the last `save` is complete.
 
     Raises:
-      ValueError: it could not be written, say because the disk is full.
+      UserError: it could not be written, say because the disk is full.
     """
     if self._writer is not None:
       try:

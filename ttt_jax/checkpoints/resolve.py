@@ -117,7 +117,7 @@ def initial_model(config: Config, mesh: Mesh) -> Transformer:
   """The model of a resolved config before the first step, on the mesh.
 
   Raises:
-    ValueError: as `load_pretrained`.
+    UserError: as `load_pretrained`.
   """
   if config.init_from is None:
 

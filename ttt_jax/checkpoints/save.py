@@ -38,9 +38,9 @@ def save_pretrained(
     tokenizer: written beside the model, if given.
 
   Raises:
-    ValueError: the path is taken, a parameter holds NaN or infinities, or the tokenizer has more tokens
+    UserError: the path is taken, a parameter holds NaN or infinities, or the tokenizer has more tokens
       than the model.
-    NotImplementedError: no architecture of `transformers` has these features together.
+    UnsupportedError: no architecture of `transformers` has these features together.
   """
   with new_directory(path) as directory:
     write_model(model, directory)

@@ -106,7 +106,7 @@ class Tokenizer:
     return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
   def check_vocabulary(self, vocab_size: int, model: str = "the model") -> None:
-    """Raises ValueError if a token is beyond a model's vocabulary."""
+    """Raises UserError if a token is beyond a model's vocabulary."""
     if self.vocab_size > vocab_size:
       raise UserError(
         f"the tokenizer has {self.vocab_size} tokens, {model} only vocab_size={vocab_size}: they do not "
@@ -141,8 +141,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
       "bytes": one token per byte of UTF-8, as models that `ttt-jax train` made from scratch read.
 
   Raises:
-    ValueError: there is none, it is damaged, or it has more tokens than the model it lies beside.
-    NotImplementedError: a GGUF tokenizer of an unknown kind.
+    UserError: there is none, it is damaged, or it has more tokens than the model it lies beside.
+    UnsupportedError: a GGUF tokenizer of an unknown kind.
   """
   if str(path) == BYTES:
     return byte_tokenizer()

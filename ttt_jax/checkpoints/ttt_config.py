@@ -20,7 +20,7 @@ def read_published(config: dict[str, Any], num_layers: int) -> tuple[TTTConfig |
   """The `TTTConfig` of the `ttt_*` keys, None without `ttt_mode`, and layers named beyond the depth.
 
   Raises:
-    ValueError: a key is missing or unknown.
+    UserError: a key is missing or unknown.
   """
   if not config.get("ttt_mode"):
     return None, []
@@ -98,7 +98,7 @@ def read_section(config: dict[str, Any]) -> TTTConfig | None:
   """The `TTTConfig` of our section, None if there is none.
 
   Raises:
-    ValueError: fields unknown to this version, or published keys beside it that have been changed.
+    UserError: fields unknown to this version, or published keys beside it that have been changed.
   """
   section = config.get(SECTION)
   if section is None:

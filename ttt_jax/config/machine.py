@@ -81,7 +81,7 @@ class MeshConfig:
     """The mesh with the axis of -1 filled, so that there are `devices` devices.
 
     Raises:
-      ValueError: the other axes do not divide them.
+      UserError: the other axes do not divide them.
     """
     if -1 not in self.shape:
       return self

@@ -43,7 +43,7 @@ class RopeScaling:
   """With "yarn", whether the ramp between both kinds of channel begins and ends at whole ones."""
 
   def check(self) -> None:
-    """Raises ValueError for a field out of range; `ModelConfig` calls it."""
+    """Raises UserError for a field out of range; `ModelConfig` calls it."""
     section = "model.rope_scaling"
     require_choice(f"{section}.kind", self.kind, ("linear", "llama3", "yarn"))
     require_positive(section, self, "factor")

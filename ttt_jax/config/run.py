@@ -104,7 +104,7 @@ class Config:
 
 
 def check_layers(model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig) -> None:
-  """Raises ValueError if a layer index does not exist or is named twice, or a mixer is in no layer."""
+  """Raises UserError if a layer index does not exist or is named twice, or a mixer is in no layer."""
   for name, layers in (
     ("ttt.layers", ttt.layers),
     ("attention.full_layers", attention.full_layers),
@@ -137,7 +137,7 @@ def check_given(ttt: TTTConfig) -> None:
 
 
 def check_trainable(ttt: TTTConfig, train: TrainConfig) -> None:
-  """Raises ValueError if nothing would train."""
+  """Raises UserError if nothing would train."""
   require(
     train.trainable == "all" or len(ttt.layers) > 0,
     f"train.trainable={train.trainable!r} trains the TTT layers, but ttt.layers=[] names none",
@@ -145,7 +145,7 @@ def check_trainable(ttt: TTTConfig, train: TrainConfig) -> None:
 
 
 def check_mesh(model: ModelConfig, mesh: MeshConfig) -> None:
-  """Raises ValueError if an axis does not divide what it splits."""
+  """Raises UserError if an axis does not divide what it splits."""
   for axis, names in (
     ("tensor", ("num_heads", "num_kv_heads", "d_ff", "vocab_size")),
     ("fsdp", ("d_model",)),
@@ -161,7 +161,7 @@ def check_mesh(model: ModelConfig, mesh: MeshConfig) -> None:
 
 
 def check_mixer(attention: AttentionConfig, mesh: MeshConfig) -> None:
-  """Raises ValueError if a mixer would need a state of another shard of the sequence."""
+  """Raises UserError if a mixer would need a state of another shard of the sequence."""
   require(
     attention.mixer == "attention" or mesh.context in (1, -1),  # -1: checked when it is known
     f"attention.mixer={attention.mixer!r} with mesh.context={mesh.context}: its state is not exchanged "
@@ -170,7 +170,7 @@ def check_mixer(attention: AttentionConfig, mesh: MeshConfig) -> None:
 
 
 def check_rows(name: str, seq_len: int, context: int, ttt: TTTConfig) -> None:
-  """Raises ValueError unless `context` shards of whole chunks make up a row of `seq_len` tokens."""
+  """Raises UserError unless `context` shards of whole chunks make up a row of `seq_len` tokens."""
   if context == -1:
     return  # checked when it is known
   require(

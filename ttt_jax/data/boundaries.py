@@ -55,7 +55,7 @@ def boundaries(
     name: the tokenizer's, for messages.
 
   Raises:
-    ValueError: a token is asked for that the tokenizer does not have.
+    UserError: a token is asked for that the tokenizer does not have.
   """
   bos, eos = special_ids(tokenizer)
   for field, asked, token, kind in (

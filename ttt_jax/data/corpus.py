@@ -127,7 +127,7 @@ def load_corpus(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None = 
   None for bytes, changes neither the split nor the order.
 
   Raises:
-    ValueError: a source does not exist, holds fewer than two readable documents, or was prepared with
+    UserError: a source does not exist, holds fewer than two readable documents, or was prepared with
       another tokenizer, other boundaries of documents or not to the end; two sources hold one file; too
       many corrupt records; a boundary that the tokenizer has no token for.
   """
@@ -184,7 +184,7 @@ def _load_source(config, path, weight, name, seed, tokenizer, skipped, owners) -
 
 
 def _claim(paths: Sequence[Path], source: str, owners: dict[str, str]) -> None:
-  """Raises ValueError if another source has one of these already: each would split it its own way."""
+  """Raises UserError if another source has one of these already: each would split it its own way."""
   for path, real in zip(paths, real_paths(paths)):
     if owners.setdefault(real, source) != source:
       raise UserError(
@@ -217,7 +217,7 @@ def heldout_rows(
     name: where `seq_len` comes from, for the message.
 
   Raises:
-    ValueError: no document has `seq_len` tokens.
+    UserError: no document has `seq_len` tokens.
   """
   lengths = [source.heldout.lengths for source in sources]
   if not any(each.size for each in lengths):

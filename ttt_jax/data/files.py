@@ -45,7 +45,7 @@ def find_files(path: str | None, skipped: Skipped, *, field: str) -> Files:
   followed, so links in a loop do no harm.
 
   Raises:
-    ValueError: there is no such path, or a prepared corpus lies among the files. `field` is what
+    UserError: there is no such path, or a prepared corpus lies among the files. `field` is what
       messages call the path.
   """
   if path is None:

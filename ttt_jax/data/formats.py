@@ -52,7 +52,7 @@ def read_texts(
     text_field: of a record; a dot leads into a field of fields, as in `meta.text`.
 
   Raises:
-    ValueError: too many corrupt records; a parquet or ArrayRecord file without texts; no pyarrow, no
+    UserError: too many corrupt records; a parquet or ArrayRecord file without texts; no pyarrow, no
       zstd.
   """
   if not path.is_file():  # a broken link; or a pipe, which would block

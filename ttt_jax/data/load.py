@@ -12,7 +12,7 @@ def load_data(config: Config) -> Corpus:
   """The documents of a resolved config, in the tokens that its model reads; those of a run, as it began.
 
   Raises:
-    ValueError: the model has not as many tokens as the tokenizer; as `load_tokenizer` and
+    UserError: the model has not as many tokens as the tokenizer; as `load_tokenizer` and
       `load_corpus`.
   """
   config = as_begun(config)

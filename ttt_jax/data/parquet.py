@@ -16,7 +16,7 @@ def parquet_texts(
   """(row from 1 on, bytes or null) of the column; `meta.text` is the field `text` of the column `meta`.
 
   Raises:
-    ValueError: no such column, or one of another kind; too many corrupt rows; no pyarrow.
+    UserError: no such column, or one of another kind; too many corrupt rows; no pyarrow.
   """
   try:
     import pyarrow as pa

@@ -63,7 +63,7 @@ def prepare(
     console: for the progress.
 
   Raises:
-    ValueError: the destination is something else; `source` cannot be read, holds fewer than two texts
+    UserError: the destination is something else; `source` cannot be read, holds fewer than two texts
       or too many corrupt records; a boundary that the tokenizer has no token for.
   """
   if shard_bytes <= 0:

@@ -36,7 +36,7 @@ RECORD_TOKENS = 1 << 13
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:
-  """Raises ValueError if it is damaged or of another format."""
+  """Raises UserError if it is damaged or of another format."""
   try:
     metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
@@ -52,7 +52,7 @@ def read_metadata(directory: Path) -> dict[str, Any]:
 def _check(
   metadata: dict[str, Any], directory: Path, given: str, tokenizer: Tokenizer | None
 ) -> None:
-  """Raises ValueError unless the directory is whole and made with this tokenizer.
+  """Raises UserError unless the directory is whole and made with this tokenizer.
 
   The index is read once, the shards are not: what is corrupt in them is found when it is read.
   """
@@ -79,7 +79,7 @@ def _check(
 def _check_boundaries(
   metadata: dict[str, Any], given: str, tokenizer: Tokenizer | None, **asked: bool | None
 ) -> None:
-  """Raises ValueError unless documents begin and end as asked, with tokens of this tokenizer."""
+  """Raises UserError unless documents begin and end as asked, with tokens of this tokenizer."""
   first, last = boundaries(tokenizer).start, () if tokenizer is None else tokenizer.eos_ids
   known = {"start_of_text": (first, special_ids(tokenizer)[0]), "end_of_text": last}
   for field, value in asked.items():

@@ -70,7 +70,7 @@ class Rows:
     """Goes on where the rows of any processes that had these slots stood.
 
     Raises:
-      ValueError: the state is that of other data.
+      UserError: the state is that of other data.
     """
     if state["pieces"] != self._pieces:
       raise UserError(
@@ -110,7 +110,7 @@ def training_rows(
     align: every piece begins at a multiple of it in its row, after padding where need be.
 
   Raises:
-    ValueError: a source has nothing to train on.
+    UserError: a source has nothing to train on.
   """
   seed = stable_hash(f"{seed}") % 2**32  # NumPy takes no negative seed
   pieces = [_Pieces(source.train, seq_len, seed, source.name) for source in sources]

@@ -29,7 +29,7 @@ class Skipped:
     """Counts the corrupt records of a place once, with a warning.
 
     Raises:
-      ValueError: they are more than `data.max_bad_records`.
+      UserError: they are more than `data.max_bad_records`.
     """
     with self._lock:
       if place in self._places:

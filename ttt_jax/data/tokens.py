@@ -32,7 +32,7 @@ def encode(text: str) -> Int32[np.ndarray, "T"]:
 def decode(tokens: Integer[Any, "T"] | Sequence[int]) -> str:
   """The text of these bytes; U+FFFD stands where they are not UTF-8.
 
-  Raises ValueError if a token is not a byte.
+  Raises UserError if a token is not a byte.
   """
   tokens = np.asarray(tokens, np.int64)
   foreign = tokens[(tokens < 0) | (tokens >= VOCAB_SIZE)]

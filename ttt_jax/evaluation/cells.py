@@ -26,7 +26,7 @@ class Cells:
       settings: everything that the results depend on.
 
     Raises:
-      ValueError: the file holds results of other settings, or is no such file. Nothing was changed.
+      UserError: the file holds results of other settings, or is no such file. Nothing was changed.
     """
     self._path = Path(path)
     settings = jsonable(settings)

@@ -71,7 +71,7 @@ def modes(reader: Reader, config: PerplexityConfig) -> tuple[Mode, ...]:
   """The ways to read that differ for this model; one without fast weights has a single one.
 
   Raises:
-    ValueError: fast weights that would start again within a chunk.
+    UserError: fast weights that would start again within a chunk.
   """
   if not reader.ttt.layers:
     return (Mode("plain", update=False),)

@@ -45,7 +45,7 @@ def run_perplexity(
     out: directory, made if it is not there; None: `runs/perplexity_NAME`.
 
   Raises:
-    ValueError: no document is long enough; `out` holds results of other settings.
+    UserError: no document is long enough; `out` holds results of other settings.
   """
   config = resolve_run(config) if is_run else resolve(config)
   out = Path("runs") / f"perplexity_{config.name}" if out is None else out

@@ -47,7 +47,7 @@ def write_documents(directory: str | Path, *, documents: int, tokens: int, seed:
   """Writes documents for `data.path`, as `recall.jsonl` in a directory that has none yet.
 
   Raises:
-    ValueError: sizes out of range, or the file is there already.
+    UserError: sizes out of range, or the file is there already.
   """
   if documents < 2 or tokens < 4 or tokens % 2:
     raise UserError(
@@ -66,7 +66,7 @@ def distances(row: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
   """For every key how many tokens before it came last, 0 for one that is new and for other tokens.
 
   Raises:
-    ValueError: no key of the row comes a second time: it is another kind of text.
+    UserError: no key of the row comes a second time: it is another kind of text.
   """
   result = np.zeros(len(row), np.int64)
   last = {}

@@ -36,7 +36,7 @@ def run_recall(
     out: directory, made if it is not there; None: the run's.
 
   Raises:
-    ValueError: no window and none in the config, tokens that are not bytes; documents of another kind;
+    UserError: no window and none in the config, tokens that are not bytes; documents of another kind;
       no checkpoint.
   """
   console = Console(quiet=not is_main()) if console is None else console

@@ -173,7 +173,7 @@ class Scorer:
         all tokens are drawn from. Options of `transformers` pass with values that change nothing.
 
     Raises:
-      ValueError: an option that is not known, or a value out of range.
+      UserError: an option that is not known, or a value out of range.
     """
     groups: dict[str, list[int]] = {}
     for index, (_, options) in enumerate(requests):
@@ -275,7 +275,7 @@ class Scorer:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-  """Raises ValueError for options that are not known, or that would have an effect and are not there."""
+  """Raises UserError for options that are not known, or that would have an effect and are not there."""
   for name in sorted(set(options) - set(_GENERATION)):
     neutral = _NEUTRAL.get(name)
     if neutral is None or options[name] not in (None, *neutral):

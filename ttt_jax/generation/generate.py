@@ -98,7 +98,7 @@ def generate(
     update: False keeps the fast weights as they are.
 
   Raises:
-    ValueError: an empty prompt, a token out of the vocabulary, a value out of range, another model's
+    UserError: an empty prompt, a token out of the vocabulary, a value out of range, another model's
       state.
 
   Example:
@@ -386,7 +386,7 @@ def _learn(reader: Reader, cache: Cache, row: Int[Array, ""]) -> Cache:
 
 
 def _prompts(tokens, vocab_size: int, state: GenerationState | None) -> list[list[int]]:
-  """The prompts as lists; raises ValueError for what cannot be read."""
+  """The prompts as lists; raises UserError for what cannot be read."""
   if isinstance(tokens, (jax.Array, np.ndarray)):
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
       raise UserError(

@@ -24,7 +24,7 @@ def stop_tokens(model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, .
 def check_sampling(
   temperature: float, top_k: int | None, top_p: float | None, min_p: float | None = None
 ) -> None:
-  """Raises ValueError for a value out of range."""
+  """Raises UserError for a value out of range."""
   if not 0 <= temperature < float("inf"):
     raise UserError(f"temperature={temperature} must be 0 (greedy) or positive")
   if top_k is not None and top_k < 1:

@@ -127,7 +127,7 @@ def load_state(path: str | Path, model: Transformer | Reader) -> GenerationState
   """A state that was saved, on the model's devices: the mesh may be another one.
 
   Raises:
-    ValueError: no such file, not a state, or one of another model.
+    UserError: no such file, not a state, or one of another model.
   """
   path = Path(path)
   if not path.is_file():
@@ -154,7 +154,7 @@ def load_state(path: str | Path, model: Transformer | Reader) -> GenerationState
 
 
 def check_model(state_of: str, model: str) -> None:
-  """Raises ValueError unless a state's fingerprint is the model's."""
+  """Raises UserError unless a state's fingerprint is the model's."""
   if state_of != model:
     raise UserError(
       f"the state is of a model with fingerprint {state_of}, this one's is {model}: keys, values and "

@@ -117,7 +117,7 @@ def check_ids(
   *,
   ignore: int | None = None,
 ) -> None:
-  """Raises ValueError at the first id outside of the vocabulary, where the ids' values are known.
+  """Raises UserError at the first id outside of the vocabulary, where the ids' values are known.
 
   Not known are those of an array that is traced or that lies on other processes' devices.
 

@@ -30,7 +30,7 @@ def token_losses(
   ignored may be anything, also NaN: their gradient is 0.
 
   Raises:
-    ValueError: a label outside of the vocabulary.
+    UserError: a label outside of the vocabulary.
   """
   check_ids("labels", labels, logits.shape[-1], ignore=IGNORE)
   return _losses(where(labels != IGNORE, logits), labels, None, 0.0)
@@ -60,7 +60,7 @@ def model_losses(
     z_loss, at_once: as for `hidden_losses`.
 
   Raises:
-    ValueError: tokens or labels outside of the vocabulary, where their values are known.
+    UserError: tokens or labels outside of the vocabulary, where their values are known.
   """
   x, stats = model.hidden(tokens, segment_ids, update=update)
   losses, valid = hidden_losses(
@@ -90,7 +90,7 @@ def hidden_losses(
     at_once: logits of a device.
 
   Raises:
-    ValueError: a label outside of the vocabulary, where its value is known; else its loss is NaN.
+    UserError: a label outside of the vocabulary, where its value is known; else its loss is NaN.
   """
   rows = ("batch", "sequence")
   tied = head is None

@@ -232,7 +232,7 @@ class Transformer(nnx.Module):
         (None where none updates).
 
     Raises:
-      ValueError: tokens or segment_ids of the wrong shape or dtype, tokens outside of the vocabulary.
+      UserError: tokens or segment_ids of the wrong shape or dtype, tokens outside of the vocabulary.
     """
     x, stats = self.hidden(tokens, segment_ids, update=update)
     logits = next_token_logits(x, self.embed, self.norm, self.head)

@@ -31,7 +31,7 @@ class ChunkFacts(NamedTuple):
 
 
 def check_segment_ids(segment_ids: Array, shape: tuple[int, ...]) -> None:
-  """Raises ValueError unless `segment_ids` are integers of `shape`, one per token."""
+  """Raises UserError unless `segment_ids` are integers of `shape`, one per token."""
   if segment_ids.shape != shape:
     raise UserError(
       f"segment_ids has shape {segment_ids.shape}, expected {shape}: one document number per token"

@@ -100,7 +100,7 @@ def find_device(kind: str | None = None) -> Device:
   A kind that is not in the table gets the figures of its platform's nearest one.
 
   Raises:
-    ValueError: a name that is neither in the table nor the kind of a device here.
+    UserError: a name that is neither in the table nor the kind of a device here.
   """
   if kind in DEVICES:
     return DEVICES[kind]

@@ -44,7 +44,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   """The mesh of a config over all devices; a mesh of one device takes the first one.
 
   Raises:
-    ValueError: there are more or fewer devices than the mesh has.
+    UserError: there are more or fewer devices than the mesh has.
   """
   devices = jax.devices() if devices is None else devices
   config = config.filled(len(devices))
@@ -70,7 +70,7 @@ def spec(*dims: str | None, mesh: Mesh | AbstractMesh) -> PartitionSpec:
   Manual axes, those of an enclosing `jax.shard_map`, have split it already.
 
   Raises:
-    ValueError: two dimensions claim one axis.
+    UserError: two dimensions claim one axis.
   """
   claimed = [axis for dim in dims for axis in _RULES[dim]]
   if len(set(claimed)) < len(claimed):
@@ -137,7 +137,7 @@ def _manual_context_axis() -> str | None:
 
 
 def _check_manual_axes(arguments: Any) -> None:
-  """Raises NotImplementedError inside somebody's `jax.shard_map` over an axis of unknown use.
+  """Raises UnsupportedError inside somebody's `jax.shard_map` over an axis of unknown use.
 
   Rows split over `data` or `fsdp` need nothing of each other, and a sequence split over `context` is
   exchanged. Over any other axis, `tensor` included, a device would take its part for the whole. Axes of
@@ -203,7 +203,7 @@ def over_shards(
       outputs vary.
 
   Raises:
-    NotImplementedError: somebody's `jax.shard_map` is over an axis that this library gives no meaning.
+    UnsupportedError: somebody's `jax.shard_map` is over an axis that this library gives no meaning.
   """
   _check_manual_axes(arguments)
   mesh = ambient_mesh()

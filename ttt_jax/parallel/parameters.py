@@ -58,7 +58,7 @@ def dimensions(name: str, rank: int) -> tuple[str | None, ...]:
   """The logical dimensions of the array of a path such as `groups/0/1/mlp/conv/value`.
 
   Raises:
-    ValueError: there is no such parameter in the table, or it has another rank.
+    UserError: there is no such parameter in the table, or it has another rank.
   """
   dims = _DIMENSIONS.get(name.removesuffix("/value").rpartition("/")[2])
   if dims is None and rank == 0:
@@ -74,7 +74,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
   """Where each array of a model, a layer or a training state lies on the mesh.
 
   Raises:
-    ValueError: a mesh axis does not divide the dimension it splits.
+    UserError: a mesh axis does not divide the dimension it splits.
   """
   return jax.tree.map_with_path(partial(_sharding, mesh), tree)
 

@@ -26,7 +26,7 @@ def start(runtime: RuntimeConfig) -> None:
   """Tells JAX what it must know before its first use, and waits for the other processes if there are any.
 
   Raises:
-    ValueError: the processes could not be found.
+    UserError: the processes could not be found.
   """
   if runtime.cpu_devices is not None:
     jax.config.update("jax_num_cpu_devices", runtime.cpu_devices)

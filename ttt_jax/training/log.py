@@ -41,7 +41,7 @@ def open_log(config: Config, run_dir: Path, *, resume_step: int) -> Iterator[Log
   """The log of a run that goes on after `resume_step`.
 
   Raises:
-    ValueError: a writer of `train.writers` whose package is not there.
+    UserError: a writer of `train.writers` whose package is not there.
   """
   with ExitStack() as stack:
     writers = []

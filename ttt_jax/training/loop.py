@@ -178,7 +178,7 @@ def train(
   `eval.every` the records of those steps have the `heldout_loss`, the mean over `evaluation_rows`.
 
   Raises:
-    ValueError: a checkpoint that cannot be read or is another model's; nothing is overwritten. More than
+    UserError: a checkpoint that cannot be read or is another model's; nothing is overwritten. More than
       `train.max_bad_steps` steps in a row without a finite loss and gradient; nothing more is saved.
   """
   steps = config.train.steps
@@ -253,7 +253,7 @@ def train(
 
 
 def _check_bad(config: Config, step: int, in_a_row: int) -> None:
-  """Raises ValueError where too many steps in a row changed nothing."""
+  """Raises UserError where too many steps in a row changed nothing."""
   if in_a_row > config.train.max_bad_steps:
     raise UserError(
       f"step {step} is the last of {in_a_row} in a row without a finite loss and gradient, more than "

@@ -38,7 +38,7 @@ def run_training(config: Config, console: Console | None = None) -> dict[str, An
   The same call again goes on from the last checkpoint. Returns None if it was interrupted.
 
   Raises:
-    ValueError: the run directory is another config's, or another process trains there; as `resolve`,
+    UserError: the run directory is another config's, or another process trains there; as `resolve`,
       `make_mesh`, `load_data` and `train`.
   """
   console = Console(quiet=not is_main()) if console is None else console
@@ -124,7 +124,7 @@ def run_evaluation(
       run directory of its own.
 
   Raises:
-    ValueError: there is no run or no checkpoint there, or it is another model's; the run directory is
+    UserError: there is no run or no checkpoint there, or it is another model's; the run directory is
       another run's; as `load_pretrained`.
   """
   console = Console(quiet=not is_main()) if console is None else console

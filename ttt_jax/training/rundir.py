@@ -52,7 +52,7 @@ def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = 
     may_change: fields and sections in which the config of a resumed run may differ.
 
   Raises:
-    ValueError: the directory is not a run's, or is another config's. Nothing has been changed.
+    UserError: the directory is not a run's, or is another config's. Nothing has been changed.
   """
   path = Path(path)
   changed = _check_run(path, config, may_change)
@@ -70,7 +70,7 @@ def hold_run(path: str | Path, config: Config) -> Iterator[None]:
   locked, a warning says that nothing holds it.
 
   Raises:
-    ValueError: another process is at it; it cannot be written to; as `open_run`. Nothing has been
+    UserError: another process is at it; it cannot be written to; as `open_run`. Nothing has been
       changed.
   """
   path = Path(path)
@@ -140,7 +140,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
   """The records of a `metrics.jsonl`, without a last line that a killed process left torn.
 
   Raises:
-    ValueError: another line is no record.
+    UserError: another line is no record.
   """
   path = Path(path)
   lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

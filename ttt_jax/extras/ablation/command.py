@@ -25,7 +25,7 @@ def run(
   """Runs what is not finished and reports; 1 if a run failed.
 
   Raises:
-    ValueError: as `load_ablation`, `run_all` and `report`.
+    UserError: as `load_ablation`, `run_all` and `report`.
   """
   console = Console()
   ablation = load_ablation(path, overrides, directory)

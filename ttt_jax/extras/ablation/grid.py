@@ -80,7 +80,7 @@ def load_ablation(
     directory: of the runs and the report; None: runs/NAME.
 
   Raises:
-    ValueError: no such file, keys it does not know or lacks, variants of one name, or a config that
+    UserError: no such file, keys it does not know or lacks, variants of one name, or a config that
       `load_config` refuses, with the variant's name.
   """
   path = Path(path)

@@ -25,7 +25,7 @@ def report(ablation: Ablation, failed: dict[tuple[str, int], str]) -> dict[str, 
   seed read the same batches in the same order, so that what a seed does to both falls out.
 
   Raises:
-    ValueError: no run is finished.
+    UserError: no run is finished.
   """
   rows = [_row(ablation, variant) for variant in ablation.variants]
   if not any(row["seeds"] for row in rows):

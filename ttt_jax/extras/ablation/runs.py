@@ -53,7 +53,7 @@ def run_all(
       run at a time on all devices.
 
   Raises:
-    ValueError: a run's directory holds something else; documents that cannot answer what the grid asks.
+    UserError: a run's directory holds something else; documents that cannot answer what the grid asks.
       No run has been started.
   """
   runs, todo = list(ablation.runs()), []

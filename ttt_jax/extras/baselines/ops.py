@@ -65,7 +65,7 @@ def gated_linear_attention(
     it is computed.
 
   Raises:
-    ValueError: shapes that disagree, chunk_size < 1, ids that are not integers.
+    UserError: shapes that disagree, chunk_size < 1, ids that are not integers.
 
   Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training
     (arXiv 2312.06635), section 4.
@@ -103,7 +103,7 @@ def delta_rule(
     it is computed.
 
   Raises:
-    ValueError: shapes that disagree, chunk_size < 1, ids that are not integers.
+    UserError: shapes that disagree, chunk_size < 1, ids that are not integers.
 
   Source: Yang et al., Parallelizing Linear Transformers with the Delta Rule over Sequence Length
     (arXiv 2406.06484); the system is that of its UT transform, solved with the state on the right-hand

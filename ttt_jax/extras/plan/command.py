@@ -29,7 +29,7 @@ def run(
   """Plans a run and prints it; 0 if it fits, 1 if it does not.
 
   Raises:
-    ValueError: no topology is given; a mesh that fits neither it nor the model.
+    UserError: no topology is given; a mesh that fits neither it nor the model.
   """
   console = Console() if console is None else console
   topology = config.plan.topology if topology is None else topology

@@ -101,7 +101,7 @@ def plan(config: Config, topology: str | Topology, *, mode: Mode = "train") -> P
     mode: `"train"`, or `"prefill"`: prompts of `data.seq_len` tokens in `train.batch_size` rows.
 
   Raises:
-    ValueError: no such topology, libtpu is not there, a mesh of another size.
+    UserError: no such topology, libtpu is not there, a mesh of another size.
   """
   where = open_topology(topology) if isinstance(topology, str) else topology
   mesh = make_mesh(config.mesh, list(where.devices))

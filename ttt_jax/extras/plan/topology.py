@@ -44,7 +44,7 @@ def open_topology(name: str) -> Topology:
   """The devices of a slice such as `v5p:4x4x4`.
 
   Raises:
-    ValueError: there is no such slice; libtpu is not installed.
+    UserError: there is no such slice; libtpu is not installed.
   """
   chip = name.partition(":")[0]
   if chip not in _SLICES or ":" not in name:

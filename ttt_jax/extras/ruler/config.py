@@ -64,7 +64,7 @@ class SamplesConfig:
     """Makes the last sample of every task and length: what is wrong is known before hours of work.
 
     Raises:
-      ValueError: as `Ruler.sample`.
+      UserError: as `Ruler.sample`.
     """
     for task, length in self.pairs:
       ruler.sample(task, length, self.samples - 1)

@@ -71,7 +71,7 @@ def evaluate_ruler(
     missing.
 
   Raises:
-    ValueError: as `Ruler.sample`, before anything is read by the model; a tokenizer of another model;
+    UserError: as `Ruler.sample`, before anything is read by the model; a tokenizer of another model;
       results of other settings in `out`; `strict` and no fast weights.
   """
   reader, out = Reader.of(model), Path(out)
@@ -180,7 +180,7 @@ def _settings(reader: Reader, config: RulerConfig) -> dict[str, Any]:
 
 
 def _check_questions(out: Path, cells: Cells, questions: dict[str, str | None]) -> None:
-  """Raises ValueError if there are results of a task with another file of questions."""
+  """Raises UserError if there are results of a task with another file of questions."""
   for task, _, asked in cells:
     if questions.get(task, asked) != asked:
       raise UserError(

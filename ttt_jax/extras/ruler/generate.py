@@ -52,7 +52,7 @@ class Ruler:
     """A sample by its number, from 0 on.
 
     Raises:
-      ValueError: an unknown task, a length that is too small (with the smallest one) or that the file of
+      UserError: an unknown task, a length that is too small (with the smallest one) or that the file of
         questions cannot fill, a missing or damaged file, or `wonderwords` is not installed.
     """
     try:

@@ -39,7 +39,7 @@ class Questions:
   """The questions that have answers, and the documents, of a file in SQuAD's or HotpotQA's format.
 
   Raises:
-    ValueError: there is no such file, it is no JSON, it lacks a field, or has no question with an answer.
+    UserError: there is no such file, it is no JSON, it lacks a field, or has no question with an answer.
   """
 
   def __init__(self, path: str | Path, counter: TokenCounter):

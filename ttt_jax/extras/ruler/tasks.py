@@ -54,7 +54,7 @@ TASKS = {
 
 
 def task_named(name: str) -> Task:
-  """Raises ValueError, with the names there are, for another one."""
+  """Raises UserError, with the names there are, for another one."""
   if name not in TASKS:
     raise UserError(f"there is no RULER task {name!r}; there are {', '.join(TASKS)}")
   return TASKS[name]

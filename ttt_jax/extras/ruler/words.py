@@ -10,7 +10,7 @@ def word_lists() -> dict[str, list[str]]:
   """Nouns, adjectives and verbs.
 
   Raises:
-    ValueError: `wonderwords` is not installed.
+    UserError: `wonderwords` is not installed.
   """
   try:
     import wonderwords

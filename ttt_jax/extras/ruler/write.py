@@ -38,7 +38,7 @@ def write_samples(
     The report: for every task and length the seconds, and those of all cores together.
 
   Raises:
-    ValueError: as `Ruler.sample`, before anything is written, and if there is such a directory.
+    UserError: as `Ruler.sample`, before anything is written, and if there is such a directory.
   """
   console = wide_console() if console is None else console
   loaded, rows = load_tokenizer(tokenizer), []

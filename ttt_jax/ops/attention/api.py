@@ -66,8 +66,8 @@ def attention(
       devices have equal work. None does; with a window they have it anyway.
 
   Raises:
-    ValueError: shapes or values that disagree, an unbound `context_axis`, an unknown name.
-    NotImplementedError: an implementation that cannot express the call, with the reasons.
+    UserError: shapes or values that disagree, an unbound `context_axis`, an unknown name.
+    UnsupportedError: an implementation that cannot express the call, with the reasons.
   """
   _check(q, k, v, window, segment_ids, implementation)
   if context_axis is not None and shard_count(context_axis) == 1:

@@ -192,7 +192,7 @@ def exclusive_prefix(
       rounding with all_gather, two with all_to_all, one per step with doubling and ring.
 
   Raises:
-    ValueError: `axis_name` is not bound, `collective` is unknown, keep and delta disagree, wire_dtype
+    UserError: `axis_name` is not bound, `collective` is unknown, keep and delta disagree, wire_dtype
       is not floating.
   """
   size = shard_count(axis_name)

@@ -132,9 +132,9 @@ def inplace_ttt(
     Products accumulate in `promote_types(dtype, float32)`.
 
   Raises:
-    ValueError: shapes or dtypes that disagree, values out of range, an unbound axis, shards that do not
+    UserError: shapes or dtypes that disagree, values out of range, an unbound axis, shards that do not
       hold whole chunks, a state from the middle of a chunk, unknown names.
-    NotImplementedError: `merge=True` with an implementation that has no `W + S` to read; the gradient of
+    UnsupportedError: `merge=True` with an implementation that has no `W + S` to read; the gradient of
       a decay where there are `lengths`; forward mode through `"sequential"`.
   """
   check_arguments(z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis)

@@ -163,7 +163,7 @@ def explain(
     device: a name such as `"v5p"`, or a `device_kind`; None is the one here.
 
   Raises:
-    ValueError: sizes that are not positive, shards that do not hold whole chunks, an unknown device.
+    UserError: sizes that are not positive, shards that do not hold whole chunks, an unknown device.
   """
   sizes = {
     "tokens": tokens,

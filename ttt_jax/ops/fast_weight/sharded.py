@@ -47,7 +47,7 @@ class ContextParallel:
     statistics are split like B, the state also along F; the statistics have a last dimension of shards.
 
     Raises:
-      ValueError: sizes that the mesh does not divide, and what `inplace_ttt` raises.
+      UserError: sizes that the mesh does not divide, and what `inplace_ttt` raises.
     """
     lead, (t, f) = z.shape[:-2], z.shape[-2:]
     self._check_sizes(lead, t, f)
@@ -172,7 +172,7 @@ def context_parallel(
       data, fsdp and tensor are ignored where the mesh does not have them.
 
   Raises:
-    ValueError: a name that is not an axis of the mesh, or an axis of several devices without a use here.
+    UserError: a name that is not an axis of the mesh, or an axis of several devices without a use here.
   """
   names = mesh.axis_names
   if tensor_axis is not None and tensor_axis not in names and tensor_axis in _USUAL:

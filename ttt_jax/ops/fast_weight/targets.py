@@ -39,7 +39,7 @@ def ntp_targets(
     V in x's dtype; sums are accumulated in `promote_types(x.dtype, float32)`.
 
   Raises:
-    ValueError: shapes that disagree, an even width, chunk_size < 1, ids that are not integers.
+    UserError: shapes that disagree, an even width, chunk_size < 1, ids that are not integers.
 
   Source: Feng et al., In-Place Test-Time Training (arXiv 2604.06169), the NTP-aligned objective.
   """
