@@ -120,13 +120,56 @@ def working_directory(tmp_path, monkeypatch):
   shutil.rmtree(tmp_path / "models")
 
 
-def test_python_blocks_run_one_after_another(working_directory, capsys):
-  names = {"__name__": "readme"}
-  blocks = [text for path, text in _blocks("python") if path.name == "README.md"]
-  assert len(blocks) >= 5
-  for text in blocks:
-    exec(compile(text, "README.md", "exec"), names)
-  assert np.all(np.isfinite(names["y"]))
-  assert names["answer"].tokens.shape[1] == len(names["question"]) + 40
-  assert (working_directory / "models" / "mine" / "config.json").is_file()
+WITH_PYTHON = sorted({path.relative_to(ROOT) for path, _ in _blocks("python")})
+
+
+def _run_python(name: Path) -> dict:
+  """The names that the Python blocks of a document leave, run in turn and on their own."""
+  names = {"__name__": "document"}
+  for path, text in _blocks("python"):
+    if path == ROOT / name:
+      exec(compile(text, str(name), "exec"), names)
+  return names
+
+
+def test_there_are_documents_with_python():
+  guides = {
+    Path("notebooks/guides", f"{name}.md") for name in ("method", "pretrained", "generation")
+  }
+  assert {Path("README.md"), *guides} <= set(WITH_PYTHON)
+
+
+@pytest.mark.parametrize("name", WITH_PYTHON, ids=str)
+def test_python_blocks_of_a_document_run(name, working_directory, capsys):
+  """One after another, with no names but those that the document itself defines."""
+  names = _run_python(name)
   assert jax.device_count() == 8
+  match name.stem if name.parent.name == "guides" else str(name):
+    case "README.md" | "method":
+      assert np.all(np.isfinite(names["y"]))
+      assert np.any(names["state"].S != 0)
+    case "pretrained":
+      assert (working_directory / "models" / "mine" / "config.json").is_file()
+    case "generation":
+      assert names["answer"].tokens.shape[1] == len(names["question"]) + 40
+
+
+def test_the_readme_is_short():
+  """It leads to the guides instead."""
+  lines = (ROOT / "README.md").read_text().splitlines()
+  assert len(lines) <= 200
+  assert [line for line in lines if len(line) > 100] == []
+
+
+def test_files_that_are_named_exist():
+  """Links between documents, and paths in code style; what commands write is not in the repository."""
+  missing = set()
+  for path in DOCUMENTS:
+    text = path.read_text()
+    for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
+      if not (path.parent / target).exists():
+        missing.add((path.name, target))
+    for target in re.findall(r"`((?:ttt_jax|configs|notebooks|tests)/[^`\s]*)`", text):
+      if path.name != "CHANGELOG.md" and not any(ROOT.glob(target)):
+        missing.add((path.name, target))
+  assert missing == set()

@@ -1,9 +1,32 @@
 """ttt_jax: language models that learn while they read.
 
-In-Place Test-Time Training (Feng et al., ICLR 2026, arXiv 2604.06169) in JAX: the down projections of
-gated MLPs become fast weights, updated chunk by chunk along the sequence. The ops are pure functions
-on arrays and run on a sequence split over devices inside `jax.shard_map`. What is built on them with Flax,
-pretrained models, their tokenizers and generation, is imported when it is first used.
+In-Place Test-Time Training (Feng et al., ICLR 2026, arXiv 2604.06169) in JAX makes the down projections of
+gated MLPs fast weights, updated chunk by chunk along the sequence. The ops are pure functions on arrays and
+accept a sequence that is split over devices, inside `jax.shard_map`. The parts that need Flax (models,
+pretrained checkpoints, tokenizers, generation) are imported when they are first used.
+
+Glossary, with the paper's symbols:
+
+| term | meaning | paper |
+|---|---|---|
+| fast weight | a down projection that changes along a document: W + S | W_down^(i) |
+| slow weight | its initial value W `[F, D]`, a trained parameter; the paper writes the transpose | W_down^(0) |
+| state | S `[F, D]`, the sum of the updates so far; 0 where a document starts | |
+| chunk | C consecutive tokens that are read with one state and then make one update | Z_[i], V_[i] |
+| read | the product of a chunk's activations with the fast weight, Z (W + S) | O |
+| activations | z = act(h W_gate) * (h W_up), the input of the down projection | Z |
+| target | the value that an update stores for an activation, made of the coming tokens | V |
+| projection | the learned matrix `[D, D]` behind the target's convolution | W_target |
+| inner rate | the step size of an update, `inner_lr` | eta |
+| clip | the largest Frobenius norm of one chunk's update, `clip_norm` | tau |
+| update | the pair (keep, delta) of the map S -> keep S + delta; updates compose associatively | |
+| decay | the factor of the state per chunk, `keep` without documents; the paper's is 1 | |
+| half-life | the number of tokens after which an update counts half: a decay in tokens | |
+| context | the mesh axis along which the tokens of a row are split; each shard holds whole chunks | |
+| exchange | the exclusive prefix of the shards' updates: the state that each shard starts from | |
+| segment | a document of a packed row, as `segment_ids` name it; 0 is padding | |
+| run | a run directory: the config, metrics and checkpoints of one training | |
+| plan | a program compiled ahead of time for a TPU slice: its memory and a bound of its time | |
 """
 
 import importlib

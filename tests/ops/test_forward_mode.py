@@ -73,7 +73,7 @@ def test_on_shards(implementation, collective, shards, check_vma, case, law):
 @FORWARD
 def test_over_global_arrays(implementation, case, law):
   mesh = jax.make_mesh((2, 4), ("data", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-  op = ttt_jax.ops.fast_weight.sharded(mesh)
+  op = ttt_jax.context_parallel(mesh)
 
   def function(arrays):
     arrays = arrays | {"state": ttt_jax.FastWeightState(arrays["state"])}

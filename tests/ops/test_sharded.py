@@ -50,7 +50,7 @@ def test_equals_the_law(implementation, name, kind):
     clip_norm=2.0,
     state=True,
   )
-  op = ttt_jax.ops.fast_weight.sharded(_mesh(name, kind), **NAMES.get(name, {}))
+  op = ttt_jax.context_parallel(_mesh(name, kind), **NAMES.get(name, {}))
 
   @jax.jit
   def run(arrays, cotangents):
@@ -127,7 +127,7 @@ def test_in_a_model_without_a_framework(name, kind):
 
   one_device = step(ttt_jax.inplace_ttt, ttt_jax.ntp_targets)(params, tokens, labels)
   mesh = _mesh(name, kind)
-  op = ttt_jax.ops.fast_weight.sharded(mesh)
+  op = ttt_jax.context_parallel(mesh)
   rows = NamedSharding(
     mesh, PartitionSpec("data" if "data" in mesh.axis_names else None, "context")
   )
@@ -168,7 +168,7 @@ def test_in_an_equinox_model(kind):
     return equinox.filter_jit(equinox.filter_grad(lambda b, x: jnp.sum(b(x, *functions) ** 2)))
 
   mesh = _mesh("context 8", kind)
-  op = ttt_jax.ops.fast_weight.sharded(mesh)
+  op = ttt_jax.context_parallel(mesh)
   one_device = step(ttt_jax.inplace_ttt, ttt_jax.ntp_targets)(block, x)
   with jax.set_mesh(mesh):
     sharding = NamedSharding(mesh, PartitionSpec(None, "context"))
@@ -198,7 +198,7 @@ def test_in_a_linen_model(kind):
     return jax.jit(jax.grad(lambda p, x: jnp.sum(Block().apply(p, x, *functions) ** 2)))
 
   mesh = _mesh("context 8", kind)
-  op = ttt_jax.ops.fast_weight.sharded(mesh)
+  op = ttt_jax.context_parallel(mesh)
   one_device = step(*one)(params, x)
   with jax.set_mesh(mesh):
     sharding = NamedSharding(mesh, PartitionSpec(None, "context"))
@@ -210,7 +210,7 @@ def test_in_a_linen_model(kind):
 def test_state_and_statistics():
   """Reading on from a sharded state; statistics with a dimension of shards."""
   mesh = _mesh("data 2 x context 2 x tensor 2", AxisType.Auto)
-  op = ttt_jax.ops.fast_weight.sharded(mesh)
+  op = ttt_jax.context_parallel(mesh)
   case = make_case(batch=2, tokens=24, f=6)
   z, v, w = (jnp.asarray(case.arrays[name], jnp.float32) for name in ("z", "v", "w_down"))
   how = {"chunk_size": 3, "inner_lr": 0.25, "clip_norm": 2.0}
@@ -233,14 +233,14 @@ def test_state_and_statistics():
 def test_bad_input(unchecked_types):
   mesh = _mesh("data 2 x context 2 x tensor 2", AxisType.Auto)
   with pytest.raises(ValueError, match=r"'sequence' is not an axis of the mesh, which has 'data'"):
-    ttt_jax.ops.fast_weight.sharded(mesh, axis="sequence")
+    ttt_jax.context_parallel(mesh, axis="sequence")
   with pytest.raises(ValueError, match="mesh axis 'data' of 2 devices has no use here"):
-    ttt_jax.ops.fast_weight.sharded(mesh, batch_axes=())
+    ttt_jax.context_parallel(mesh, batch_axes=())
   with pytest.raises(ValueError, match="'rows' is not an axis"):
-    ttt_jax.ops.fast_weight.sharded(mesh, batch_axes=("rows", "data"))
+    ttt_jax.context_parallel(mesh, batch_axes=("rows", "data"))
   with pytest.raises(ValueError, match="one twice"):
-    ttt_jax.ops.fast_weight.sharded(mesh, batch_axes=("data", "context"))
-  op = ttt_jax.ops.fast_weight.sharded(mesh)
+    ttt_jax.context_parallel(mesh, batch_axes=("data", "context"))
+  op = ttt_jax.context_parallel(mesh)
   z, v, w = jnp.ones((2, 24, 6)), jnp.ones((2, 24, 5)), jnp.ones((6, 5))
   how = {"chunk_size": 3, "inner_lr": 0.1}
   with pytest.raises(ValueError, match=r"2 devices over \('data',\) do not divide B=3"):

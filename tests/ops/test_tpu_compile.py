@@ -26,7 +26,7 @@ from ttt_jax.extras.plan.hlo import count_collectives
 topology, shape, implementation = sys.argv[1], tuple(map(int, sys.argv[2].split("x"))), sys.argv[3]
 devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 mesh = Mesh(np.array(devices).reshape(shape), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
-op = ttt_jax.ops.fast_weight.sharded(mesh)
+op = ttt_jax.context_parallel(mesh)
 T, D, F, C = 512 * shape[1], 256, 384, 256
 
 def loss(z, v, w, lr, decay, segment_ids):

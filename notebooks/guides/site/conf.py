@@ -55,9 +55,20 @@ html_css_files = ["site.css"]
 html_show_sphinx = False
 html_copy_source = False
 
-# What is behind the home page, which README itself does not list.
+# The pages behind the home page, in the order of a reader; a page that is left out is an error.
 GUIDES = [
-  f"notebooks/guides/{path.stem}" for path in sorted((ROOT / "notebooks/guides").glob("*.md"))
+  f"notebooks/guides/{name}"
+  for name in (
+    "method",
+    "training",
+    "meshes",
+    "planning",
+    "pretrained",
+    "generation",
+    "evaluation",
+    "how_it_works",
+    "results",
+  )
 ]
 NAVIGATION = f"""
 ```{{toctree}}

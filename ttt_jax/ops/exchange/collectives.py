@@ -12,7 +12,7 @@ holds. What the ways differ in is the path of the deltas, S bytes each:
 | `all_to_all` | 2 S (P-1)/P | 2 |
 | `ring` | S | P + K - 2, of S/K bytes |
 
-`context.exclusive_prefix` makes them differentiable.
+`prefix.exclusive_prefix` makes them differentiable.
 """
 
 import dataclasses

@@ -158,7 +158,7 @@ def context_parallel(
 ) -> ContextParallel:
   """`ttt_jax.inplace_ttt` over global arrays whose sequence is split over a mesh axis.
 
-      op = ttt_jax.ops.fast_weight.sharded(mesh)
+      op = ttt_jax.context_parallel(mesh)
       y, state = op(z, v, w_down, chunk_size=512, inner_lr=0.1)      # in anybody's jit, grad, scan, remat
 
   Fully manual inside, on meshes with Auto and with Explicit axes. `op.ntp_targets` is the same for
