@@ -10,9 +10,9 @@ Glossary, with the paper's symbols:
 | term | meaning | paper |
 |---|---|---|
 | fast weight | a down projection that changes along a document: W + S | W_down^(i) |
-| slow weight | its initial value W `[F, D]`, a trained parameter; the paper writes the transpose | W_down^(0) |
+| slow weight | W `[F, D]`, the trained start of a fast weight; the paper's is transposed | W_down^(0) |
 | state | S `[F, D]`, the sum of the updates so far; 0 where a document starts | |
-| chunk | C consecutive tokens that are read with one state and then make one update | Z_[i], V_[i] |
+| chunk | C consecutive tokens that are read with one state and then make one update | C |
 | read | the product of a chunk's activations with the fast weight, Z (W + S) | O |
 | activations | z = act(h W_gate) * (h W_up), the input of the down projection | Z |
 | target | the value that an update stores for an activation, made of the coming tokens | V |
