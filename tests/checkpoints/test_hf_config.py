@@ -203,7 +203,9 @@ def test_rope_scaling_in_a_yaml_file(tmp_path):
   assert other.model.rope_scaling == dataclasses.replace(expected, factor=4.0)
   with pytest.raises(ValueError, match=r"unknown field model\.rope_scaling\.kin .*did you mean"):
     load_config(path, ["--model.rope_scaling.kin", "yarn"])
-  with pytest.raises(ValueError, match=r"model\.rope_scaling\.factor='x' is not a number"):
+  with pytest.raises(
+    ValueError, match=r"model\.rope_scaling: .*\"factor\": Expected a float. Got value: x"
+  ):
     load_config(path, ["--model.rope_scaling.factor", "x"])
   with pytest.raises(ValueError, match=r"model\.rope_scaling\.kind='ntk' is not one of 'linear'"):
     load_config(path, ["--model.rope_scaling.kind", "ntk"])

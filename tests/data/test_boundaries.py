@@ -1,5 +1,6 @@
 """Where documents begin and end: by hand, in memory and prepared, in rows; a model that stops there."""
 
+import dataclasses
 import itertools
 import json
 from contextlib import closing
@@ -7,7 +8,6 @@ from contextlib import closing
 import numpy as np
 import pytest
 import tokenizers
-import yaml
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from ttt_jax import data
@@ -16,6 +16,7 @@ from ttt_jax.checkpoints.tokenizer import Tokenizer, byte_tokenizer, load_tokeni
 from ttt_jax.cli import main
 from ttt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
 from ttt_jax.config.recorded import CONFIG_FILE
+from ttt_jax.config.yaml import read_yaml
 from ttt_jax.data.boundaries import boundaries
 from ttt_jax.data.load import load_data
 from ttt_jax.generation.sampling import stop_tokens
@@ -350,10 +351,9 @@ def test_a_run_of_an_older_version_keeps_its_tokens(tmp_path):
     with hold_run(run, same):
       assert file.read_bytes() == before
   # What is recorded anew says so, for later.
-  longer = run_config(tmp_path)
-  longer = type(longer)(**{**vars(longer), "eval": EvalConfig(documents=3)})
+  longer = dataclasses.replace(run_config(tmp_path), eval=EvalConfig(documents=3))
   open_run(run, longer)
-  assert yaml.safe_load(file.read_text())["data"]["end_of_text"] is False
+  assert read_yaml(file)["data"]["end_of_text"] is False
   assert as_begun(config).data.end_of_text is False
   open_run(run, config)
   with pytest.raises(ValueError, match=r"data.end_of_text: False -> True"):

@@ -79,7 +79,8 @@ def test_segments_give_the_losses_of_one_pass(model, mesh, update):
 def test_losses_from_a_token_on(reader, start):
   rows = _rows()
   whole = read_losses(reader, rows)
-  np.testing.assert_array_equal(read_losses(reader, rows, start=start), whole[:, start:])
+  # Programs of other shapes may add in another order.
+  np.testing.assert_allclose(read_losses(reader, rows, start=start), whole[:, start:], rtol=1e-6)
 
 
 def test_fast_weights_that_start_again(reader):
