@@ -98,7 +98,7 @@ def expected(case: Case):
 def several_slices():
   """The cost model sends states as small as these in one slice: a ring of one slice is no pipeline."""
   return mock.patch(
-    "ttt_jax.ops.fast_weight.cost.ring_slices", lambda work, device: min(3, work.d_ff)
+    "ttt_jax.ops.exchange.cost.ring_slices", lambda shards, size, device, *, rows: min(3, rows)
   )
 
 

@@ -28,7 +28,7 @@ PRETRAINED = {
     vocab_size=49152, num_layers=30, d_model=576, d_ff=1536, num_heads=9, num_kv_heads=3
   )
 }
-ALL = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+ALL = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 ABLATIONS = [path for path in ALL if path.name.startswith("ablation_")]
 CONFIGS = [path for path in ALL if path not in ABLATIONS]
 

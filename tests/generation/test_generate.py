@@ -72,6 +72,13 @@ def test_writes_what_reading_everything_again_would(model):
   assert as_lists(at_rest) != as_lists(result)
 
 
+def test_prompts_that_are_all_shorter_than_a_chunk(model):
+  """No chunk is full while they are read; the first is learned while the rows are written."""
+  prompts = draw_prompts((2, 3))
+  result = as_lists(generate(model, prompts, max_new_tokens=6))
+  assert result == [write_by_rereading(model, prompt, 6) for prompt in prompts]
+
+
 @pytest.mark.parametrize("prompt", [1, 4, 23])
 @pytest.mark.parametrize(
   "ttt",

@@ -126,7 +126,7 @@ def length_facts(
   first = 0 if context_axis is None else tokens * lax.axis_index(context_axis)
   there = first + jnp.arange(tokens, dtype=lengths.dtype)[None] < lengths[:, None]
   n = tokens // chunk_size
-  full = there[:, : n * chunk_size].reshape(-1, n, chunk_size)
+  full = there[:, : n * chunk_size].reshape(lengths.shape[0], n, chunk_size)
   whole = full[:, :, -1]
   return ChunkFacts(
     reads=full,

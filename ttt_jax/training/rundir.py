@@ -18,8 +18,10 @@ from filelock import FileLock, Timeout
 from ttt_jax.config import Config
 from ttt_jax.config.recorded import (
   CONFIG_FILE,
+  beginning,
   record_config,
   recorded_config,
+  with_beginning,
 )
 from ttt_jax.config.yaml import config_difference, flatten
 from ttt_jax.errors import UserError
@@ -173,7 +175,7 @@ def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> bool:
         "give another --run_dir"
       )
     return True
-  config = _filled(config, _begun_with(file))
+  config = with_beginning(config, beginning(path))
   recorded, current = dataclasses.asdict(recorded_config(path)), dataclasses.asdict(config)
   refused = config_difference(_without(recorded, may_change), _without(current, may_change))
   if refused:
