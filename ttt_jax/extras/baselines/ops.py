@@ -144,7 +144,9 @@ def short_convolution(
     seen = None
     if documents is not None:
       seen = (documents[:, i : i + t] == documents[:, width - 1 :]) & (segment_ids != 0)
-    y += where(seen, whole[:, i : i + t]).astype(wide) * kernel[i].astype(wide)[None, None]
+    y += where(
+      seen, where(seen, whole[:, i : i + t]).astype(wide) * kernel[i].astype(wide)[None, None]
+    )
   return y.astype(x.dtype)
 
 

@@ -71,9 +71,8 @@ def attend(
       vary_over(cut(k_segments, size_k), axes),
     )
   seen = visible_blocks(positions, segments, keys=(kv[0].shape[0], size_k), window=window)
-  bad = _not_finite(grouped), _not_finite(kv[0]) + _not_finite(kv[1])
-  arrays = map(finite, reverse_only((grouped, *kv), "blockwise attention (implementation='xla')"))
-  mixed = _attend_blocks(*arrays, bad, positions, segments, bounds(seen), window)
+  arrays = reverse_only((grouped, *kv), "blockwise attention (implementation='xla')")
+  mixed = _attend_blocks(*arrays, positions, segments, bounds(seen), window)
   joined = jnp.moveaxis(mixed, (0, 4), (1, 2))  # [B, I, L, G, R, K]
   return joined.reshape(b, -1, *q.shape[2:])[:, :t]
 
@@ -134,9 +133,13 @@ def cut(x: Shaped[Array, "B T *S"], size: int) -> Shaped[Array, "N B L *S"]:
 
 
 def _not_finite(x):
-  """NaN where a token's head is not finite, else 0; float32 or wider, without gradient."""
-  bad = jnp.any(~jnp.isfinite(lax.stop_gradient(x)), axis=-1)
-  return poison(bad, accumulation_dtype(x.dtype))
+  """NaN where a token's head is not finite, else 0; float32 or wider."""
+  return poison(jnp.any(~jnp.isfinite(x), axis=-1), accumulation_dtype(x.dtype))
+
+
+def _keys_and_values(k, v):
+  """What is finite of a block of keys and values, and NaN for the keys that are bad in either."""
+  return finite(k), finite(v), _not_finite(k) + _not_finite(v)
 
 
 def _scores(q, k, bad_q, bad_k, j, position, q_segments, k_segments, window):
@@ -171,16 +174,15 @@ def _query_blocks(positions, segments, reach):
   return positions, None if segments is None else segments[0], *reach
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _attend_blocks(q, k, v, bad, positions, segments, reach, window):
-  return _forward(q, k, v, bad, positions, segments, reach, window)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend_blocks(q, k, v, positions, segments, reach, window):
+  return _forward(q, k, v, positions, segments, reach, window)[0]
 
 
 def _forward(
   q: Float[Array, "I B G R L K"],
   k: Float[Array, "J B G S K"],
   v: Float[Array, "J B G S K"],
-  bad: tuple[Float[Array, "I B G R L"], Float[Array, "J B G S"]],
   positions: Int[Array, "I L"],
   segments: tuple[Int[Array, "I B L"], Int[Array, "J B S"]] | None,
   reach: tuple[Int[Array, "I"], Int[Array, "I"]],
@@ -190,17 +192,19 @@ def _forward(
   wide = accumulation_dtype(q.dtype)
 
   def block(inputs):
-    q, bad_q, (position, q_segments, first, last) = inputs
+    q, (position, q_segments, first, last) = inputs
+    q, bad_q = finite(q), _not_finite(q)
 
     def step(j, carry):
       o, top, total = carry
+      k_j, v_j, bad_k = _keys_and_values(k[j], v[j])
       of_keys = _key_block(segments, j)
-      scores = _scores(q, k[j], bad_q, bad[1][j], j, position, q_segments, of_keys, window)
+      scores = _scores(q, k_j, bad_q, bad_k, j, position, q_segments, of_keys, window)
       new_top = jnp.maximum(top, jnp.max(scores, -1))
       weights = jnp.exp(scores - new_top[..., None])
       shrink = jnp.exp(top - new_top)  # of what was summed against the lower maximum
       mixed = jnp.einsum(
-        "bgrls,bgsk->bgrlk", weights.astype(v.dtype), v[j], preferred_element_type=wide
+        "bgrls,bgsk->bgrlk", weights.astype(v.dtype), v_j, preferred_element_type=wide
       )
       o = shrink[..., None] * o + mixed
       return o, new_top, shrink * total + jnp.sum(weights, -1)
@@ -213,12 +217,12 @@ def _forward(
     return (o / total[..., None]).astype(q.dtype), jnp.where(alone, 0, top + jnp.log(total))
 
   with jax.named_scope("blockwise_attention"):
-    return lax.map(block, (q, bad[0], _query_blocks(positions, segments, reach)))
+    return lax.map(block, (q, _query_blocks(positions, segments, reach)))
 
 
-def _attend_blocks_fwd(q, k, v, bad, positions, segments, reach, window):
-  o, log_total = _forward(q, k, v, bad, positions, segments, reach, window)
-  return o, (q, k, v, bad, positions, segments, reach, o, log_total)
+def _attend_blocks_fwd(q, k, v, positions, segments, reach, window):
+  o, log_total = _forward(q, k, v, positions, segments, reach, window)
+  return o, (q, k, v, positions, segments, reach, o, log_total)
 
 
 def _attend_blocks_bwd(window, saved, cotangent):
@@ -229,24 +233,26 @@ def _attend_blocks_bwd(window, saved, cotangent):
   and `dq_t = sum_s ds_ts k_s`, `dk_s = sum_t ds_ts q_t`, both over sqrt(K), `dv_s = sum_t p_ts do_t`.
   Blocks of queries are taken in order and add to dk and dv.
   """
-  q, k, v, bad, positions, segments, reach, o, log_total = saved
+  q, k, v, positions, segments, reach, o, log_total = saved
   wide = accumulation_dtype(q.dtype)
   along = jnp.sum(cotangent.astype(wide) * o.astype(wide), -1)
 
   def block(carry, inputs):
-    q, bad_q, do, log_total, along, (position, q_segments, first, last) = inputs
+    q, do, log_total, along, (position, q_segments, first, last) = inputs
+    q, bad_q, do = finite(q), _not_finite(q), finite(do)
 
     def step(j, carry):
       dq, dk, dv = carry
+      k_j, v_j, bad_k = _keys_and_values(k[j], v[j])
       of_keys = _key_block(segments, j)
-      scores = _scores(q, k[j], bad_q, bad[1][j], j, position, q_segments, of_keys, window)
+      scores = _scores(q, k_j, bad_q, bad_k, j, position, q_segments, of_keys, window)
       weights = _weights(scores, log_total)
       product = partial(jnp.einsum, preferred_element_type=wide)
       dv_j = product("bgrls,bgrlk->bgsk", weights.astype(do.dtype), do)
-      dscores = product("bgrlk,bgsk->bgrls", do, v[j]) - along[..., None]
+      dscores = product("bgrlk,bgsk->bgrls", do, v_j) - along[..., None]
       dscores = jnp.where(scores == -jnp.inf, 0, weights * dscores)
       dscores = (q.shape[-1] ** -0.5 * dscores).astype(q.dtype)
-      dq += product("bgrls,bgsk->bgrlk", dscores, k[j])
+      dq += product("bgrls,bgsk->bgrlk", dscores, k_j)
       dk_j = product("bgrls,bgrlk->bgsk", dscores, q)
       return dq, _add_at(dk, j, dk_j), _add_at(dv, j, dv_j)
 
@@ -257,9 +263,9 @@ def _attend_blocks_bwd(window, saved, cotangent):
     (dk, dv), dq = lax.scan(
       block,
       (_zeros_like(k, wide), _zeros_like(v, wide)),
-      (q, bad[0], finite(cotangent), log_total, along, _query_blocks(positions, segments, reach)),
+      (q, cotangent, log_total, along, _query_blocks(positions, segments, reach)),
     )
-  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None, None, None
+  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
 
 
 _attend_blocks.defvjp(_attend_blocks_fwd, _attend_blocks_bwd)

@@ -61,7 +61,9 @@ def ntp_targets(
       if segment_ids is not None:
         visible &= same_document(segment_ids, offset)
       kernel = conv[k].astype(accumulate).reshape((1,) * (x.ndim - 1) + (d,))
-      mixed += kernel * where(visible, shift(x, offset, axis=-2, fill=0)).astype(accumulate)
+      tap = kernel * where(visible, shift(x, offset, axis=-2, fill=0)).astype(accumulate)
+      # Without this select a compiler may round a product and a sum once or twice, by what is around it.
+      mixed += where(visible, tap)
     mixed = mixed.astype(x.dtype)
     if projection is None:
       return mixed
