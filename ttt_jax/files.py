@@ -1,15 +1,17 @@
-"""Files and directories written whole or not at all: a kill or a full disk leaves what was there."""
+"""Files and directories written whole or not at all, and held by one process at a time."""
 
 import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ttt_jax.errors import UserError
 
@@ -80,3 +82,30 @@ def new_directory(path: str | Path) -> Iterator[Path]:
   except BaseException:
     shutil.rmtree(unfinished, ignore_errors=True)
     raise
+
+
+@contextmanager
+def lock(path: str | Path, *, shown: str, others: str, wait: bool = False) -> Iterator[bool]:
+  """Holds a lock file for the block; gives False, and holds nothing, while another process does.
+
+  The system lets go of it when the process ends, however it ends. Where files cannot be locked, a
+  warning says that nothing keeps the others out.
+
+  Args:
+    path: the lock file.
+    shown: what it guards, in the warning.
+    others: who is kept out of that, in the warning.
+    wait: for the other process, instead of giving False.
+  """
+  held = FileLock(path, timeout=-1 if wait else 0)
+  try:
+    held.acquire()
+  except Timeout:
+    yield False
+    return
+  except (OSError, NotImplementedError) as error:  # not every file system has locks
+    warnings.warn(f"{shown} cannot be locked ({error}): nothing keeps {others}", stacklevel=4)
+  try:
+    yield True
+  finally:
+    held.release()

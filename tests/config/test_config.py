@@ -33,6 +33,12 @@ ABLATIONS = [path for path in ALL if path.name.startswith("ablation_")]
 CONFIGS = [path for path in ALL if path not in ABLATIONS]
 
 
+def test_a_field_of_fast_weights_without_any_is_refused():
+  with pytest.raises(ValueError, match=r"ttt\.chunk_size=8 is given, but the model has no fast"):
+    Config(ttt=TTTConfig(chunk_size=8))
+  Config(ttt=TTTConfig(layers=(), chunk_size=8))  # none, and said so
+
+
 def test_there_are_configs():
   assert "quickstart.yaml" in [path.name for path in CONFIGS]
 

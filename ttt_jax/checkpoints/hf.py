@@ -33,7 +33,6 @@ from ttt_jax.checkpoints.sections import Fields, Sections, agreed
 from ttt_jax.checkpoints.tensors import EMBEDDING, HEAD, Row, named_parameters, tensor_table
 from ttt_jax.checkpoints.ttt_config import read_published, read_section
 from ttt_jax.config import DTYPES, TTTConfig, check_layers
-from ttt_jax.config.given import given_fields
 from ttt_jax.errors import UserError
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.parallel.parameters import shardings
@@ -88,24 +87,23 @@ def load_pretrained(
       field of `ttt`.
   """
   checkpoint = open_checkpoint(local_path(path))
-  given = {} if ttt is None else given_fields(ttt) if isinstance(ttt, TTTConfig) else ttt
-  sections = resolve_sections(
-    checkpoint,
-    {"model": {"dtype": dtype, "param_dtype": param_dtype}, "ttt": given},
-    merge_ttt=not isinstance(ttt, TTTConfig),
-  )
-  return load_model(checkpoint, sections, mesh=mesh, fresh_allowed=ttt is not None)
+  given: dict[str, Any] = {"model": {"dtype": dtype, "param_dtype": param_dtype}}
+  whole = ttt if isinstance(ttt, TTTConfig) else None
+  if whole is None and ttt is not None:
+    given["ttt"] = ttt
+  sections = resolve_sections(checkpoint, given, ttt=whole)
+  return load_checkpoint(checkpoint, sections, mesh=mesh, fresh_allowed=ttt is not None)
 
 
 def resolve_sections(
-  checkpoint: Checkpoint, given: Fields, *, source: str | None = None, merge_ttt: bool = True
+  checkpoint: Checkpoint, given: Fields, *, source: str | None = None, ttt: TTTConfig | None = None
 ) -> Sections:
   """What the model of a checkpoint is, with the given fields over it (`ttt_jax.checkpoints.sections`).
 
   Args:
     given: fields by section; `dtype` and `param_dtype` of `model` may be None, as in `load_pretrained`.
     source: the checkpoint in messages.
-    merge_ttt: False: the fields of `ttt` and defaults, not the checkpoint's.
+    ttt: takes the place of what the checkpoint says of its fast weights.
 
   Raises:
     UserError: as `agreed`; fast weights in the checkpoint that its config does not say how to use.
@@ -124,21 +122,22 @@ def resolve_sections(
     if model[name] == "float64" and not jax.config.jax_enable_x64:
       raise UserError(f"{name}='float64' needs jax_enable_x64: set it, or give {name}='float32'")
   architecture = read_config(checkpoint.config, generation=checkpoint.generation)
-  ttt = given.get("ttt", {})
-  if not merge_ttt:
-    sections = Sections(architecture.model, architecture.attention, TTTConfig(**ttt))
-    sections = agreed(sections, {**given, "model": model, "ttt": {}}, source=source)
+  if ttt is not None:
+    own = ttt
+  elif "layers" in given.get("ttt", {}):
+    own = stated_ttt(checkpoint) or TTTConfig()
   else:
-    own = (stated_ttt(checkpoint) or TTTConfig()) if "layers" in ttt else own_ttt(checkpoint)
-    sections = Sections(architecture.model, architecture.attention, own)
-    sections = agreed(sections, {**given, "model": model}, source=source)
+    own = own_ttt(checkpoint)
+  sections = Sections(architecture.model, architecture.attention, own)
+  sections = agreed(sections, {**given, "model": model}, source=source)
   check_layers(*sections)
-  if sections.ttt.layers and sections.ttt.init is None and ttt:
+  is_given = ttt is not None or bool(given.get("ttt"))
+  if sections.ttt.layers and sections.ttt.init is None and is_given:
     sections = sections._replace(ttt=dataclasses.replace(sections.ttt, init="identity"))
   return sections
 
 
-def load_model(
+def load_checkpoint(
   checkpoint: Checkpoint,
   sections: Sections,
   *,
@@ -154,7 +153,6 @@ def load_model(
   Raises:
     UserError: as `load_pretrained`.
   """
-
   if sections.model.tie_embeddings:
     checkpoint = checkpoint._replace(tensors=_with_embedding(checkpoint.tensors))
 

@@ -9,8 +9,7 @@ import jax
 from flax import nnx
 
 from ttt_jax.checkpoints.files import local_path
-from ttt_jax.checkpoints.hf import load_model as load_checkpoint
-from ttt_jax.checkpoints.hf import open_checkpoint, resolve_sections
+from ttt_jax.checkpoints.hf import load_checkpoint, open_checkpoint, resolve_sections
 from ttt_jax.checkpoints.resolve import run_sections
 from ttt_jax.checkpoints.sections import Fields
 from ttt_jax.checkpoints.tokenizer import BYTES, Tokenizer, load_tokenizer

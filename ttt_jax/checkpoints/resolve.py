@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ttt_jax.checkpoints.files import is_gguf, local_path
-from ttt_jax.checkpoints.hf import load_model, open_checkpoint, resolve_sections
+from ttt_jax.checkpoints.hf import load_checkpoint, open_checkpoint, resolve_sections
 from ttt_jax.checkpoints.sections import Fields, Sections, agreed, given_sections
 from ttt_jax.config import Config, check_layers, check_mesh, check_trainable
 from ttt_jax.config.recorded import recorded_config
@@ -102,7 +102,6 @@ def _with_mesh(config: Config, devices: int) -> Config:
 
 
 def _with_sections(config: Config, sections: Sections) -> Config:
-  check_layers(*sections)
   check_trainable(sections.ttt, config.train)
   check_mesh(sections.model, config.mesh)
   return dataclasses.replace(config, **sections._asdict())
@@ -126,4 +125,6 @@ def initial_model(config: Config, mesh: Mesh) -> Transformer:
 
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
   checkpoint = open_checkpoint(local_path(config.init_from))
-  return load_model(checkpoint, Sections(config.model, config.attention, config.ttt), mesh=mesh)
+  return load_checkpoint(
+    checkpoint, Sections(config.model, config.attention, config.ttt), mesh=mesh
+  )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ttt_jax.config import AttentionConfig, Config, ModelConfig, RopeScaling, TTTConfig
+from ttt_jax.config import AttentionConfig, Config, ModelConfig, RopeScaling, TTTConfig, check_given
 from ttt_jax.config.given import given_fields
 from ttt_jax.errors import UserError
 
@@ -53,12 +53,7 @@ def agreed(own: Sections, given: Fields, *, source: str) -> Sections:
       f"{', '.join(unknown)} cannot be given for {source}, only {', '.join(SECTIONS)}"
     )
   ttt = dataclasses.replace(own.ttt, **_values("ttt", own.ttt, given.get("ttt", {})))
-  if given.get("ttt") and not ttt.layers and "layers" not in given["ttt"]:
-    name, value = next(iter(given["ttt"].items()))
-    raise UserError(
-      f"ttt.{name}={value!r} is given, but {source} has no fast weights: give ttt.layers too, or leave it "
-      "out"
-    )
+  check_given(ttt, given.get("ttt", {}), source)
   return Sections(
     _computed("model", own.model, given.get("model", {}), source),
     _computed("attention", own.attention, given.get("attention", {}), source),

@@ -24,6 +24,7 @@ from ttt_jax.errors import UserError
 from ttt_jax.files import write_json
 
 BYTES = "bytes"  # the name of the tokenizer of 256 bytes
+_PROBE = "a b"  # a text, to see what is put around it
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _ADDED_TOKENS = "added_tokens.json"
@@ -49,7 +50,8 @@ class Tokenizer:
     bos_id: the token that begins a text, or None.
     eos_ids: the tokens that end one; others than `eos_id` may end a chat's turn.
     eos_id: the one of them that the tokenizer itself names as its `eos_token`, else the first.
-    adds_bos, adds_eos: whether `encode` puts `bos_id` before a text, or one of `eos_ids` behind it.
+    prefix, suffix: the tokens that `encode` puts before and behind every text.
+    adds_bos, adds_eos: whether `bos_id` is in the prefix, or one of `eos_ids` in the suffix.
   """
 
   def __init__(
@@ -69,8 +71,9 @@ class Tokenizer:
     self.eos_ids = eos_ids
     self.eos_id = eos_id if eos_id in eos_ids else next(iter(eos_ids), None)
     self.vocab_size = 1 + max(self.vocabulary().values())
-    before, after = self._around()
-    self.adds_bos, self.adds_eos = bos_id in before, any(token in eos_ids for token in after)
+    self.prefix, self.suffix = self._around()
+    self.adds_bos = bos_id in self.prefix
+    self.adds_eos = any(token in eos_ids for token in self.suffix)
 
   def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """The tokens of a text; by default with those the tokenizer puts around it, as `transformers` does."""
@@ -88,12 +91,13 @@ class Tokenizer:
     encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
     return [len(encoding) for encoding in encodings]
 
-  def _around(self) -> tuple[list[int], list[int]]:
-    """The tokens that `encode` puts before a text and behind it."""
-    bare, whole = (self.encode("a", add_special_tokens=added) for added in (False, True))
+  def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    bare, whole = (self.encode(_PROBE, add_special_tokens=added) for added in (False, True))
+    if not bare:  # no such letters in the vocabulary: what there is begins a text
+      return tuple(whole), ()
     count = len(whole) - len(bare)
     start = next((i for i in range(count) if whole[i : i + len(bare)] == bare), count)
-    return whole[:start], whole[start + len(bare) :]
+    return tuple(whole[:start]), tuple(whole[start + len(bare) :])
 
   def vocabulary(self) -> dict[str, int]:
     """How each token is spelled, added ones included."""

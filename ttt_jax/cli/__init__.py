@@ -5,7 +5,7 @@ import difflib
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from ttt_jax import __version__
@@ -50,6 +50,7 @@ def _command_name(arguments: Sequence[str]) -> list[str]:
   return list(arguments[: 2 if " ".join(arguments[:2]) in commands else 1])
 
 
+@cache
 def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, Command]]:
   """The parser, and its commands by their names, of which some are two words."""
   parser = argparse.ArgumentParser(

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ttt_jax.checkpoints.sections import SECTIONS
 from ttt_jax.config import Config
 from ttt_jax.config.recorded import CONFIG_FILE
 from ttt_jax.config.yaml import flatten, load_config, load_fields, make_config, merged_fields
 from ttt_jax.errors import UserError
 
 EVALUATED = "a run's YAML file or directory; or a Hugging Face directory, a .gguf file"
-
-
 ALL_FIELDS = "all"  # of the config
-MODEL_FIELDS = ("model", "attention", "ttt")
+MODEL_FIELDS = SECTIONS
 
 
 class Command(argparse.ArgumentParser):

@@ -7,7 +7,7 @@ config can be read and refused before a device is touched. Sizes in tokens unles
 from ttt_jax.config.checks import DTYPES
 from ttt_jax.config.machine import MeshConfig, PlanConfig, RuntimeConfig
 from ttt_jax.config.model import AttentionConfig, ModelConfig, RopeScaling, TTTConfig
-from ttt_jax.config.run import Config, check_layers, check_mesh, check_trainable
+from ttt_jax.config.run import Config, check_given, check_layers, check_mesh, check_trainable
 from ttt_jax.config.training import (
   CheckpointConfig,
   DataConfig,
@@ -31,6 +31,7 @@ __all__ = [
   "TTTConfig",
   "TrainConfig",
   "WeightedSource",
+  "check_given",
   "check_layers",
   "check_mesh",
   "check_trainable",

@@ -4,16 +4,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ttt_jax.config.given import given_fields
 from ttt_jax.config.run import Config
-from ttt_jax.config.yaml import dump_config, flatten, load_config, read_yaml
+from ttt_jax.config.yaml import dump_config, load_config
 from ttt_jax.errors import UserError
 from ttt_jax.files import write_text
 
 CONFIG_FILE = "config.yaml"
 # The last line of a config that was written whole: what it lacks, its version of ttt_jax did not have.
 _END = "# end of the config\n"
-# Null in these is what the run began with; a version of ttt_jax that did not have them began with this.
-_AS_BEGUN = {"data.start_of_text": None, "data.end_of_text": False}
+# Null in these fields of `data` is what the run began with; a version of ttt_jax that did not have them
+# began with this.
+_AS_BEGUN = {"start_of_text": None, "end_of_text": False}
 
 
 def record_config(run_dir: str | Path, config: Config) -> None:
@@ -36,27 +38,29 @@ def recorded_config(run_dir: str | Path) -> Config:
       f"{file} is damaged, its last line is not {_END.strip()!r}: give another --run_dir, or add that "
       "line if all the rest is there"
     )
-  return with_beginning(load_config(file), beginning(run_dir))
+  config = load_config(file)
+  return with_beginning(config, _beginning_of(config))
 
 
 def beginning(run_dir: str | Path) -> dict[str, Any]:
-  """Fields whose null means what the run began with, and what that is; empty where no run was begun."""
+  """Fields of `data` whose null means what the run began with, and what that is; empty without a run."""
   file = Path(run_dir) / CONFIG_FILE
   if not file.is_file() or not _is_whole(file):
     return {}
-  recorded = dict(flatten(read_yaml(file)))
-  return {name: recorded.get(name, before) for name, before in _AS_BEGUN.items()}
+  return _beginning_of(load_config(file))
+
+
+def _beginning_of(recorded: Config) -> dict[str, Any]:
+  given = given_fields(recorded.data)
+  return {name: given.get(name, before) for name, before in _AS_BEGUN.items()}
 
 
 def with_beginning(config: Config, begun: dict[str, Any]) -> Config:
-  """The config with these values where it has null."""
-  for name, value in begun.items():
-    section, field = name.split(".")
-    values = getattr(config, section)
-    if getattr(values, field) is None:
-      values = dataclasses.replace(values, **{field: value})
-      config = dataclasses.replace(config, **{section: values})
-  return config
+  """The config with these values of `data` where it has null."""
+  missing = {name: value for name, value in begun.items() if getattr(config.data, name) is None}
+  if not missing:
+    return config
+  return dataclasses.replace(config, data=dataclasses.replace(config.data, **missing))
 
 
 def _is_whole(file: Path) -> bool:

@@ -1,7 +1,9 @@
 """A whole run, and what its sections must agree on."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ttt_jax.config.checks import require
 from ttt_jax.config.given import given_fields, records_given
@@ -52,7 +54,7 @@ class Config:
       self.init_from is None
     ):  # else `ttt_jax.checkpoints.resolve.resolve` has the model to check against
       check_layers(self.model, self.attention, self.ttt)
-      check_given(self.ttt)
+      check_given(self.ttt, given_fields(self.ttt), "the model")
       check_trainable(self.ttt, self.train)
       check_mesh(self.model, self.mesh)
     check_mixer(self.attention, self.mesh)
@@ -125,14 +127,13 @@ def check_layers(model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig)
   )
 
 
-def check_given(ttt: TTTConfig) -> None:
+def check_given(ttt: TTTConfig, given: Mapping[str, Any], whose: str) -> None:
   """Raises UserError if fields of `ttt` were given, but no layer has fast weights and none was denied."""
-  given = given_fields(ttt)
   if given and "layers" not in given and not ttt.layers:
     name, value = next(iter(given.items()))
     raise UserError(
-      f"ttt.{name}={value!r} is given, but ttt.layers names no layer with fast weights: give ttt.layers, "
-      "or leave it out"
+      f"ttt.{name}={value!r} is given, but {whose} has no fast weights: give ttt.layers too, or leave it "
+      "out"
     )
 
 

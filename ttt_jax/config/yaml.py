@@ -82,8 +82,7 @@ def checked_fields(fields: Mapping[Any, Any], where: str = "") -> dict[str, Any]
   Raises:
     UserError: an unknown field, or a value of the wrong type; `where` is in the message.
   """
-  _check_names(fields, (), where)
-  return _plain(_parsed(_parser().parse_object, _without_empty_sections(fields), where))
+  return _plain(_parsed_fields(fields, where))
 
 
 def make_config(fields: Mapping[str, Any]) -> Config:
@@ -92,9 +91,7 @@ def make_config(fields: Mapping[str, Any]) -> Config:
   Raises:
     UserError: an unknown field, a value of the wrong type, or a config that `Config` refuses.
   """
-  parser = _parser()
-  parsed = _parsed(parser.parse_object, checked_fields(fields), "")
-  return Config(**vars(parser.instantiate(parsed)))
+  return Config(**vars(_parser().instantiate(_parsed_fields(fields))))
 
 
 def dump_config(config: Config) -> str:
@@ -180,6 +177,11 @@ def _new_parser(**options: Any) -> jsonargparse.ArgumentParser:
   return jsonargparse.ArgumentParser(
     exit_on_error=False, default_env=False, parser_mode=_YAML, allow_abbrev=False, **options
   )
+
+
+def _parsed_fields(fields: Mapping[Any, Any], where: str = "") -> jsonargparse.Namespace:
+  _check_names(fields, (), where)
+  return _parsed(_parser().parse_object, _without_empty_sections(fields), where)
 
 
 def _parsed(parse: Callable, given: Any, where: str) -> jsonargparse.Namespace:

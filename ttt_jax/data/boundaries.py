@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.errors import UserError
 
-_PROBE = "a b"
-
 
 @dataclass(frozen=True)
 class Boundaries:
@@ -68,7 +66,7 @@ def boundaries(
         f"data.{field}=true, but {whose} no {field.replace('_', '-')} token: name its {kind} in "
         f"tokenizer_config.json, give another data.tokenizer, or leave data.{field} out"
       )
-  prefix, suffix = _own_tokens(tokenizer)
+  prefix, suffix = ((), ()) if tokenizer is None else (tokenizer.prefix, tokenizer.suffix)
   return Boundaries(
     start={None: next(iter(prefix), None), True: bos, False: None}[start_of_text],
     end=None if end_of_text is False else eos,
@@ -84,15 +82,3 @@ def special_ids(tokenizer: Tokenizer | None) -> tuple[int | None, int | None]:
   ids = (tokenizer.bos_id, tokenizer.eos_id)
   start, end = (i if i is not None and i < tokenizer.vocab_size else None for i in ids)
   return start, end
-
-
-def _own_tokens(tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """What the tokenizer puts before and behind every text."""
-  if tokenizer is None:
-    return (), ()
-  whole = tokenizer.encode(_PROBE)
-  bare = tokenizer.encode(_PROBE, add_special_tokens=False)
-  if not bare:  # no such letters in the vocabulary: what there is begins a text
-    return tuple(whole), ()
-  begin = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-  return tuple(whole[:begin]), tuple(whole[begin + len(bare) :])

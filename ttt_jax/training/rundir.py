@@ -7,13 +7,10 @@ anything else is refused before a file is touched. Checkpoints live beside, in `
 import dataclasses
 import json
 import tempfile
-import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from ttt_jax.config import Config
 from ttt_jax.config.recorded import (
@@ -25,7 +22,7 @@ from ttt_jax.config.recorded import (
 )
 from ttt_jax.config.yaml import config_difference, flatten
 from ttt_jax.errors import UserError
-from ttt_jax.files import jsonable, unfinished_path, write_text
+from ttt_jax.files import jsonable, lock, unfinished_path, write_text
 
 METRICS_FILE = "metrics.jsonl"
 _LOCK_FILE = ".lock"
@@ -82,18 +79,11 @@ def hold_run(path: str | Path, config: Config) -> Iterator[None]:
     tempfile.TemporaryFile(dir=path).close()
   except OSError as error:
     raise UserError(f"run_dir={str(path)!r} cannot be written to: {error.strerror}") from error
-  with ExitStack() as held:
-    try:
-      held.enter_context(FileLock(path / _LOCK_FILE, timeout=0))
-    except Timeout as error:
+  shown = f"run_dir={str(path)!r}"
+  with lock(path / _LOCK_FILE, shown=shown, others="a second process out") as is_ours:
+    if not is_ours:
       raise UserError(
-        f"run_dir={str(path)!r} is in use, another process trains there: wait for its end, or give "
-        "another --run_dir"
-      ) from error
-    except (OSError, NotImplementedError) as error:  # not every file system has locks
-      warnings.warn(
-        f"run_dir={str(path)!r} cannot be locked ({error}): nothing keeps a second process out",
-        stacklevel=3,
+        f"{shown} is in use, another process trains there: wait for its end, or give another --run_dir"
       )
     open_run(path, config)
     yield

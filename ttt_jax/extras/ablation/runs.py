@@ -7,21 +7,18 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ttt_jax.config import Config
 from ttt_jax.config.recorded import CONFIG_FILE
 from ttt_jax.extras.ablation.grid import Ablation, Variant
-from ttt_jax.files import jsonable
+from ttt_jax.files import jsonable, lock
 from ttt_jax.training.rundir import open_run
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_DEVICES")
@@ -190,7 +187,10 @@ def _run(
   try:
     if group is not None:
       environment = _SIDE_BY_SIDE | environment | dict.fromkeys(_VISIBLE, group)
-    with _held(config, wait=wait) as is_ours:
+    path = Path(config.resolved_run_dir)
+    others = "a second ttt-jax ablate from this run"
+    held = lock(path.with_suffix(".lock"), shown=str(path), others=others, wait=wait)
+    with held as is_ours:
       if not is_ours:
         return _ELSEWHERE
       left = _left(ablation, config)
@@ -210,24 +210,3 @@ def _run(
   finally:
     groups.put(group)
   return "\n".join(said[-_LAST_LINES:]) or f"exit status {status}"
-
-
-@contextmanager
-def _held(config: Config, *, wait: bool) -> Iterator[bool]:
-  """Keeps every other `ttt-jax ablate` from a run and its log; gives whether none is at it."""
-  path = Path(config.resolved_run_dir)
-  lock = FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0)
-  try:
-    lock.acquire()
-  except Timeout:
-    yield False
-    return
-  except (OSError, NotImplementedError) as error:  # not every file system has locks
-    warnings.warn(
-      f"{path} cannot be locked ({error}): nothing keeps a second ttt-jax ablate from this run",
-      stacklevel=2,
-    )
-  try:
-    yield True
-  finally:
-    lock.release()
