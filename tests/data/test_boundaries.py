@@ -8,9 +8,10 @@ from contextlib import closing
 import numpy as np
 import pytest
 import tokenizers
+from helpers import random_model
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from ttt_jax import data
+from ttt_jax import data, save_pretrained
 from ttt_jax.checkpoints.runs import as_begun
 from ttt_jax.checkpoints.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from ttt_jax.cli import main
@@ -393,3 +394,16 @@ def test_a_model_stops_where_documents_ended(tmp_path, capsys):
   assert "wrote 3 " in err
   sample = json.loads((tmp_path / "run" / "summary.json").read_text())["sample"]
   assert sample == {"prompt": "a b c", "continuation": ""}  # not of what is behind the end
+
+
+def test_a_saved_model_names_the_tokens_of_its_tokenizer(tmp_path):
+  """Other libraries stop where its config says; a model that names its own keeps them."""
+  sizes = {"num_layers": 1, "d_model": 8, "d_ff": 12, "num_heads": 1, "num_kv_heads": 1}
+  for name, own, written in (
+    ("a", {}, {"bos_token_id": BOS, "eos_token_id": [EOS, END]}),
+    ("b", {"bos_id": A, "eos_ids": (B,)}, {"bos_token_id": A, "eos_token_id": B}),
+  ):
+    model = random_model(ModelConfig(**sizes, **own), None, None)
+    save_pretrained(model, tmp_path / name, tokenizer=tokenizer_of(eos=(EOS, END)))
+    config = json.loads((tmp_path / name / "config.json").read_text())
+    assert {key: config[key] for key in written} == written

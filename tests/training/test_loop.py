@@ -18,6 +18,7 @@ from helpers import (
   mesh_of,
   random_rows,
 )
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from rich.console import Console
 
 from ttt_jax.checkpoints.orbax import Checkpoints
@@ -100,6 +101,16 @@ def test_speed_and_mfu_count_no_padding(monkeypatch):
   assert values["tokens_per_second"] == 30 / 4
   flops = training_flops(CONFIG) * 30 / (2 * 64)
   assert values["mfu"] == pytest.approx(flops / 4 / (4 * find_device().peak))
+
+
+def test_mfu_is_not_given_of_a_device_whose_peak_is_unknown():
+  device = AbstractDevice(device_kind="TPU v4", num_cores=2, platform="tpu")
+  with use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+    clock = Clock(CONFIG, 1)
+    clock.read(0)
+    values = clock.read(10)
+  assert values["tokens_per_second"] > 0
+  assert values["mfu"] is None
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, monkeypatch):

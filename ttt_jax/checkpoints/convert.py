@@ -10,9 +10,9 @@ from ttt_jax.checkpoints.files import GENERATION_CONFIG, is_gguf, local_path
 from ttt_jax.checkpoints.open import is_run, open_model, open_tokenizer
 from ttt_jax.checkpoints.save import write_model
 from ttt_jax.checkpoints.sections import Fields
-from ttt_jax.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from ttt_jax.checkpoints.tokenizer import TOKENIZER_FILES, load_tokenizer
 from ttt_jax.files import new_directory
-from ttt_jax.nn.transformer import Transformer, count_parameters
+from ttt_jax.nn.transformer import count_parameters
 
 
 def convert(
@@ -42,8 +42,9 @@ def convert(
     model = open_model(path, dtype=dtype, fields=fields)
     # A Hugging Face directory's tokenizer is copied file by file.
     tokenizer = open_tokenizer(path) if is_run(path) or is_gguf(path) else None
-    write_model(model, directory)
-    _write_tokenizer(path, tokenizer, model, directory)
+    write_model(model, directory, tokenizer)
+    if tokenizer is None:
+      _copy_tokenizer(path, directory)
     there = sorted(file.name for file in directory.iterdir())
   fast = f", fast weights in {sorted(model.ttt.layers)}" if model.ttt.layers else ""
   console.print(
@@ -57,14 +58,7 @@ def convert(
     console.print(f"{source} has no tokenizer, so there is none beside the model", soft_wrap=True)
 
 
-def _write_tokenizer(
-  source: Path, tokenizer: Tokenizer | None, model: Transformer, directory: Path
-) -> None:
-  """The tokenizer given, or the files of the source's; each is checked against the model."""
-  if tokenizer is not None:
-    tokenizer.check_vocabulary(model.model.vocab_size)
-    tokenizer.save(directory)
-    return
+def _copy_tokenizer(source: Path, directory: Path) -> None:
   if (source / "tokenizer.json").is_file():
     load_tokenizer(source)  # refuses a vocabulary larger than the model's
   for name in (*TOKENIZER_FILES, GENERATION_CONFIG):

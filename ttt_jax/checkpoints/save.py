@@ -1,5 +1,6 @@
 """A model out to a Hugging Face directory, tensor by tensor, whole or not at all."""
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ def save_pretrained(
   Args:
     model: the model.
     path: a directory that does not exist yet, or is empty.
-    tokenizer: written beside the model, if given.
+    tokenizer: written beside the model, if given. Where the model's config names no token that begins or
+      ends a text, the tokenizer's are written there.
 
   Raises:
     UserError: the path is taken, a parameter holds NaN or infinities, or the tokenizer has more tokens
@@ -43,15 +45,21 @@ def save_pretrained(
     UnsupportedError: no architecture of `transformers` has these features together.
   """
   with new_directory(path) as directory:
-    write_model(model, directory)
-    if tokenizer is not None:
-      tokenizer.check_vocabulary(model.model.vocab_size)
-      tokenizer.save(directory)
+    write_model(model, directory, tokenizer)
 
 
-def write_model(model: Transformer, directory: Path) -> None:
-  """config.json and the safetensors of a model, into a directory."""
-  config = write_config(model.model, model.attention)
+def write_model(model: Transformer, directory: Path, tokenizer: Tokenizer | None) -> None:
+  """config.json and the safetensors of a model, and its tokenizer, into a directory."""
+  architecture = model.model
+  if tokenizer is not None:
+    tokenizer.check_vocabulary(architecture.vocab_size)
+    tokenizer.save(directory)
+    architecture = dataclasses.replace(
+      architecture,
+      bos_id=tokenizer.bos_id if architecture.bos_id is None else architecture.bos_id,
+      eos_ids=architecture.eos_ids or tokenizer.eos_ids,
+    )
+  config = write_config(architecture, model.attention)
   if model.ttt.layers:
     published, reasons = write_published(model.ttt, _inner_rates(model))
     config |= published | {SECTION: write_section(model.ttt, published)}

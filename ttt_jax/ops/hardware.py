@@ -97,19 +97,25 @@ def cuda_capability() -> float | None:
 def find_device(kind: str | None = None) -> Device:
   """The figures of a device kind, of a short name such as `"v5p"`, or of the device a program is for.
 
-  A kind that is not in the table gets the figures of its platform's nearest one.
+  A program's device that is not in the table gets the figures of its platform's nearest one: enough to
+  choose between ways to compute, not to measure against (`known_device`).
 
   Raises:
-    UserError: a name that is neither in the table nor the kind of a device here.
+    UserError: a name that is neither in the table nor the kind of a device in it.
   """
-  if kind in DEVICES:
-    return DEVICES[kind]
-  platform = None
   if kind is None:
-    kind, platform = _target().device_kind, target_platform()
-  for device in DEVICES.values():  # the first that fits: "TPU v5" begins v5e, too
-    if kind.startswith(device.kind):
-      return device
-  if platform is None:
+    return known_device() or DEVICES[_NEAREST.get(target_platform(), "h100")]
+  device = DEVICES.get(kind) or _of_kind(kind)
+  if device is None:
     raise UserError(f"device={kind!r} is not in the table: use one of {', '.join(DEVICES)}")
-  return DEVICES[_NEAREST.get(platform, "h100")]
+  return device
+
+
+def known_device() -> Device | None:
+  """The figures of the device a program is for, or None if the table does not have it."""
+  return _of_kind(_target().device_kind)
+
+
+def _of_kind(kind: str) -> Device | None:
+  # The first that fits: "TPU v5" begins v5e, too.
+  return next((device for device in DEVICES.values() if kind.startswith(device.kind)), None)

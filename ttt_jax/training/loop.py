@@ -20,7 +20,7 @@ from ttt_jax.errors import UserError
 from ttt_jax.evaluation.heldout import evaluation_rows, losses_by_token
 from ttt_jax.evaluation.progress import TrainingProgress
 from ttt_jax.nn.transformer import Transformer, count_parameters
-from ttt_jax.ops.hardware import find_device
+from ttt_jax.ops.hardware import known_device
 from ttt_jax.parallel.mesh import local_rows
 from ttt_jax.parallel.processes import gather, is_main, stop_requests
 from ttt_jax.training.flops import training_flops
@@ -103,8 +103,9 @@ class Clock:
     """What a record says of the steps since the last call; call it when their results are there.
 
     `tokens_per_second` counts no padding, nor does `mfu`: the FLOPs of the tokens read, by
-    `training_flops`, against the peak of the devices for products of bfloat16. `waiting_for_data` is the
-    part of the time that the host spent on rows, whether or not the devices had to wait for them.
+    `training_flops`, against the peak of the devices for products of bfloat16; it is None where
+    `ttt_jax.ops.hardware` does not know the peak. `waiting_for_data` is the part of the time that the host
+    spent on rows, whether or not the devices had to wait for them.
 
     Args:
       tokens: read in all, by `TokenCount`.
@@ -113,10 +114,10 @@ class Clock:
     values = dict.fromkeys(("tokens_per_second", "mfu", "waiting_for_data"))
     if self._since is not None:
       speed = (tokens - self._tokens) / (now - self._since)
-      peak = self._devices * find_device().peak
+      device = known_device()
       values = {
         "tokens_per_second": speed,
-        "mfu": speed * self._flops_per_token / peak,
+        "mfu": device and speed * self._flops_per_token / (self._devices * device.peak),
         "waiting_for_data": self._waited / (now - self._since),
       }
     self._since, self._tokens, self._waited = now, tokens, 0.0

@@ -43,10 +43,10 @@ def dual(chunks: Chunks, options: Options) -> tuple[Float[Array, "B N C D"], Flo
   z, s_in, factors = chunks.z, chunks.s_in, factors_of(chunks, options)
   b, n = z.shape[:2]
   state_dtype = options.state_dtype
-  known = factors is None  # to be 1
-  factors = jnp.ones((n, b), state_dtype) if known else factors.T
+  keeps_all = factors is None
+  factors = jnp.ones((n, b), state_dtype) if keeps_all else factors.T
   rates = _rates(chunks, options)
-  reads = _read(chunks, _scaled(chunks.v, rates), prefix_weights(factors))
+  reads = _read(chunks, _scaled(chunks.v, rates), prefix_weights(factors), is_mask=keeps_all)
 
   # What is left at the end of each chunk's update, and of the state that came in.
   left = prefix_keeps(factors, reverse=True).T
@@ -58,7 +58,7 @@ def dual(chunks: Chunks, options: Options) -> tuple[Float[Array, "B N C D"], Flo
   )
   if options.exchange is not None:
     s_in = jnp.zeros_like(total.delta) if s_in is None else s_in
-    s_in = incoming_state(total._replace(keep=None) if known else total, s_in, options.exchange)
+    s_in = incoming_state(total._replace(keep=None) if keeps_all else total, s_in, options.exchange)
   if s_in is None:
     return reads, total.delta
   left_of_incoming = prefix_keeps(factors).T
@@ -68,15 +68,15 @@ def dual(chunks: Chunks, options: Options) -> tuple[Float[Array, "B N C D"], Flo
   return reads, scale(total.keep, s_in) + total.delta
 
 
-def _read(chunks, updates, weights):
-  """R of this device's own chunks."""
+def _read(chunks, updates, weights, *, is_mask):
+  """R of this device's own chunks; `is_mask`: all weights are 0 or 1."""
   z, n = chunks.z, chunks.z.shape[1]
   keys, queries = where(chunks.writes, z), where(chunks.reads, z)
   bad_keys = jnp.any(~_is_finite(keys) | ~_is_finite(updates), axis=-1)  # [B, N]
   bad = jnp.any((weights != 0) & bad_keys.T[None], axis=1).T[..., None] | ~_is_finite(queries)
   keys, queries, updates = finite(keys), finite(queries), finite(updates)
   reads = [
-    _read_group(queries, keys, updates, weights, begin, end)
+    _read_group(queries, keys, updates, weights, begin, end, is_mask)
     for begin, end in _groups(n, min(n, _GROUPS))
   ]
   reads = finite_cotangent(jnp.concatenate(reads, axis=1), queries.astype(reads[0].dtype))
@@ -111,7 +111,7 @@ def _groups(n: int, groups: int) -> list[tuple[int, int]]:
   return list(itertools.pairwise(edges))
 
 
-def _read_group(queries, keys, updates, weights, begin, end):
+def _read_group(queries, keys, updates, weights, begin, end, is_mask):
   """R of the chunks from `begin` to `end`, which meet the chunks before `end - 1`."""
   b, _, c, _ = keys.shape
   d = updates.shape[-1]
@@ -125,7 +125,9 @@ def _read_group(queries, keys, updates, weights, begin, end):
     z_i, weights_i = inputs  # [B, C, F], [N, B]
     scores = matmul("bcf,bnsf->bcns", z_i, keys)
     weights_i = weights_i.T[:, None, :, None].astype(wide)
-    scores = jnp.where(weights_i == 0, 0, scores * weights_i)  # a score may overflow
+    scores = jnp.where(weights_i == 0, 0, scores)  # not a product: a score may overflow
+    if not is_mask:
+      scores = scores * weights_i
     return matmul("bcns,bnsd->bcd", scores.astype(keys.dtype), values)
 
   inputs = (jnp.moveaxis(queries[:, begin:end], 1, 0), weights[begin:end, : end - 1])
