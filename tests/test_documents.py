@@ -13,6 +13,7 @@ import tokenizers
 from helpers import random_model
 from tokenizers import decoders, models, pre_tokenizers
 
+import ttt_jax
 from ttt_jax import save_pretrained
 from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.cli import parse
@@ -173,3 +174,9 @@ def test_files_that_are_named_exist():
       if path.name != "CHANGELOG.md" and not any(ROOT.glob(target)):
         missing.add((path.name, target))
   assert missing == set()
+
+
+def test_every_public_name_has_its_place_in_the_site():
+  pages = (ROOT / "notebooks/guides/site/api").glob("*.md")
+  text = "\n".join(page.read_text() for page in pages)
+  assert set(ttt_jax.__all__) <= set(re.findall(r"^\.\. auto\w+:: (\w+)$", text, re.MULTILINE))

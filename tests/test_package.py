@@ -38,7 +38,7 @@ def test_import_is_light():
 
 
 def test_ops_know_no_flax_config_or_mesh():
-  for path in (pathlib.Path(ttt_jax.__file__).parent / "ops").glob("*.py"):
+  for path in (pathlib.Path(ttt_jax.__file__).parent / "ops").rglob("*.py"):
     text = path.read_text()
     for module in ("flax", "ttt_jax.config", "ttt_jax.parallel.mesh", "ttt_jax.nn"):
       assert f"import {module}" not in text, path

@@ -38,6 +38,7 @@ from ttt_jax.ops.exchange.prefix import exclusive_prefix as exclusive_prefix
 from ttt_jax.ops.fast_weight.api import FastWeightState as FastWeightState
 from ttt_jax.ops.fast_weight.api import FastWeightStats as FastWeightStats
 from ttt_jax.ops.fast_weight.api import inplace_ttt as inplace_ttt
+from ttt_jax.ops.fast_weight.cost import Explanation as Explanation
 from ttt_jax.ops.fast_weight.cost import explain as explain
 from ttt_jax.ops.fast_weight.sharded import context_parallel as context_parallel
 from ttt_jax.ops.fast_weight.targets import ntp_targets as ntp_targets
@@ -47,12 +48,15 @@ from ttt_jax.ops.update import combine as combine
 if TYPE_CHECKING:
   from ttt_jax.checkpoints.hf import load_pretrained as load_pretrained
   from ttt_jax.checkpoints.save import save_pretrained as save_pretrained
+  from ttt_jax.checkpoints.tokenizer import Tokenizer as Tokenizer
   from ttt_jax.checkpoints.tokenizer import load_tokenizer as load_tokenizer
   from ttt_jax.config import AttentionConfig as AttentionConfig
   from ttt_jax.config import Config as Config
   from ttt_jax.config import ModelConfig as ModelConfig
   from ttt_jax.config import TTTConfig as TTTConfig
+  from ttt_jax.generation.generate import Generation as Generation
   from ttt_jax.generation.generate import generate as generate
+  from ttt_jax.generation.state import GenerationState as GenerationState
   from ttt_jax.generation.state import load_state as load_state
   from ttt_jax.nn.transformer import Transformer as Transformer
 
@@ -61,10 +65,14 @@ __version__ = "0.1.0"
 __all__ = [
   "AttentionConfig",
   "Config",
+  "Explanation",
   "FastWeightState",
   "FastWeightStats",
+  "Generation",
+  "GenerationState",
   "ModelConfig",
   "TTTConfig",
+  "Tokenizer",
   "Transformer",
   "UnsupportedError",
   "Update",
@@ -86,8 +94,11 @@ __all__ = [
 _LAZY = {
   "AttentionConfig": "ttt_jax.config",
   "Config": "ttt_jax.config",
+  "Generation": "ttt_jax.generation.generate",
+  "GenerationState": "ttt_jax.generation.state",
   "ModelConfig": "ttt_jax.config",
   "TTTConfig": "ttt_jax.config",
+  "Tokenizer": "ttt_jax.checkpoints.tokenizer",
   "Transformer": "ttt_jax.nn.transformer",
   "generate": "ttt_jax.generation.generate",
   "load_pretrained": "ttt_jax.checkpoints.hf",
