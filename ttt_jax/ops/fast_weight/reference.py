@@ -7,6 +7,7 @@ Memory is `[T, T]`; use it at float64 in tests and nowhere else. Written from th
 with a decay per chunk in between, a clip factor per chunk, and the incoming state for the first document.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -94,6 +95,91 @@ def _row(z, v, w_down, state, segment_ids, chunk_size, inner_lr, decay, clip_nor
   at = (jnp.array([chunks]), document[end], real[end])
   s = inner_lr * jnp.einsum("s,sf,sd->fd", seen_from(*at)[0], z, v) + incoming(*at)[0] * state
   return y, s
+
+
+def least_squares_reference(
+  z: Float[Array, "B T F"],
+  v: Float[Array, "B T D"],
+  w_down: Float[Array, "F D"],
+  *,
+  chunk_size: int,
+  ridge: float | Float[Array, ""],
+  read_scale: float | Float[Array, ""] = 1.0,
+  read_gate: tuple | None = None,
+  state: tuple[Float[Array, "B F F"], Float[Array, "B F D"]] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  decay: float | int | Float[Array, ""] | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B F F"], Float[Array, "B F D"]]:
+  """What `ttt_jax.inplace_ttt` computes with `rule="least_squares"`; returns y, A and D.
+
+  Every token solves for itself, with the sums over the tokens that it sees:
+
+      A_t = sum of w_ts k_s^T k_s        D_t = sum of w_ts k_s^T v_s        k = z / |z|
+      o_t = z_t W + read_scale g(l_t) k_t (A_t + ridge tr(A_t) / F I)^-1 D_t
+  """
+  b, t, f = z.shape
+  if state is None:
+    state = jnp.zeros((b, f, f), z.dtype), jnp.zeros((b, f, v.shape[-1]), z.dtype)
+  if segment_ids is None:
+    segment_ids = jnp.ones((b, t), jnp.int32)
+  decay = jnp.ones((), z.dtype) if decay is None else decay
+  rows = [
+    _least_squares_row(
+      z[i],
+      v[i],
+      w_down,
+      (state[0][i], state[1][i]),
+      segment_ids[i],
+      chunk_size,
+      ridge,
+      read_scale,
+      read_gate,
+      decay,
+    )
+    for i in range(b)
+  ]
+  return tuple(map(jnp.stack, zip(*rows)))
+
+
+def _least_squares_row(
+  z, v, w_down, state, segment_ids, chunk_size, ridge, read_scale, read_gate, decay
+):
+  t, f = z.shape
+  chunk = jnp.arange(t) // chunk_size
+  chunks = t // chunk_size
+  document = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), segment_ids[1:] != segment_ids[:-1]]))
+  norm = jnp.sqrt(jnp.sum(z**2, axis=-1, keepdims=True))
+  k = z / jnp.where(norm == 0, 1, norm)
+
+  def sums(at_chunk, at_document, at_real):
+    """A and D as one token sees them."""
+    steps = at_chunk - 1 - chunk
+    visible = (steps >= 0) & (chunk < chunks) & (document == at_document) & (segment_ids != 0)
+    weights = jnp.where(visible & at_real, decay ** jnp.maximum(steps, 0).astype(z.dtype), 0)
+    left = jnp.where((at_document == 0) & at_real, decay ** at_chunk.astype(z.dtype), 0)
+    return (
+      jnp.einsum("s,sf,sg->fg", weights, k, k) + left * state[0],
+      jnp.einsum("s,sf,sd->fd", weights, k, v) + left * state[1],
+    )
+
+  def read(z_t, k_t, *at):
+    a, d = sums(*at)
+    trace = jnp.trace(a)
+    m = jnp.where(
+      trace == 0, jnp.eye(f, dtype=z.dtype), a + ridge * trace / f * jnp.eye(f, dtype=z.dtype)
+    )
+    fast = read_scale * k_t @ jnp.linalg.solve(m, d)
+    if read_gate is not None:
+      threshold, sharpness = read_gate
+      leverage = k_t @ jnp.linalg.solve(m, a @ k_t)
+      fast *= 1 / (1 + jnp.exp(-sharpness * (leverage - threshold)))
+    return z_t @ w_down + fast
+
+  y = jax.vmap(read)(z, k, chunk, document, segment_ids != 0)
+  if chunks == 0:
+    return y, *state
+  end = chunks * chunk_size - 1
+  return y, *sums(jnp.array(chunks), document[end], segment_ids[end] != 0)
 
 
 def ntp_targets_reference(
