@@ -1,8 +1,9 @@
-"""`implementation="dual"` of the least-squares rule: no sums, but the scores of the tokens with one another.
+"""`implementation="dual"` of the least-squares rule: no sums, but the scores of tokens with one another.
 
-With p the earlier tokens that are seen, each by its weight w_p (of decays),
+With p the earlier tokens that are seen, each by its weight w_p (of decays), and the rows of K_p and V_p
+multiplied by sqrt(w_p),
 
-    R = k K_p^T (K_p K_p^T + rho I)^-1 V_p        rows of K_p and V_p times sqrt(w_p),  rho = ridge sum(w_p) / F
+    R = k K_p^T (K_p K_p^T + rho I)^-1 V_p        rho = ridge sum(w_p |k_p|^2) / F
 
 The cheaper way while fewer than F tokens are visible. A state from outside has no tokens to be scored.
 """
@@ -26,7 +27,7 @@ def kernel(rows: Rows, how: Exchange | None) -> Outputs:
       "rule='least_squares' with implementation='dual' scores the tokens of one device and starts without "
       "a state: use implementation='sequential', or None, with a state or a context_axis"
     )
-  dtype, (b, n, c, f) = rows.v.dtype, rows.z.shape
+  dtype, (b, n) = rows.v.dtype, rows.z.shape[:2]
   factors = factors_of(rows)
   factors = jnp.ones((b, n), dtype) if factors is None else factors
   keys = unit_rows(where(rows.writes, rows.z), dtype)

@@ -4,8 +4,8 @@ The backward pass keeps no sums either. What a chunk j adds to their cotangent h
 
     dD_j = U_j^T dR_j        dM_j = -W_j^T U_j,   W_j = dU_j M_j^-1
 
-so a pass in the order of the chunks solves and keeps U and W, `[T, F]` like z, and a pass against it gathers
-`G = sum over later chunks of (dA, dD)` without another factorisation.
+so a pass in the order of the chunks solves and keeps U and W, `[T, F]` like z, and a pass against it
+gathers `G = sum over later chunks of (dA, dD)` without another factorisation.
 """
 
 from functools import partial
@@ -41,7 +41,8 @@ class Rows(NamedTuple):
   """N > 0 full chunks of one device, as `ttt_jax.ops.fast_weight.chunks.Chunks`, for this rule.
 
   Attributes:
-    z: activations; 0 where a token neither reads nor writes. v: values, wide, 0 where a token does not write.
+    z: activations; 0 where a token neither reads nor writes.
+    v: values, in the dtype of the sums; 0 where a token does not write.
     s_in: the sums before the whole sequence; None is none.
     keep, decay: factors of the sums per chunk; None is 1.
     reads, writes: the tokens that see the sums, and those that enter them; None is all.
@@ -110,7 +111,7 @@ def _read_keys(rows, i):
 
 
 def _if_read(rows, i, sums, function, otherwise):
-  """`function()`; `otherwise` where no token of the chunk reads sums that are not 0, which costs nothing."""
+  """`function()`, or at no cost `otherwise` where no token of the chunk reads sums that are not 0."""
   trace = jnp.trace(sums.a, axis1=-2, axis2=-1)
   reads = jnp.bool_(True) if rows.reads is None else jnp.any(_chunk(rows.reads, i), axis=-1)
   return lax.cond(jnp.any((trace != 0) & reads), function, lambda: otherwise)
@@ -125,7 +126,7 @@ def _total(rows, factors) -> Update:
 
 
 def _sequential_fwd(rows, how, starts_empty):
-  b, n, c, _ = rows.z.shape
+  n = rows.z.shape[1]
   factors, sums = factors_of(rows), rows.s_in
   total = None
   if how is not None:

@@ -22,7 +22,7 @@ from ttt_jax.ops.numerics import where
 from ttt_jax.ops.update import scale
 from ttt_jax.ops.varying import vary_over, varying_axes
 
-# M must be positive definite in its own dtype: a smaller ridge than this multiple of eps tr(A) is raised to it.
+# M must be positive definite in its own dtype: a ridge below this multiple of eps tr(A) is raised to it.
 _RIDGE_IN_EPS = 8
 
 
