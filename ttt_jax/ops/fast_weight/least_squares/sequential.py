@@ -276,7 +276,7 @@ def _forwards_pass(rows, factors, d_r, d_leverage, starts_empty) -> _Forwards:
       share, share_vjp = jax.vjp(lambda ridge: ridge_share(ridge, f), rows.ridge)
       diagonal = d_rho * share
       (d_ridge,) = share_vjp(jnp.sum(d_rho * factored.trace))
-      d_decay = jnp.zeros((), u.dtype)
+      d_decay = jnp.zeros_like(carry.d_decay)
       if rows.decay is not None:
         t_a, t_d = tangent
         d_decay += jnp.sum(d_r_i * product("bcf,bfd->bcd", u, t_d))
