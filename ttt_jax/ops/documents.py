@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int, Shaped
 
 from ttt_jax.errors import UserError
-from ttt_jax.ops.exchange.prefix import from_left, shard_count
+from ttt_jax.ops.manual import from_previous_shard, shard_count
 
 
 class ChunkFacts(NamedTuple):
@@ -52,7 +52,7 @@ def _last_before(segment_ids: Int[Array, "B T"], context_axis: str | None) -> In
   """The id of the token before the first one; the first one's own at the start of the sequence."""
   if context_axis is None:
     return segment_ids[:, 0]
-  received = from_left(segment_ids[:, -1], context_axis)
+  received = from_previous_shard(segment_ids[:, -1], context_axis)
   return jnp.where(lax.axis_index(context_axis) == 0, segment_ids[:, 0], received)
 
 

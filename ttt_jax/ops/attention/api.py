@@ -15,11 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 from ttt_jax.errors import UnsupportedError, UserError
 from ttt_jax.ops.attention import blockwise, splash
 from ttt_jax.ops.documents import check_segment_ids
-from ttt_jax.ops.exchange.prefix import shard_count
 from ttt_jax.ops.hardware import cuda_capability, target_platform
 from ttt_jax.ops.linear import finite_cotangent
+from ttt_jax.ops.manual import is_checked, shard_count, varying_axes
 from ttt_jax.ops.numerics import accumulation_dtype, finite, poison
-from ttt_jax.ops.varying import is_checked, varying_axes
 
 IMPLEMENTATIONS = ("xla", "splash", "cudnn")
 _PREFERRED = {"tpu": ("splash", "xla"), "gpu": ("cudnn", "xla")}

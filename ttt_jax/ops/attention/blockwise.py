@@ -16,8 +16,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ttt_jax.ops.linear import reverse_only
+from ttt_jax.ops.manual import vary_over, varying_axes, varying_zeros
 from ttt_jax.ops.numerics import accumulation_dtype, finite, poison
-from ttt_jax.ops.varying import vary_over, varying_axes
 
 BLOCK = 512  # tokens, the most a block has
 # The running maximum before the first key: finite, so that exp(-inf - m) is 0 and not NaN.
@@ -209,7 +209,7 @@ def _forward(
       o = shrink[..., None] * o + mixed
       return o, new_top, shrink * total + jnp.sum(weights, -1)
 
-    zeros = _zeros_like(q, wide)
+    zeros = varying_zeros(q.shape, wide, q)
     start = (zeros, zeros[..., 0] + _LOWEST, zeros[..., 0])
     o, top, total = lax.fori_loop(first, last, step, start)
     alone = total == 0
@@ -256,13 +256,13 @@ def _attend_blocks_bwd(window, saved, cotangent):
       dk_j = product("bgrls,bgrlk->bgsk", dscores, q)
       return dq, _add_at(dk, j, dk_j), _add_at(dv, j, dv_j)
 
-    dq, *carry = lax.fori_loop(first, last, step, (_zeros_like(q, wide), *carry))
+    dq, *carry = lax.fori_loop(first, last, step, (varying_zeros(q.shape, wide, q), *carry))
     return tuple(carry), dq.astype(q.dtype)
 
   with jax.named_scope("blockwise_attention_backward"):
     (dk, dv), dq = lax.scan(
       block,
-      (_zeros_like(k, wide), _zeros_like(v, wide)),
+      (varying_zeros(k.shape, wide, k), varying_zeros(v.shape, wide, v)),
       (q, cotangent, log_total, along, _query_blocks(positions, segments, reach)),
     )
   return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
@@ -273,8 +273,3 @@ _attend_blocks.defvjp(_attend_blocks_fwd, _attend_blocks_bwd)
 
 def _add_at(x, j, value):
   return lax.dynamic_update_index_in_dim(x, x[j] + value, j, 0)
-
-
-def _zeros_like(x, dtype):
-  """Zeros that, as a loop's carry, vary over the mesh axes that x varies over."""
-  return vary_over(jnp.zeros(x.shape, dtype), varying_axes(x))

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ttt_jax.ops.manual import entry_of_this_shard, vary_over, varying_axes
 from ttt_jax.ops.update import prefix_weights, scale
-from ttt_jax.ops.varying import vary_over, varying_axes
 
 COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
@@ -63,11 +63,6 @@ def gather_keeps(keep: Float[Array, "B"] | None, like: Array, axis: str) -> Floa
   return lax.all_gather(keep, axis)
 
 
-def own_entry(x: Float[Array, "P *S"], axis: str) -> Float[Array, "*S"]:
-  """This device's entry of an array that has one for each."""
-  return lax.dynamic_index_in_dim(x, lax.axis_index(axis), keepdims=False)
-
-
 def _send(x: Array, how: Exchange, transfer: Callable[[Array], Array]) -> Array:
   """`transfer(x)`, of x rounded to the wire's dtype.
 
@@ -83,7 +78,7 @@ def _send(x: Array, how: Exchange, transfer: Callable[[Array], Array]) -> Array:
 
 def _all_gather(keeps, delta, how, reverse):
   """Every device receives all P deltas and weighs them."""
-  weights = own_entry(prefix_weights(keeps, reverse), how.axis)
+  weights = entry_of_this_shard(prefix_weights(keeps, reverse), how.axis)
   deltas = _send(delta, how, lambda x: lax.all_gather(x, how.axis))
   return jnp.sum(scale(weights, deltas), axis=0)
 
@@ -111,8 +106,8 @@ def _doubling(keeps, delta, how, reverse):
   """E_p covers the d-1 shards before p. A step receives what covers the d before those:
   `E_p <- (E_{p-d} then own) of the shard d back, then E_p`, and d doubles."""
   size = keeps.shape[0]
-  weights = own_entry(prefix_weights(keeps, reverse), how.axis)  # [q, B]
-  keep = own_entry(keeps, how.axis)
+  weights = entry_of_this_shard(prefix_weights(keeps, reverse), how.axis)  # [q, B]
+  keep = entry_of_this_shard(keeps, how.axis)
   index = lax.axis_index(how.axis)
   prefix, distance = jnp.zeros_like(delta), 1
   while distance < size:
@@ -137,7 +132,7 @@ def _ring(keeps, delta, how, reverse):
   if reverse:
     place = size - 1 - place
   slices = _cut(delta, k)
-  keep = own_entry(keeps, how.axis)
+  keep = entry_of_this_shard(keeps, how.axis)
   incoming = jnp.zeros_like(slices[0])
   received = [incoming]
   for t in range(size + k - 2):

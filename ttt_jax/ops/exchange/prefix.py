@@ -1,4 +1,4 @@
-"""Inside `jax.shard_map`: what a shard can ask about its mesh axis, and the differentiable exchange.
+"""The differentiable exchange of updates between the shards of a sequence, inside `jax.shard_map`.
 
 A sequence is cut into contiguous shards, one per device of a mesh axis. Each device composes its own
 chunks to one `Update`; what it is missing is the composition of all shards before it, the exclusive
@@ -9,10 +9,9 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from ttt_jax.errors import UserError
 from ttt_jax.ops.exchange import cost
@@ -21,13 +20,18 @@ from ttt_jax.ops.exchange.collectives import (
   Exchange,
   exchange_deltas,
   gather_keeps,
-  own_entry,
 )
 from ttt_jax.ops.hardware import find_device
 from ttt_jax.ops.linear import define
+from ttt_jax.ops.manual import (
+  entry_of_this_shard,
+  is_checked,
+  shard_count,
+  vary_over,
+  varying_axes,
+)
 from ttt_jax.ops.numerics import where
 from ttt_jax.ops.update import Update, apply_update, prefix_keeps, times
-from ttt_jax.ops.varying import is_checked, vary_over, varying_axes
 
 # The name under which `jax.checkpoint` policies can save the state that came in from other shards,
 # so that rematerialisation recomputes the chunks but exchanges nothing again.
@@ -61,29 +65,6 @@ def plan_exchange(
   return Exchange(axis_name, collective, slices, wire_dtype)
 
 
-def shard_count(axis: str, *, field: str = "context_axis") -> int:
-  """The size of a manual mesh axis; raises ValueError outside its `jax.shard_map`."""
-  try:
-    return lax.axis_size(axis)
-  except NameError as error:
-    raise UserError(
-      f"{field}={axis!r} is not a mesh axis of an enclosing jax.shard_map: call this inside "
-      f"jax.shard_map over that axis, or pass {field}=None where nothing is split over devices"
-    ) from error
-
-
-def from_left(x: Shaped[Array, "*S"], context_axis: str) -> Shaped[Array, "*S"]:
-  """The left neighbour's `x`; zeros on the first shard."""
-  size = shard_count(context_axis)
-  return lax.ppermute(x, context_axis, [(p, p + 1) for p in range(size - 1)])
-
-
-def last_shard(x: Shaped[Array, "*S"], context_axis: str) -> Shaped[Array, "*S"]:
-  """The last shard's `x`, on every shard."""
-  is_last = lax.axis_index(context_axis) == shard_count(context_axis) - 1
-  return lax.psum(jnp.where(is_last, x, jnp.zeros_like(x)), context_axis)
-
-
 def _prefix_jvp(primals, tangents, *, how, reverse, drops):
   """A tangent travels as a delta does.
 
@@ -93,9 +74,9 @@ def _prefix_jvp(primals, tangents, *, how, reverse, drops):
   through = partial(_prefix.bind, keeps, how=how, reverse=reverse, drops=drops)
   prefix = through(delta)
   if not isinstance(of_keeps, ad.Zero):
-    part = times(own_entry(of_keeps, how.axis), prefix)
+    part = times(entry_of_this_shard(of_keeps, how.axis), prefix)
     if drops:  # a keep of 0 is a document's end: it has no derivative, and drops what may be NaN
-      part = where(own_entry(keeps, how.axis) != 0, part)
+      part = where(entry_of_this_shard(keeps, how.axis) != 0, part)
     of_delta = part if isinstance(of_delta, ad.Zero) else of_delta + part
   return prefix, of_delta if isinstance(of_delta, ad.Zero) else through(of_delta)
 
@@ -149,7 +130,7 @@ def exchange(update: Update, how: Exchange, reverse: bool, *, drops: bool = True
   if update.keep is None:  # constants, which vary as the deltas do
     keeps = vary_over(keeps, varying_axes(update.delta))
   delta = _prefix.bind(keeps, update.delta, how=how, reverse=reverse, drops=drops)
-  return Update(keep=own_entry(prefix_keeps(keeps, reverse), how.axis), delta=delta)
+  return Update(keep=entry_of_this_shard(prefix_keeps(keeps, reverse), how.axis), delta=delta)
 
 
 def incoming_state(

@@ -17,7 +17,7 @@ from ttt_jax.errors import UnsupportedError, UserError
 from ttt_jax.ops import linear
 from ttt_jax.ops.documents import ChunkFacts, chunk_facts, length_facts
 from ttt_jax.ops.exchange.collectives import Exchange
-from ttt_jax.ops.exchange.prefix import last_shard, plan_exchange, shard_count
+from ttt_jax.ops.exchange.prefix import plan_exchange
 from ttt_jax.ops.fast_weight import cost
 from ttt_jax.ops.fast_weight.associative import associative
 from ttt_jax.ops.fast_weight.checks import check_arguments, check_lengths, check_state
@@ -27,9 +27,16 @@ from ttt_jax.ops.fast_weight.sequential import sequential
 from ttt_jax.ops.fast_weight.stats import FastWeightStats as FastWeightStats
 from ttt_jax.ops.fast_weight.stats import measure, sampled_places
 from ttt_jax.ops.hardware import find_device
+from ttt_jax.ops.manual import (
+  from_last_shard,
+  is_checked,
+  shard_count,
+  vary_over,
+  varying_axes,
+  varying_zeros,
+)
 from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
 from ttt_jax.ops.update import sum_over
-from ttt_jax.ops.varying import is_checked, vary_over, varying_axes
 
 IMPLEMENTATIONS = {"associative": associative, "dual": dual, "sequential": sequential}
 
@@ -162,7 +169,7 @@ def inplace_ttt(
   chunks, tail = _cut(sizes, z, v, inner_lr, state, facts, keep, decay, state_dtype, axes)
   y, s, samples = _read(sizes, chunks, tail, w, facts, options, implementation, merge)
   if s is None:
-    s = _zeros_like_state(tail, (sizes.b, f, sizes.d), state_dtype)
+    s = varying_zeros((sizes.b, f, sizes.d), state_dtype, tail)
   stats = measure(chunks, options, w, samples, s) if return_stats else None
   return _finish(sizes, y, s, stats, context_axis, pending=0 if lengths is not None else sizes.tail)
 
@@ -293,7 +300,7 @@ def _read_chunks(chunks, options, w, implementation, merge, product):
 def _finish(sizes, y, s, stats, context_axis, *, pending: int):
   """What `inplace_ttt` returns: in the caller's shapes, with the state of the whole sequence."""
   if context_axis is not None:
-    s = last_shard(s, context_axis)
+    s = from_last_shard(s, context_axis)
   state = FastWeightState(S=s.reshape(*sizes.lead, sizes.f, sizes.d), pending=pending)
   y = y.reshape(*sizes.lead, sizes.t, sizes.d)
   if stats is None:
@@ -303,10 +310,6 @@ def _finish(sizes, y, s, stats, context_axis, *, pending: int):
 
 def _plain_product(z, w):
   return matmul("btf,fd->btd", z, w)
-
-
-def _zeros_like_state(like, shape, dtype):
-  return vary_over(jnp.zeros(shape, dtype), varying_axes(like))
 
 
 def _choose(implementation, merge, sizes, dtype, options):

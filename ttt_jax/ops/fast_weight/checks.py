@@ -5,8 +5,7 @@ import jax.numpy as jnp
 
 from ttt_jax.errors import UserError
 from ttt_jax.ops.documents import check_segment_ids
-from ttt_jax.ops.exchange.prefix import shard_count
-from ttt_jax.ops.varying import varying_axes
+from ttt_jax.ops.manual import shard_count, varying_axes
 
 
 def _is_traced(x) -> bool:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from ttt_jax.ops.exchange.prefix import exchange, incoming_state
 from ttt_jax.ops.fast_weight.chunks import Chunks, Options, factors_of, tokens_of
 from ttt_jax.ops.linear import reverse_only
+from ttt_jax.ops.manual import varying_zeros
 from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
 from ttt_jax.ops.update import (
   Update,
@@ -25,7 +26,6 @@ from ttt_jax.ops.update import (
   sum_over,
   times,
 )
-from ttt_jax.ops.varying import vary_over, varying_axes
 
 
 class Outputs(NamedTuple):
@@ -47,7 +47,7 @@ def sequential(chunks: Chunks, options: Options, w: Float[Array, "F D"] | None =
   """
   if chunks.s_in is None:
     b, _, _, f = chunks.z.shape
-    s_in = _zeros((b, f, chunks.v.shape[-1]), options.state_dtype, chunks.z)
+    s_in = varying_zeros((b, f, chunks.v.shape[-1]), options.state_dtype, chunks.z)
     chunks = chunks._replace(s_in=s_in)
   chunks, w = reverse_only(
     (chunks, w),
@@ -69,11 +69,6 @@ def _chunk(x, i):
 
 def _set_chunk(x, chunk, i):
   return lax.dynamic_update_index_in_dim(x, chunk.astype(x.dtype), i, axis=1)
-
-
-def _zeros(shape, dtype, like):
-  """Zeros that vary over the mesh axes over which `like` varies: what a loop's carry must do."""
-  return vary_over(jnp.zeros(shape, dtype), varying_axes(like))
 
 
 def _next_state(factor, u, s):
@@ -199,10 +194,10 @@ def _sequential_fwd(chunks, w, options):
 
   # The loop ends with a read: its y is the output. What no chunk here reads is learned outside, which costs
   # nothing when the outgoing state is not used; the shard's total, where there is one, has it already.
-  y = _zeros(v.shape, wide if w is None else z.dtype, z)
+  y = varying_zeros(v.shape, wide if w is None else z.dtype, z)
   samples = None
   if places is not None:
-    samples = _zeros((b, n, len(range(c)[places]), v.shape[-1]), wide, z)
+    samples = varying_zeros((b, n, len(range(c)[places]), v.shape[-1]), wide, z)
   with jax.named_scope("chunks"):
     s, y, samples = lax.fori_loop(1, n, body, (s, *read(0, s, y, samples)))
   s_end = learn(n - 1, s) if total is None else _next_state(total.keep, total.delta, s_in)
@@ -367,7 +362,7 @@ def _backwards_pass(chunks, w, options, factors, d_y, g_out, dz, *, with_dw: boo
 
   start = _Backwards(
     g=g_out,
-    dw=_zeros(w.shape, wide, z) if with_dw else None,
+    dw=varying_zeros(w.shape, wide, z) if with_dw else None,
     dz=dz,
     dv=jnp.zeros_like(v),
     d_lr=jnp.zeros_like(lr),

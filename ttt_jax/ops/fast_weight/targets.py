@@ -6,8 +6,8 @@ from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UserError
 from ttt_jax.ops.documents import check_segment_ids, same_document, shift
+from ttt_jax.ops.manual import vary_over, varying_axes
 from ttt_jax.ops.numerics import accumulation_dtype, where
-from ttt_jax.ops.varying import vary_over, varying_axes
 
 
 def ntp_targets(
