@@ -144,7 +144,7 @@ def test_lengths_that_no_block_divides(window, monkeypatch):
   """Several blocks, the last one not full; and blocks taken one after another."""
   monkeypatch.setattr("ttt_jax.ops.attention.blockwise.BLOCK", 64)
   for at_once in (1 << 26, 1) if window == 70 else (1,):
-    monkeypatch.setattr("ttt_jax.ops.attention.api._SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr("ttt_jax.ops.attention.local._SCORES_AT_ONCE", at_once)
     _assert_law(_on_shards(0, window=window), window, True, _draw(t=150))
 
 
@@ -302,7 +302,7 @@ def test_halo_for_cudnn(shards, window, monkeypatch):
     return library(*args, implementation="xla", **how)
 
   monkeypatch.setattr("jax.nn.dot_product_attention", in_its_place)
-  monkeypatch.setattr("ttt_jax.ops.attention.api._refusals_of_cudnn", lambda *_: [])
+  monkeypatch.setattr("ttt_jax.ops.attention.cudnn.refusals", lambda *_: [])
   function = _on_shards_unpacked(shards, window=window, implementation="cudnn")
   _assert_law(lambda q, k, v, _: function(q, k, v), window, False)
   assert set(calls) == {"cudnn"}
@@ -393,7 +393,8 @@ def test_the_best_that_can_express_the_call(backend, changes, expected, monkeypa
   class A100:
     compute_capability = "8.0"
 
-  monkeypatch.setattr("ttt_jax.ops.attention.api.target_platform", lambda: backend)
+  for module in ("api", "cudnn"):
+    monkeypatch.setattr(f"ttt_jax.ops.attention.{module}.target_platform", lambda: backend)
   monkeypatch.setattr("jax.devices", lambda: [A100])
   shape = (1, 8, 2, changes.get("head_size", 8))
   q = jax.ShapeDtypeStruct(shape, changes.get("dtype", "float32"))

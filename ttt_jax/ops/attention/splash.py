@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.ops.attention.blockwise import bounds, cut, visible_blocks
+from ttt_jax.ops.manual import is_checked, varying_axes
 
-DTYPES = ("bfloat16", "float32")
+_DTYPES = ("bfloat16", "float32")
 _BLOCKS = (512, 256, 128)  # tokens; the kernel takes multiples of 128
 _INTERPRET = False  # tests run the kernel on CPU
 
@@ -89,6 +90,17 @@ def attend(
   with jax.named_scope("splash_attention"):
     o = jax.vmap(kernel)(*heads, ids)
   return jnp.swapaxes(o, 1, 2)[:, :t]
+
+
+def refusals(q: Array, k: Array, v: Array, context_axis: str | None) -> list[str]:
+  """Lists what of a call the kernel cannot take; empty if it takes the call."""
+  reasons = []
+  if q.dtype not in _DTYPES:
+    reasons.append(f"dtype {q.dtype}")
+  # JAX's kernel does not say over which mesh axes its outputs vary.
+  if varying_axes(q, k, v) or (context_axis is not None and is_checked(context_axis)):
+    reasons.append("jax.shard_map with check_vma=True (pass False)")
+  return reasons
 
 
 @cache  # the kernel's jit tells programs apart by the function's identity
