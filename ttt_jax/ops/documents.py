@@ -14,7 +14,7 @@ from ttt_jax.errors import UserError
 from ttt_jax.ops.manual import from_previous_shard, shard_count
 
 
-class ChunkFacts(NamedTuple):
+class ChunkMasks(NamedTuple):
   """What the chunks of a row need to know of its documents. R tokens follow the last full chunk.
 
   Attributes:
@@ -91,9 +91,9 @@ def shift(x: Shaped[Array, "*S"], offset: int, *, axis: int, fill: int) -> Shape
   return jnp.pad(kept, padding, constant_values=fill)
 
 
-def chunk_facts(
+def document_masks(
   segment_ids: Int[Array, "B T"], chunk_size: int, context_axis: str | None
-) -> ChunkFacts:
+) -> ChunkMasks:
   """The facts of section 1 of the design: per chunk, from its own tokens and the one before it."""
   b, t = segment_ids.shape
   n = t // chunk_size
@@ -107,7 +107,7 @@ def chunk_facts(
 
   reads = run_from_left(full == last[:, :-1, None]) & (full != 0)
   writes = jnp.flip(run_from_left(jnp.flip(full == full[:, :, -1:], -1)), -1) & (full != 0)
-  return ChunkFacts(
+  return ChunkMasks(
     reads=reads,
     writes=writes,
     keeps=jnp.all(reads, axis=-1),
@@ -115,9 +115,9 @@ def chunk_facts(
   )
 
 
-def length_facts(
+def length_masks(
   lengths: Int[Array, "B"], tokens: int, chunk_size: int, context_axis: str | None
-) -> ChunkFacts:
+) -> ChunkMasks:
   """The same of rows filled up behind their `lengths` tokens: what fills up does not read.
 
   A chunk writes if all of it is there; a chunk that is not, in which case `keeps` is off, leaves the state
@@ -128,7 +128,7 @@ def length_facts(
   n = tokens // chunk_size
   full = there[:, : n * chunk_size].reshape(lengths.shape[0], n, chunk_size)
   whole = full[:, :, -1]
-  return ChunkFacts(
+  return ChunkMasks(
     reads=full,
     writes=jnp.broadcast_to(whole[..., None], full.shape),
     keeps=whole,

@@ -49,11 +49,11 @@ class Exchange:
 
 
 def exchange_deltas(
-  keeps: Float[Array, "P B"], delta: Float[Array, "B F D"], *, how: Exchange, reverse: bool
+  keeps: Float[Array, "P B"], delta: Float[Array, "B F D"], *, exchange: Exchange, reverse: bool
 ) -> Float[Array, "B F D"]:
-  """The delta of the exclusive prefix over `how.axis`, or suffix, given the keeps of all shards."""
-  with jax.named_scope(f"prefix_{how.collective}"):
-    return _PATHS[how.collective](keeps, delta, how, reverse)
+  """The delta of the exclusive prefix over `exchange.axis`, or suffix, given the keeps of all shards."""
+  with jax.named_scope(f"prefix_{exchange.collective}"):
+    return _PATHS[exchange.collective](keeps, delta, exchange, reverse)
 
 
 def gather_keeps(keep: Float[Array, "B"] | None, like: Array, axis: str) -> Float[Array, "P B"]:
@@ -63,34 +63,34 @@ def gather_keeps(keep: Float[Array, "B"] | None, like: Array, axis: str) -> Floa
   return lax.all_gather(keep, axis)
 
 
-def _send(x: Array, how: Exchange, transfer: Callable[[Array], Array]) -> Array:
+def _send(x: Array, exchange: Exchange, transfer: Callable[[Array], Array]) -> Array:
   """`transfer(x)`, of x rounded to the wire's dtype.
 
   It travels as integers: there is no arithmetic on it, and a compiler that has no narrow floats, as the
   one for CPUs, would send wide ones instead.
   """
-  if how.wire_dtype is None:
+  if exchange.wire_dtype is None:
     return transfer(x)
-  bits = jnp.dtype(f"uint{8 * how.wire_dtype.itemsize}")
-  received = transfer(lax.bitcast_convert_type(x.astype(how.wire_dtype), bits))
-  return lax.bitcast_convert_type(received, how.wire_dtype).astype(x.dtype)
+  bits = jnp.dtype(f"uint{8 * exchange.wire_dtype.itemsize}")
+  received = transfer(lax.bitcast_convert_type(x.astype(exchange.wire_dtype), bits))
+  return lax.bitcast_convert_type(received, exchange.wire_dtype).astype(x.dtype)
 
 
-def _all_gather(keeps, delta, how, reverse):
+def _all_gather(keeps, delta, exchange, reverse):
   """Every device receives all P deltas and weighs them."""
-  weights = entry_of_this_shard(prefix_weights(keeps, reverse), how.axis)
-  deltas = _send(delta, how, lambda x: lax.all_gather(x, how.axis))
+  weights = entry_of_this_shard(prefix_weights(keeps, reverse), exchange.axis)
+  deltas = _send(delta, exchange, lambda x: lax.all_gather(x, exchange.axis))
   return jnp.sum(scale(weights, deltas), axis=0)
 
 
-def _all_to_all(keeps, delta, how, reverse):
+def _all_to_all(keeps, delta, exchange, reverse):
   """Every device receives one slice (along F) of all P deltas, forms that slice of all P prefixes, and
   sends each device its own."""
   size = keeps.shape[0]
   slices = _cut(delta, size)  # [p: for device p, B, rows, D]
 
   def transpose(x):
-    return _send(x, how, lambda x: lax.all_to_all(x, how.axis, 0, 0))
+    return _send(x, exchange, lambda x: lax.all_to_all(x, exchange.axis, 0, 0))
 
   def step(prefix, shard):
     keep, slice_ = shard
@@ -102,19 +102,19 @@ def _all_to_all(keeps, delta, how, reverse):
   return _join(transpose(prefixes), delta.shape[1])
 
 
-def _doubling(keeps, delta, how, reverse):
+def _doubling(keeps, delta, exchange, reverse):
   """E_p covers the d-1 shards before p. A step receives what covers the d before those:
   `E_p <- (E_{p-d} then own) of the shard d back, then E_p`, and d doubles."""
   size = keeps.shape[0]
-  weights = entry_of_this_shard(prefix_weights(keeps, reverse), how.axis)  # [q, B]
-  keep = entry_of_this_shard(keeps, how.axis)
-  index = lax.axis_index(how.axis)
+  weights = entry_of_this_shard(prefix_weights(keeps, reverse), exchange.axis)  # [q, B]
+  keep = entry_of_this_shard(keeps, exchange.axis)
+  index = lax.axis_index(exchange.axis)
   prefix, distance = jnp.zeros_like(delta), 1
   while distance < size:
     step = -distance if reverse else distance
     pairs = [(p, p + step) for p in range(size) if 0 <= p + step < size]
     upto = scale(keep, prefix) + delta
-    received = _send(upto, how, partial(lax.ppermute, axis_name=how.axis, perm=pairs))
+    received = _send(upto, exchange, partial(lax.ppermute, axis_name=exchange.axis, perm=pairs))
     # Shards without a sender receive zeros, whatever weight the clipped index finds.
     between = lax.dynamic_index_in_dim(weights, jnp.clip(index - step, 0, size - 1), keepdims=False)
     prefix += scale(between, received)
@@ -122,17 +122,17 @@ def _doubling(keeps, delta, how, reverse):
   return prefix
 
 
-def _ring(keeps, delta, how, reverse):
+def _ring(keeps, delta, exchange, reverse):
   """`E_{p+1} = k_p E_p + D_p`, slice after slice: while slice k is at shard p, slice k+1 is at p-1.
 
   In step t the shard at place p of the order sends slice t - p, if there is one: K slices, S bytes.
   """
-  size, k = keeps.shape[0], how.slices
-  place = lax.axis_index(how.axis)
+  size, k = keeps.shape[0], exchange.slices
+  place = lax.axis_index(exchange.axis)
   if reverse:
     place = size - 1 - place
   slices = _cut(delta, k)
-  keep = entry_of_this_shard(keeps, how.axis)
+  keep = entry_of_this_shard(keeps, exchange.axis)
   incoming = jnp.zeros_like(slices[0])
   received = [incoming]
   for t in range(size + k - 2):
@@ -140,7 +140,7 @@ def _ring(keeps, delta, how, reverse):
     senders = [p for p in range(size - 1) if 0 <= t - p < k]
     pairs = [(size - 1 - p, size - 2 - p) if reverse else (p, p + 1) for p in senders]
     outgoing = scale(keep, incoming) + own
-    incoming = _send(outgoing, how, partial(lax.ppermute, axis_name=how.axis, perm=pairs))
+    incoming = _send(outgoing, exchange, partial(lax.ppermute, axis_name=exchange.axis, perm=pairs))
     received.append(incoming)
   # Place p received its K slices in steps p-1 to p+K-2; the first place nothing, that is zeros.
   prefix = lax.dynamic_slice_in_dim(jnp.stack(received), place, k)

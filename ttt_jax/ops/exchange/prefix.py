@@ -38,7 +38,7 @@ from ttt_jax.ops.update import Update, apply_update, prefix_keeps, times
 INCOMING_STATE = "ttt_incoming_state"
 
 
-def plan_exchange(
+def choose_exchange(
   axis_name: str,
   shape: tuple[int, int, int],
   dtype: Any,
@@ -46,7 +46,7 @@ def plan_exchange(
   collective: str | None,
   wire_dtype: Any = None,
 ) -> Exchange:
-  """Decides how deltas `[B, F, D]` of `dtype` travel along `axis_name`; see `exclusive_prefix`."""
+  """Chooses how deltas `[B, F, D]` of `dtype` travel along `axis_name`; see `exclusive_prefix`."""
   if collective is not None and collective not in COLLECTIVES:
     raise UserError(f"collective={collective!r} is not one of {', '.join(COLLECTIVES)}")
   if wire_dtype is not None:
@@ -65,33 +65,40 @@ def plan_exchange(
   return Exchange(axis_name, collective, slices, wire_dtype)
 
 
-def _prefix_jvp(primals, tangents, *, how, reverse, drops):
+def _prefix_jvp(primals, tangents, *, exchange, reverse, zero_is_reset):
   """A tangent travels as a delta does.
 
   With E_{p+1} = k_p E_p + D_p (the prefix of shard p is E_p): dE_{p+1} = k_p dE_p + (dD_p + dk_p E_p).
   """
   (keeps, delta), (of_keeps, of_delta) = primals, tangents
-  through = partial(_prefix.bind, keeps, how=how, reverse=reverse, drops=drops)
+  through = partial(
+    _prefix.bind, keeps, exchange=exchange, reverse=reverse, zero_is_reset=zero_is_reset
+  )
   prefix = through(delta)
   if not isinstance(of_keeps, ad.Zero):
-    part = times(entry_of_this_shard(of_keeps, how.axis), prefix)
-    if drops:  # a keep of 0 is a document's end: it has no derivative, and drops what may be NaN
-      part = where(entry_of_this_shard(keeps, how.axis) != 0, part)
+    part = times(entry_of_this_shard(of_keeps, exchange.axis), prefix)
+    if zero_is_reset:  # no derivative there, and the state before the reset may be NaN
+      part = where(entry_of_this_shard(keeps, exchange.axis) != 0, part)
     of_delta = part if isinstance(of_delta, ad.Zero) else of_delta + part
   return prefix, of_delta if isinstance(of_delta, ad.Zero) else through(of_delta)
 
 
-def _prefix_transpose(cotangent, keeps, delta, *, how, reverse, drops):
+def _prefix_transpose(cotangent, keeps, delta, *, exchange, reverse, zero_is_reset):
   """The same exchange in the other direction.
 
   The adjoint X_p of E_{p+1} obeys X_{p-1} = k_p X_p + dE_p: an exclusive suffix of the pairs (k_p, dE_p).
   """
   if isinstance(cotangent, ad.Zero):
     return [None, ad.Zero(delta.aval)]
-  return [None, _prefix.bind(keeps, cotangent, how=how, reverse=not reverse, drops=drops)]
+  return [
+    None,
+    _prefix.bind(
+      keeps, cotangent, exchange=exchange, reverse=not reverse, zero_is_reset=zero_is_reset
+    ),
+  ]
 
 
-def _prefix_batch(operands, dims, **how):
+def _prefix_batch(operands, dims, **settings):
   """More rows."""
   size = next(x.shape[dim] for x, dim in zip(operands, dims) if dim is not None)
   keeps, delta = (
@@ -99,15 +106,15 @@ def _prefix_batch(operands, dims, **how):
     for x, dim, to in zip(operands, dims, (1, 0))
   )
   prefix = _prefix.bind(
-    keeps.reshape(keeps.shape[0], -1), delta.reshape(-1, *delta.shape[2:]), **how
+    keeps.reshape(keeps.shape[0], -1), delta.reshape(-1, *delta.shape[2:]), **settings
   )
   return prefix.reshape(delta.shape), 0
 
 
 _prefix = define(
   "ttt_exclusive_prefix",
-  lambda keeps, delta, *, how, reverse, drops: exchange_deltas(
-    keeps, delta, how=how, reverse=reverse
+  lambda keeps, delta, *, exchange, reverse, zero_is_reset: exchange_deltas(
+    keeps, delta, exchange=exchange, reverse=reverse
   ),
   abstract=lambda keeps, delta, **_: delta,
   jvp=_prefix_jvp,
@@ -116,31 +123,36 @@ _prefix = define(
 )
 
 
-def exchange(update: Update, how: Exchange, reverse: bool, *, drops: bool = True) -> Update:
-  """The exclusive prefix over `how.axis`, or suffix, of keep `[B]` and delta `[B, F, D]`.
+def exchange_updates(
+  update: Update, exchange: Exchange, *, reverse: bool, zero_is_reset: bool = True
+) -> Update:
+  """Returns the exclusive prefix (suffix with `reverse`) over `exchange.axis` of `[B]` and `[B, F, D]`.
 
   Differentiable in both modes; the backward pass is the exchange in the other direction.
 
   Args:
     update: keep and delta vary over the same mesh axes; a keep of None is 1 on every shard.
-    how, reverse: how it travels, and in which direction.
-    drops: a keep that is 0 is the end of a document, which has no derivative.
+    exchange: how deltas travel.
+    reverse: compose the shards after this one instead of those before it.
+    zero_is_reset: a keep of 0 ends a document: it has no derivative, and drops NaN and infinities.
   """
-  keeps = gather_keeps(update.keep, update.delta, how.axis)
+  keeps = gather_keeps(update.keep, update.delta, exchange.axis)
   if update.keep is None:  # constants, which vary as the deltas do
     keeps = vary_over(keeps, varying_axes(update.delta))
-  delta = _prefix.bind(keeps, update.delta, how=how, reverse=reverse, drops=drops)
-  return Update(keep=entry_of_this_shard(prefix_keeps(keeps, reverse), how.axis), delta=delta)
+  delta = _prefix.bind(
+    keeps, update.delta, exchange=exchange, reverse=reverse, zero_is_reset=zero_is_reset
+  )
+  return Update(keep=entry_of_this_shard(prefix_keeps(keeps, reverse), exchange.axis), delta=delta)
 
 
 def incoming_state(
-  total: Update, s_in: Float[Array, "B F D"], how: Exchange
+  total: Update, s_in: Float[Array, "B F D"], exchange: Exchange
 ) -> Float[Array, "B F D"]:
   """The state this shard starts from: the sequence's own, then the updates of the shards before.
 
   `total` is this shard's update; its keep may be None for 1, and varies over the same axes as delta.
   """
-  prefix = exchange(total, how, False)
+  prefix = exchange_updates(total, exchange, reverse=False)
   s = s_in + prefix.delta if total.keep is None else apply_update(prefix, s_in)
   return checkpoint_name(s, INCOMING_STATE)
 
@@ -185,10 +197,14 @@ def exclusive_prefix(
   lead, rest = keep.shape, delta.shape[keep.ndim :]
   rows = rest[0] if rest else 1
   flat = (keep.size, rows, delta.size // max(1, keep.size * rows))
-  how = plan_exchange(axis_name, flat, delta.dtype, collective=collective, wire_dtype=wire_dtype)
+  chosen = choose_exchange(
+    axis_name, flat, delta.dtype, collective=collective, wire_dtype=wire_dtype
+  )
   axes = varying_axes(keep, delta) | {axis_name} if is_checked(axis_name) else frozenset()
   keep, delta = vary_over(keep.astype(delta.dtype), axes), vary_over(delta, axes)
   if size == 1:
     return Update(keep=jnp.ones_like(keep), delta=jnp.zeros_like(delta))
-  prefix = exchange(Update(keep.reshape(-1), delta.reshape(flat)), how, reverse, drops=False)
+  prefix = exchange_updates(
+    Update(keep.reshape(-1), delta.reshape(flat)), chosen, reverse=reverse, zero_is_reset=False
+  )
   return Update(keep=prefix.keep.reshape(lead), delta=prefix.delta.reshape(delta.shape))

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ttt_jax.ops.exchange.collectives import Exchange
 from ttt_jax.ops.exchange.prefix import incoming_state
-from ttt_jax.ops.fast_weight.chunks import Chunks, Options, factors_of, tokens_of
+from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateRule, keep_factors, where_kept
 from ttt_jax.ops.linear import finite_cotangent
 from ttt_jax.ops.numerics import accumulation_dtype, finite, matmul, poison, where
 from ttt_jax.ops.update import (
@@ -35,34 +36,36 @@ from ttt_jax.ops.update import (
 _GROUPS = 8
 
 
-def dual(chunks: Chunks, options: Options) -> tuple[Float[Array, "B N C D"], Float[Array, "B F D"]]:
+def dual(
+  chunks: Chunks, rule: UpdateRule, exchange: Exchange | None
+) -> tuple[Float[Array, "B N C D"], Float[Array, "B F D"]]:
   """R and the state after this device's last chunk.
 
   Scores are made for one chunk of queries at a time, `[B, C, T]`, and again in the backward pass.
   """
-  z, s_in, factors = chunks.z, chunks.s_in, factors_of(chunks, options)
+  z, s_in, factors = chunks.z, chunks.s_in, keep_factors(chunks, rule)
   b, n = z.shape[:2]
-  state_dtype = options.state_dtype
+  state_dtype = rule.state_dtype
   keeps_all = factors is None
   factors = jnp.ones((n, b), state_dtype) if keeps_all else factors.T
-  rates = _rates(chunks, options)
+  rates = _rates(chunks, rule)
   reads = _read(chunks, _scaled(chunks.v, rates), prefix_weights(factors), is_mask=keeps_all)
 
   # What is left at the end of each chunk's update, and of the state that came in.
   left = prefix_keeps(factors, reverse=True).T
-  stays = None if chunks.writes is None else tokens_of(chunks.writes, left)
+  stays = None if chunks.writes is None else where_kept(chunks.writes, left)
   updates = _scaled(where(stays, chunks.v), jnp.where(left == 0, 0, rates * left))
   total = Update(
     keep=jnp.prod(factors, axis=0),
     delta=matmul("bncf,bncd->bfd", where(stays, z), updates).astype(state_dtype),
   )
-  if options.exchange is not None:
+  if exchange is not None:
     s_in = jnp.zeros_like(total.delta) if s_in is None else s_in
-    s_in = incoming_state(total._replace(keep=None) if keeps_all else total, s_in, options.exchange)
+    s_in = incoming_state(total._replace(keep=None) if keeps_all else total, s_in, exchange)
   if s_in is None:
     return reads, total.delta
   left_of_incoming = prefix_keeps(factors).T
-  seen = None if chunks.reads is None else tokens_of(chunks.reads, left_of_incoming)
+  seen = None if chunks.reads is None else where_kept(chunks.reads, left_of_incoming)
   incoming = matmul("bncf,bfd->bncd", where(seen, z), s_in.astype(z.dtype))
   reads += scale(left_of_incoming.astype(reads.dtype), where(seen, incoming))
   return reads, scale(total.keep, s_in) + total.delta
@@ -87,17 +90,17 @@ def _is_finite(x):
   return jnp.all(jnp.isfinite(x), axis=-1)
 
 
-def _rates(chunks: Chunks, options: Options) -> Float[Array, "B N"]:
+def _rates(chunks: Chunks, rule: UpdateRule) -> Float[Array, "B N"]:
   """`lr r_j`. With a clip, `|Z^T V|_F^2 = <Z Z^T, V V^T>`: of a chunk's tokens, without the update."""
-  lr = chunks.lr.astype(options.state_dtype)
-  if options.clip_norm is None:
+  lr = chunks.lr.astype(rule.state_dtype)
+  if rule.clip_norm is None:
     return jnp.broadcast_to(lr, chunks.z.shape[:2])
   z = where(chunks.writes, chunks.z)
   z_gram = matmul("bncf,bnsf->bncs", z, z)
   v_gram = matmul("bncd,bnsd->bncs", chunks.v, chunks.v)
-  square = sum_over(jnp.sum(z_gram * v_gram, axis=(-2, -1)), options.tensor_axis)
-  square = jnp.maximum(square.astype(options.state_dtype), 0)  # a sum of both signs may round below
-  return lr * clip_factor(lr**2 * square, options.clip_norm).r
+  square = sum_over(jnp.sum(z_gram * v_gram, axis=(-2, -1)), rule.tensor_axis)
+  square = jnp.maximum(square.astype(rule.state_dtype), 0)  # a sum of both signs may round below
+  return lr * clip_factor(lr**2 * square, rule.clip_norm).r
 
 
 def _scaled(v: Float[Array, "B N C D"], rates: Float[Array, "B N"]) -> Float[Array, "B N C D"]:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ttt_jax.ops.exchange.prefix import exchange, incoming_state
-from ttt_jax.ops.fast_weight.chunks import Chunks, Options, factors_of, tokens_of
+from ttt_jax.ops.exchange.collectives import Exchange
+from ttt_jax.ops.exchange.prefix import exchange_updates, incoming_state
+from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateRule, keep_factors, where_kept
 from ttt_jax.ops.linear import reverse_only
 from ttt_jax.ops.manual import varying_zeros
 from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
@@ -29,9 +30,12 @@ from ttt_jax.ops.update import (
 
 
 class Outputs(NamedTuple):
-  """R (`Z (W + S)` in z's dtype, with W) and the state after this device's last chunk.
+  """What `sequential` returns.
 
-  With W, `samples` are R of the tokens at `options.samples`, for statistics.
+  Attributes:
+    reads: R; with a W instead `Z (W + S)`, in z's dtype.
+    state: the state after this device's last chunk.
+    samples: with a W and `sample_places`, R of the tokens at these places.
   """
 
   reads: Float[Array, "B N C D"]
@@ -39,27 +43,40 @@ class Outputs(NamedTuple):
   samples: Float[Array, "B N samples D"] | None
 
 
-def sequential(chunks: Chunks, options: Options, w: Float[Array, "F D"] | None = None) -> Outputs:
-  """R and the state, reading with `W + S` in one product if there is a W.
+def sequential(
+  chunks: Chunks,
+  rule: UpdateRule,
+  exchange: Exchange | None,
+  w: Float[Array, "F D"] | None = None,
+  *,
+  sample_places: slice | None = None,
+) -> Outputs:
+  """Reads the chunks and updates the state one after another; with a W, reads `W + S` in one product.
 
-  Saved for the backward pass: the inputs and the state that came in, after the exchange. First
-  derivatives in reverse mode, and derivatives of these.
+  The backward pass keeps the inputs and the incoming state, after the exchange. Derivatives are those of
+  reverse mode, of any order.
+
+  Args:
+    chunks, rule: see `chunks.py`.
+    exchange: how shards exchange their updates; None when the sequence lies on one device.
+    w: the slow weight, or None.
+    sample_places: the places in every chunk of the tokens whose R is returned by itself, for statistics.
   """
   if chunks.s_in is None:
     b, _, _, f = chunks.z.shape
-    s_in = varying_zeros((b, f, chunks.v.shape[-1]), options.state_dtype, chunks.z)
+    s_in = varying_zeros((b, f, chunks.v.shape[-1]), rule.state_dtype, chunks.z)
     chunks = chunks._replace(s_in=s_in)
   chunks, w = reverse_only(
     (chunks, w),
     "implementation='sequential', which None chose if you did not: pass implementation='dual' or "
     "'associative'",
   )
-  return _sequential(chunks, w, options)
+  return _sequential(chunks, w, rule, exchange, sample_places)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _sequential(chunks, w, options):
-  return _sequential_fwd(chunks, w, options)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _sequential(chunks, w, rule, exchange, sample_places):
+  return _sequential_fwd(chunks, w, rule, exchange, sample_places)[0]
 
 
 def _chunk(x, i):
@@ -76,11 +93,11 @@ def _next_state(factor, u, s):
   return s + u if factor is None else scale(factor, s) + u
 
 
-def _update(chunks, i, options):
+def _update(chunks, i, rule):
   """`r U` of chunk i, in the state's dtype."""
   z_i = where(_chunk(chunks.writes, i), _chunk(chunks.z, i))
-  u = (chunks.lr * matmul("bcf,bcd->bfd", z_i, _chunk(chunks.v, i))).astype(options.state_dtype)
-  return clip_update(u, options.clip_norm, options.tensor_axis)
+  u = (chunks.lr * matmul("bcf,bcd->bfd", z_i, _chunk(chunks.v, i))).astype(rule.state_dtype)
+  return clip_update(u, rule.clip_norm, rule.tensor_axis)
 
 
 class _Reader(NamedTuple):
@@ -131,21 +148,21 @@ def _reader(chunks, w, i):
   return _Reader(w, _chunk(chunks.reads, i))
 
 
-def _total(chunks, factors, options):
+def _total(chunks, factors, rule):
   """This shard's chunks composed to one update: what the shards after it need to know."""
   z, v, lr = chunks.z, chunks.v, chunks.lr
   n = z.shape[1]
   with jax.named_scope("shard_total"):
-    if options.clip_norm is None:
+    if rule.clip_norm is None:
       # Linear: one product over all tokens, each scaled by what is kept of it at the end.
       kept = None if factors is None else prefix_keeps(factors.T, reverse=True).T
       if chunks.writes is not None:
-        z = where(tokens_of(chunks.writes, kept), z)
-      delta = (lr * matmul("bncf,bncd->bfd", z, _weighted(v, kept))).astype(options.state_dtype)
+        z = where(where_kept(chunks.writes, kept), z)
+      delta = (lr * matmul("bncf,bncd->bfd", z, _weighted(v, kept))).astype(rule.state_dtype)
     else:
 
       def step(i, s):
-        return _next_state(_chunk(factors, i), _update(chunks, i, options), s)
+        return _next_state(_chunk(factors, i), _update(chunks, i, rule), s)
 
       delta = lax.fori_loop(0, n, step, jnp.zeros_like(chunks.s_in))
     return Update(_product(factors), delta)
@@ -164,17 +181,17 @@ def _weighted(x, weights):
   return scale(weights.astype(wide), x.astype(wide)).astype(x.dtype)
 
 
-def _sequential_fwd(chunks, w, options):
+def _sequential_fwd(chunks, w, rule, exchange, sample_places):
   z, v, s = chunks.z, chunks.v, chunks.s_in
   b, n, c, _ = z.shape
   wide = accumulation_dtype(z.dtype)
-  factors = factors_of(chunks, options)
+  factors = keep_factors(chunks, rule)
   total = None
-  if options.exchange is not None:
-    total = _total(chunks, factors, options)
-    s = incoming_state(total, s, options.exchange)
+  if exchange is not None:
+    total = _total(chunks, factors, rule)
+    s = incoming_state(total, s, exchange)
   s_in = s
-  places = None if w is None else options.samples
+  places = None if w is None else sample_places
 
   def read(i, s, y, samples):
     z_i = _chunk(z, i)
@@ -185,7 +202,7 @@ def _sequential_fwd(chunks, w, options):
     return y, samples
 
   def learn(i, s):
-    return _next_state(_chunk(factors, i), _update(chunks, i, options), s)
+    return _next_state(_chunk(factors, i), _update(chunks, i, rule), s)
 
   def body(i, carry):
     s, y, samples = carry
@@ -206,7 +223,7 @@ def _sequential_fwd(chunks, w, options):
   return Outputs(y, s_end, samples), (chunks._replace(s_in=s_in), w)
 
 
-def _sequential_bwd(options, saved, cotangents):
+def _sequential_bwd(rule, exchange, sample_places, saved, cotangents):
   """Two passes over the chunks, each with one state.
 
   Backwards, with G_i the cotangent of S_i (G_N that of the outgoing state):
@@ -230,12 +247,12 @@ def _sequential_bwd(options, saved, cotangents):
   keep, decay = chunks.keep, chunks.decay
   d_y, g_out, _ = cotangents
   d_y = d_y.astype(chunks.z.dtype)
-  factors = factors_of(chunks, options)
+  factors = keep_factors(chunks, rule)
   own = None
-  if options.exchange is not None:
-    later, own = _cotangent_of_later_shards(chunks, options, factors, d_y, g_out)
+  if exchange is not None:
+    later, own = _cotangent_of_later_shards(chunks, exchange, factors, d_y, g_out)
     g_out = g_out + later
-  forwards = _forwards_pass(chunks, w, options, factors, d_y)
+  forwards = _forwards_pass(chunks, w, rule, factors, d_y)
   d_decay = None
   if decay is not None:
     d_decay = forwards.d_decay.astype(decay.dtype) + jnp.sum(forwards.tangent * g_out)
@@ -243,14 +260,14 @@ def _sequential_bwd(options, saved, cotangents):
   # With every token reading and nothing forgotten, dW is what G gathers: G_0 - G_N.
   dw_is_g = factors is None and chunks.reads is None
   backwards = _backwards_pass(
-    chunks, w, options, factors, d_y, g_out, forwards.dz, with_dw=w is not None and not dw_is_g
+    chunks, w, rule, factors, d_y, g_out, forwards.dz, with_dw=w is not None and not dw_is_g
   )
   g_in, dw = backwards.g, backwards.dw
   if w is not None and dw_is_g:
     dw = jnp.sum(g_in - g_out if own is None else own, axis=0)
-  if options.exchange is not None:
+  if exchange is not None:
     # The state before the whole sequence enters on the first shard only.
-    first = lax.axis_index(options.exchange.axis) == 0
+    first = lax.axis_index(exchange.axis) == 0
     g_in = jnp.where(first, g_in, jnp.zeros_like(g_in))
   d_chunks = Chunks(
     z=backwards.dz,
@@ -265,7 +282,7 @@ def _sequential_bwd(options, saved, cotangents):
   return d_chunks, None if w is None else dw.astype(w.dtype)
 
 
-def _cotangent_of_later_shards(chunks, options, factors, d_y, g_out):
+def _cotangent_of_later_shards(chunks, exchange, factors, d_y, g_out):
   """What the shards after this one add to G_N, and this shard's own `sum_i Z_i^T dR_i`, decayed.
 
   Locally a shard knows what its own tokens read of the state that came in: `own`. It lacks what later
@@ -274,11 +291,11 @@ def _cotangent_of_later_shards(chunks, options, factors, d_y, g_out):
   """
   with jax.named_scope("shard_cotangent"):
     kept = None if factors is None else prefix_keeps(factors.T).T
-    seen = None if chunks.reads is None else tokens_of(chunks.reads, kept)
+    seen = None if chunks.reads is None else where_kept(chunks.reads, kept)
     own = matmul("bncf,bncd->bfd", where(seen, chunks.z), _weighted(where(seen, d_y), kept))
     own = own.astype(g_out.dtype)
   keep = _product(factors)
-  suffix = exchange(Update(keep, _next_state(keep, own, g_out)), options.exchange, True)
+  suffix = exchange_updates(Update(keep, _next_state(keep, own, g_out)), exchange, reverse=True)
   return suffix.delta, own
 
 
@@ -291,7 +308,7 @@ class _Forwards(NamedTuple):
   d_decay: Float[Array, ""]
 
 
-def _forwards_pass(chunks, w, options, factors, d_y) -> _Forwards:
+def _forwards_pass(chunks, w, rule, factors, d_y) -> _Forwards:
   """The part of dZ that comes of reading, and the decay's gradient but for `<T_N, G_N>`; T_N."""
   z, decay, keep = chunks.z, chunks.decay, chunks.keep
   n, wide = z.shape[1], accumulation_dtype(z.dtype)
@@ -302,7 +319,7 @@ def _forwards_pass(chunks, w, options, factors, d_y) -> _Forwards:
     if decay is not None:
       kept = carry.s if keep is None else scale(_chunk(keep, i), carry.s)
       tangent = _next_state(factor, kept, tangent)
-    s = _next_state(factor, _update(chunks, i, options), carry.s)
+    s = _next_state(factor, _update(chunks, i, rule), carry.s)
     return carry._replace(s=s, tangent=tangent)
 
   def read(i, carry):
@@ -334,7 +351,7 @@ class _Backwards(NamedTuple):
   d_lr: Float[Array, ""]
 
 
-def _backwards_pass(chunks, w, options, factors, d_y, g_out, dz, *, with_dw: bool) -> _Backwards:
+def _backwards_pass(chunks, w, rule, factors, d_y, g_out, dz, *, with_dw: bool) -> _Backwards:
   """G_0, dW, and what dZ, dV and dlr get of the updates."""
   z, v, lr = chunks.z, chunks.v, chunks.lr
   n, wide = z.shape[1], accumulation_dtype(z.dtype)
@@ -350,7 +367,7 @@ def _backwards_pass(chunks, w, options, factors, d_y, g_out, dz, *, with_dw: boo
     """What chunk i's own update gets of G_{i+1}."""
     writes_i, v_i = _chunk(chunks.writes, i), _chunk(v, i)
     z_i = where(writes_i, _chunk(z, i))
-    du = _through_clip(carry.g, z_i, v_i, lr, options).astype(z.dtype)
+    du = _through_clip(carry.g, z_i, v_i, lr, rule).astype(z.dtype)
     z_du = where(writes_i, matmul("bcf,bfd->bcd", z_i, du))
     v_du = where(writes_i, matmul("bcd,bfd->bcf", v_i, du))
     dz_i = _chunk(carry.dz, i).astype(wide) + lr * v_du
@@ -380,14 +397,14 @@ def _no_cotangent(mask):
   return None if mask is None else jnp.zeros(mask.shape, jax.dtypes.float0)
 
 
-def _through_clip(g, z_i, v_i, lr, options):
+def _through_clip(g, z_i, v_i, lr, rule):
   """The cotangent of U from that of `r U`: the update is recomputed, where there is a clip."""
-  if options.clip_norm is None:
+  if rule.clip_norm is None:
     return g
   u = (lr * matmul("bcf,bcd->bfd", z_i, v_i)).astype(g.dtype)
-  r, norm = clip_factor(sum_over(jnp.sum(u * u, (-2, -1)), options.tensor_axis), options.clip_norm)
-  clipped = norm > options.clip_norm
-  along = sum_over(jnp.sum(u * g, (-2, -1)), options.tensor_axis)
+  r, norm = clip_factor(sum_over(jnp.sum(u * u, (-2, -1)), rule.tensor_axis), rule.clip_norm)
+  clipped = norm > rule.clip_norm
+  along = sum_over(jnp.sum(u * g, (-2, -1)), rule.tensor_axis)
   along = jnp.where(clipped, along / jnp.where(clipped, norm, 1) ** 2, 0)
   return times(r, g - times(along, u))
 
