@@ -1,8 +1,8 @@
 """The differentiable exchange of updates between the shards of a sequence, inside `jax.shard_map`.
 
-A sequence is cut into contiguous shards, one per device of a mesh axis. Each device composes its own
-chunks to one `Update`; what it is missing is the composition of all shards before it, the exclusive
-prefix. `collectives.py` has the ways to get it.
+A sequence is cut into contiguous shards, one per device of a mesh axis. A shard composes its own chunks
+into one `Update`; it lacks the composition of all shards before it, the exclusive prefix, which the
+algorithms in `collectives.py` compute.
 """
 
 from functools import partial
@@ -33,8 +33,8 @@ from ttt_jax.ops.manual import (
 from ttt_jax.ops.numerics import where
 from ttt_jax.ops.update import Update, apply_update, prefix_keeps, times
 
-# The name under which `jax.checkpoint` policies can save the state that came in from other shards,
-# so that rematerialisation recomputes the chunks but exchanges nothing again.
+# The name under which `jax.checkpoint` policies can save the state that came from other shards, so that
+# remat recomputes the chunks without a second exchange.
 INCOMING_STATE = "ttt_incoming_state"
 
 
@@ -66,25 +66,25 @@ def choose_exchange(
 
 
 def _prefix_jvp(primals, tangents, *, exchange, reverse, zero_is_reset):
-  """A tangent travels as a delta does.
+  """Sends the tangent as a delta.
 
   With E_{p+1} = k_p E_p + D_p (the prefix of shard p is E_p): dE_{p+1} = k_p dE_p + (dD_p + dk_p E_p).
   """
-  (keeps, delta), (of_keeps, of_delta) = primals, tangents
-  through = partial(
+  (keeps, delta), (keeps_tangent, delta_tangent) = primals, tangents
+  bind = partial(
     _prefix.bind, keeps, exchange=exchange, reverse=reverse, zero_is_reset=zero_is_reset
   )
-  prefix = through(delta)
-  if not isinstance(of_keeps, ad.Zero):
-    part = times(entry_of_this_shard(of_keeps, exchange.axis), prefix)
+  prefix = bind(delta)
+  if not isinstance(keeps_tangent, ad.Zero):
+    part = times(entry_of_this_shard(keeps_tangent, exchange.axis), prefix)
     if zero_is_reset:  # no derivative there, and the state before the reset may be NaN
       part = where(entry_of_this_shard(keeps, exchange.axis) != 0, part)
-    of_delta = part if isinstance(of_delta, ad.Zero) else of_delta + part
-  return prefix, of_delta if isinstance(of_delta, ad.Zero) else through(of_delta)
+    delta_tangent = part if isinstance(delta_tangent, ad.Zero) else delta_tangent + part
+  return prefix, delta_tangent if isinstance(delta_tangent, ad.Zero) else bind(delta_tangent)
 
 
 def _prefix_transpose(cotangent, keeps, delta, *, exchange, reverse, zero_is_reset):
-  """The same exchange in the other direction.
+  """Exchanges the cotangents in the other direction.
 
   The adjoint X_p of E_{p+1} obeys X_{p-1} = k_p X_p + dE_p: an exclusive suffix of the pairs (k_p, dE_p).
   """
@@ -99,7 +99,7 @@ def _prefix_transpose(cotangent, keeps, delta, *, exchange, reverse, zero_is_res
 
 
 def _prefix_batch(operands, dims, **settings):
-  """More rows."""
+  """Treats the mapped axis as more rows."""
   size = next(x.shape[dim] for x, dim in zip(operands, dims) if dim is not None)
   keeps, delta = (
     jnp.repeat(jnp.expand_dims(x, to), size, axis=to) if dim is None else jnp.moveaxis(x, dim, to)
@@ -148,9 +148,12 @@ def exchange_updates(
 def incoming_state(
   total: Update, s_in: Float[Array, "B F D"], exchange: Exchange
 ) -> Float[Array, "B F D"]:
-  """The state this shard starts from: the sequence's own, then the updates of the shards before.
+  """Returns the state this shard starts from: `s_in` after the updates of the shards before.
 
-  `total` is this shard's update; its keep may be None for 1, and varies over the same axes as delta.
+  Args:
+    total: this shard's update; keep and delta vary over the same mesh axes, a keep of None is 1.
+    s_in: the state before the whole sequence.
+    exchange: how deltas travel.
   """
   prefix = exchange_updates(total, exchange, reverse=False)
   s = s_in + prefix.delta if total.keep is None else apply_update(prefix, s_in)
@@ -165,15 +168,15 @@ def exclusive_prefix(
   reverse: bool = False,
   wire_dtype: Any = None,
 ) -> Update:
-  """The composition of the updates of all shards before this one, in the order of the mesh axis.
+  """Returns the composition of the updates of all shards before this one, in the order of the mesh axis.
 
       prefix_p = update_0 then update_1 then ... then update_{p-1}        prefix_0 = identity
 
-  Exclusive: a shard's own update is not in it. With `reverse=True` the composition of the shards
-  after this one, last one first: the same operator from the right, as the backward pass needs it.
+  Exclusive: a shard's own update is not part of its prefix. `reverse=True` composes the shards after this
+  one, last shard first: the same operator from the right, as the backward pass needs it.
   Call it inside `jax.shard_map` over `axis_name`. Differentiable, in forward and in reverse mode; the
-  backward pass is the exchange in the other direction. A keep of 0 drops what lies before it, also where
-  that is NaN or infinite.
+  backward pass is the exchange in the other direction. A keep of 0 drops the updates before it, also NaN
+  and infinities.
 
   Args:
     update: keep `[*B]` and delta `[*B, *S]`; S bytes of delta, summed in delta's dtype.
@@ -181,7 +184,7 @@ def exclusive_prefix(
     collective: bytes sent per device: `"all_gather"` (P-1) S, `"doubling"` S ceil(log2 P),
       `"all_to_all"` 2 S (P-1)/P, `"ring"` S, in slices from neighbour to neighbour. None chooses by
       `cost.choose_collective`.
-    wire_dtype: a narrower dtype for what is sent, such as `jnp.bfloat16`, forward and backward. One
+    wire_dtype: a narrower dtype for sending, such as `jnp.bfloat16`, forward and backward. One
       rounding with all_gather, two with all_to_all, one per step with doubling and ring.
 
   Raises:
