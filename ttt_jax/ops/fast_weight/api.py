@@ -45,12 +45,12 @@ IMPLEMENTATIONS = {"associative": associative, "dual": dual, "sequential": seque
 @partial(jax.tree_util.register_dataclass, data_fields=["S"], meta_fields=["pending"])
 @dataclasses.dataclass(frozen=True)
 class FastWeightState:
-  """What a fast weight has learned: it reads as `W + S`.
+  """The state of a fast weight `W + S`: what it learned from the chunks it has read.
 
   Attributes:
     S: `[*B, F, D]` in the state's dtype, after the last full chunk.
-    pending: how many tokens were read after that chunk. They are not in S, so reading goes on from
-      the chunk boundary before them.
+    pending: the number of tokens read after that chunk. They are not in S, so a later call must start
+      at the chunk boundary before them.
   """
 
   S: Any
@@ -78,20 +78,20 @@ def inplace_ttt(
   state_dtype: Any = None,
   return_stats: bool = False,
 ):
-  """Reads every chunk with the fast weight made by the chunks before it.
+  """Reads every chunk with the fast weight that the chunks before it made.
 
       apply    O_i     = Z_i (W + S_i)                                   S_0 = state, or 0
       update   S_{i+1} = decay S_i + clip(inner_lr Z_i^T V_i)
 
   Chunk i holds the tokens `i chunk_size` to `(i + 1) chunk_size - 1`. `apply` comes first: an output
   never sees its own chunk's update, strictly causal. A last chunk that is not full is read but never
-  updates. With `segment_ids` the fast weight restarts at W in every document, wherever in a chunk it
-  begins; padding reads W and updates nothing.
+  updates. With `segment_ids` the fast weight restarts at W in every document, wherever in a chunk the
+  document begins; padding reads W and updates nothing.
 
-  With `segment_ids` or `lengths`, nothing that a token does not see reaches it, NaN and infinities
-  included: not in y, nor in the state, nor in the gradients of z, v and the state. Those of w_down,
-  inner_lr and decay are sums over all documents, of which one that is NaN makes them NaN; but padding, and
-  in w_down any token whose cotangent is 0, adds nothing.
+  With `segment_ids` or `lengths`, NaN and infinities too reach only the tokens that see them: in y, in the
+  state, and in the gradients of z, v and the state. The gradients of w_down, inner_lr and decay are sums
+  over all documents, so that a NaN in one document makes them NaN; padding adds nothing to them, and in
+  w_down nor does a token whose cotangent is 0.
 
   | here         | paper (Feng et al., arXiv 2604.06169) |
   |--------------|---------------------------------------|
@@ -104,35 +104,34 @@ def inplace_ttt(
 
   Args:
     z: gated MLP activations `act(h W_gate) * (h W_up)`.
-    v: update targets, see `ntp_targets`. Computed with in z's dtype.
-    w_down: the slow down projection in Flax kernel orientation. Computed with in z's dtype.
+    v: update targets, see `ntp_targets`; cast to z's dtype.
+    w_down: the slow down projection in Flax kernel orientation; cast to z's dtype.
     chunk_size: C, tokens per chunk.
     inner_lr: step of the update; differentiable when an array.
-    state: what an earlier call returned, to read on at a chunk boundary. It belongs to the first
-      token's document. Under `context_axis` the same on every shard.
+    state: the state that an earlier call returned, to continue at a chunk boundary. It belongs to the
+      first token's document. Under `context_axis` the same on every shard.
     segment_ids: documents of a packed row: neighbouring documents differ, 0 is padding.
-    lengths: how many tokens of each row of the whole sequence are there, for rows of different lengths
-      filled up behind: a chunk that is not wholly there never updates, and the state stays as it is.
-      None is all. The state returned does not say how many tokens are pending: that differs by row.
-      A decay that is an array has no gradient then.
+    lengths: the number of real tokens per row of a right-padded batch, over all shards; None is all. A
+      chunk with padding neither updates nor decays the state. The returned state has `pending` 0, as the
+      number differs by row. A decay that is an array has no gradient then.
     decay: the state's factor per chunk, in (0, 1]; differentiable when an array; None is 1.
     clip_norm: a chunk's update of larger Frobenius norm is rescaled to this one; None is no clip.
-    context_axis: the mesh axis of the enclosing `jax.shard_map` along which T is cut into contiguous
+    context_axis: the mesh axis of the enclosing `jax.shard_map` along which T is split into contiguous
       shards of whole chunks; None when the sequence lies on one device.
-    tensor_axis: the mesh axis of the enclosing `jax.shard_map` along which F is cut: z, w_down and the
-      state are this device's part, y is summed over the axis in z's dtype.
+    tensor_axis: the mesh axis of the enclosing `jax.shard_map` along which F is split: z, w_down and the
+      state are this device's slice, y is summed over the axis in z's dtype.
     implementation: `"sequential"` carries one S through the chunks, forward and backward (memory of one
       state). `"dual"` scores every chunk against the earlier ones (no state, work of T^2; cheaper while
       few earlier tokens are visible). `"associative"` is `jax.lax.associative_scan` over all chunks'
       states (memory of N states). The last two also have forward-mode and higher derivatives, on shards
       as on one device. None chooses by `cost.choose_implementation`.
     merge: read a chunk in one product, `Z (W + S)`, instead of two, `Z W + Z S`: 8/6 of the FLOPs of a
-      gated MLP instead of 10/6. `W + S` is rounded to z's dtype, which in bfloat16 loses what of S is
-      below 1/256 of W. None merges where nothing is lost, float32 and float64.
+      gated MLP instead of 10/6. `W + S` is rounded to z's dtype: bfloat16 loses the part of S below 1/256
+      of W. None merges where nothing is lost, in float32 and float64.
     collective: how shards exchange their updates, see `exclusive_prefix`; None chooses.
-    wire_dtype: a narrower dtype for that exchange; sums keep theirs.
+    wire_dtype: a narrower dtype for sending in that exchange, not for sums.
     state_dtype: dtype of S and of all sums of updates, `promote_types(z.dtype, float32)` by default.
-    return_stats: also return `FastWeightStats`, of this device's tokens.
+    return_stats: also return the `FastWeightStats` of this device's tokens.
 
   Returns:
     `(y, state)`, with y `[*B, T, D]` in z's dtype and the state after the last full chunk of the
@@ -318,7 +317,7 @@ def _slow_product(z, w, *, masked: bool):
 
 
 def _finish(sizes, y, s, stats, context_axis, *, pending: int):
-  """Returns the results of `inplace_ttt`, in the caller's shapes, with the state of the whole sequence."""
+  """Returns the results in the caller's shapes, with the state after the whole sequence."""
   if context_axis is not None:
     s = from_last_shard(s, context_axis)
   state = FastWeightState(S=s.reshape(*sizes.lead, sizes.f, sizes.d), pending=pending)
@@ -331,17 +330,17 @@ def _finish(sizes, y, s, stats, context_axis, *, pending: int):
 def _choose(implementation, merge, sizes, dtype, state_dtype, exchange):
   """Returns the implementation's function, and whether it reads `W + S` in one product."""
   if implementation not in (None, *IMPLEMENTATIONS):
-    known = ", ".join(map(repr, IMPLEMENTATIONS))
-    raise UserError(f"implementation={implementation!r} is not one of {known}")
+    names = ", ".join(map(repr, IMPLEMENTATIONS))
+    raise UserError(f"implementation={implementation!r} is not one of {names}")
   if merge and implementation not in (None, "sequential"):
     raise UnsupportedError(
       f"merge=True: implementation={implementation!r} reads no W + S, use 'sequential' or merge=None"
     )
-  lossless = accumulation_dtype(dtype) == dtype
+  lossless = accumulation_dtype(dtype) == dtype  # W + S is not rounded
   if implementation is None and merge:
     implementation = "sequential"
   elif implementation is None:
-    work = cost.Work(
+    workload = cost.Workload(
       tokens=sizes.t,
       chunk_size=sizes.c,
       d_ff=sizes.f,
@@ -352,7 +351,7 @@ def _choose(implementation, merge, sizes, dtype, state_dtype, exchange):
       state_item=state_dtype.itemsize,
       merge=lossless if merge is None else merge,
     )
-    implementation = cost.choose_implementation(work, find_device())
+    implementation = cost.choose_implementation(workload, find_device())
   if merge is None:
     merge = lossless and implementation == "sequential"
   return IMPLEMENTATIONS[implementation], merge

@@ -1,4 +1,4 @@
-"""How large the parts of a fast weight are: for logs, without gradient."""
+"""Norms of the parts of a fast weight, for logs; without gradient."""
 
 from typing import NamedTuple
 
@@ -10,21 +10,21 @@ from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateRule
 from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
 from ttt_jax.ops.update import clip_update, sum_over
 
-_SAMPLED_TOKENS = 256  # of a row on a device, for the sizes of the output's two parts
+_SAMPLED_TOKENS = 256  # per row and device, to estimate the norms of the output's two parts
 
 
 class FastWeightStats(NamedTuple):
-  """How large the fast weight's parts are, as Frobenius norms; without gradient.
+  """The Frobenius norms of the parts of a fast weight; without gradient.
 
   RMSNorm hides a blow-up behind a finite loss: compare `update` and `state` with `|W|`, and `fast`
-  with `slow`. They cost a chunk's update and the read of about 256 tokens, not passes over all chunks.
+  with `slow`. The norms cost one chunk's update and the read of about 256 tokens, no pass over all chunks.
 
   Attributes:
-    update: of the update of this device's last full chunk, after clipping.
-    state: of S after that chunk.
-    fast: of the part of y that S contributes, before it is added to the other part and rounded: 0 where S
-      is. Estimated from about 256 evenly spaced tokens, at least one of every chunk.
-    slow: of the part of y that W contributes, from the same tokens.
+    update: norm of the update of this device's last full chunk, after clipping.
+    state: norm of S after that chunk.
+    fast: norm of the part of y that S contributes, before the sum with W's part is rounded: exactly 0 where
+      S is 0. Estimated from about 256 evenly spaced tokens, at least one of every chunk.
+    slow: norm of the part of y that W contributes, estimated from the same tokens.
   """
 
   update: Float[Array, "*B"]
@@ -34,7 +34,7 @@ class FastWeightStats(NamedTuple):
 
 
 def choose_sample_places(n: int, chunk_size: int) -> slice:
-  """Evenly spaced places in each of n chunks, for `_SAMPLED_TOKENS` of a row in all, at least one."""
+  """Chooses evenly spaced places in each of n chunks: `_SAMPLED_TOKENS` per row in all, at least n."""
   stride = -(-chunk_size // max(1, _SAMPLED_TOKENS // max(1, n)))
   return slice(stride // 2, None, stride)
 
