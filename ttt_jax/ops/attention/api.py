@@ -35,13 +35,13 @@ def attention(
   implementation: str | None = None,
   balance: bool | None = None,
 ) -> Float[Array, "B T H K"]:
-  """`o_t = sum_s softmax_s(q_t k_s / sqrt(K)) v_s` over the tokens s that t sees.
+  """Computes `o_t = sum_s softmax_s(q_t k_s / sqrt(K)) v_s` over the tokens s that t sees.
 
-  Token t sees s if `t - window < s <= t` and both are in one segment: itself always. Grouped-query:
-  H is a multiple of G. Softmax in float32 or wider; returns q's dtype.
+  Token t sees s if `t - window < s <= t` and both are in one segment, so it always sees itself.
+  Grouped-query: H is a multiple of G. Softmax in float32 or wider; returns q's dtype.
 
-  What a token does not see reaches neither its output nor its gradient, also where it is NaN or infinite;
-  of `"splash"` and `"cudnn"`, which are libraries' kernels, that is not promised.
+  NaN and infinities too reach only the outputs and gradients of the tokens that see them. The libraries'
+  kernels, `"splash"` and `"cudnn"`, do not guarantee that.
 
   Memory is `O(T)`; scores are recomputed in the backward pass. With `context_axis`, T is this device's
   contiguous shard. A window fetches the `window - 1` keys and values before the shard from its left
@@ -52,17 +52,17 @@ def attention(
     q: queries; k, v: keys and values.
     window: tokens seen, the token itself included; None for all earlier ones.
     segment_ids: a number per token, unique to its document within the whole row (see
-      `segments.number_documents`); padding, 0, sees padding.
+      `documents.number_documents`); padding, 0, sees padding.
     context_axis: a mesh axis of the enclosing `jax.shard_map`.
-    implementation: `"xla"` takes everything; `"splash"` is the TPU's kernel, `"cudnn"` the GPU's,
-      where they can express the call; None chooses that of the platform traced for, else `"xla"`.
-    balance: in full attention over P shards, shard p exchanges the second half of its queries with
-      its mirror P-1-p, and the outputs back (`T H K` numbers sent per row and device), so that all
-      devices have equal work. None does; with a window they have it anyway.
+    implementation: `"xla"` takes every call; `"splash"` is a kernel for TPU, `"cudnn"` for GPU, which
+      refuse some calls. None chooses the kernel of the platform traced for, or `"xla"` if it refuses.
+    balance: in full attention over P shards, shard p swaps the second half of its queries with its
+      mirror P-1-p, and the outputs back (`T H K` numbers sent per row and device), so that all devices
+      compute equally much. None is True; with a window work is equal anyway.
 
   Raises:
     UserError: shapes or values that disagree, an unbound `context_axis`, an unknown name.
-    UnsupportedError: an implementation that cannot express the call, with the reasons.
+    UnsupportedError: the implementation refuses the call; the message has its reasons.
   """
   _check(q, k, v, window, segment_ids, implementation)
   if context_axis is not None and shard_count(context_axis) == 1:
@@ -112,6 +112,7 @@ def _refusals(q, k, v, window, segment_ids, context_axis, implementation) -> lis
 
 
 def _check(q, k, v, window, segment_ids, implementation):
+  """Raises UserError unless shapes agree and window and implementation have valid values."""
   if q.ndim != 4 or k.ndim != 4:
     raise UserError(f"q has shape {q.shape}, k {k.shape}: expected [B, T, H, K] and [B, T, G, K]")
   if k.shape != v.shape or (k.shape[:2], k.shape[3]) != (q.shape[:2], q.shape[3]):
@@ -125,5 +126,5 @@ def _check(q, k, v, window, segment_ids, implementation):
   if segment_ids is not None:
     check_segment_ids(segment_ids, q.shape[:2])
   if implementation not in (None, *IMPLEMENTATIONS):
-    known = ", ".join(map(repr, IMPLEMENTATIONS))
-    raise UserError(f"attention implementation={implementation!r} is not one of {known}")
+    names = ", ".join(map(repr, IMPLEMENTATIONS))
+    raise UserError(f"attention implementation={implementation!r} is not one of {names}")
