@@ -94,7 +94,7 @@ def shift(x: Shaped[Array, "*S"], offset: int, *, axis: int, fill: int) -> Shape
 def document_masks(
   segment_ids: Int[Array, "B T"], chunk_size: int, context_axis: str | None
 ) -> ChunkMasks:
-  """Computes the masks of packed rows: those of a chunk from its own tokens and the token before it."""
+  """Computes the masks of packed rows; a chunk's masks depend on its tokens and the token before it."""
   b, t = segment_ids.shape
   n = t // chunk_size
   full = segment_ids[:, : n * chunk_size].reshape(b, n, chunk_size)

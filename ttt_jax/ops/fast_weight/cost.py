@@ -168,7 +168,7 @@ def explain(
     batch: rows on each device.
     dtype: dtype of activations and targets.
     state_dtype: dtype of the state, as for `inplace_ttt`.
-    wire_dtype: dtype of what is sent, as for `inplace_ttt`.
+    wire_dtype: dtype of the states that are sent, as for `inplace_ttt`.
     merge: whether a chunk is read in one product, as for `inplace_ttt`.
     device: a name such as `"v5p"`, or a `device_kind`; None is the device of this process.
 

@@ -53,8 +53,8 @@ def sequential(
 ) -> Outputs:
   """Reads the chunks and updates the state one after another; with a W, reads `W + S` in one product.
 
-  The backward pass keeps the inputs and the incoming state, after the exchange. Derivatives are those of
-  reverse mode, of any order.
+  The backward pass keeps the inputs and the incoming state, after the exchange. Reverse mode only,
+  derivatives of any order.
 
   Args:
     chunks, rule: see `chunks.py`.
@@ -127,7 +127,7 @@ class _Reader(NamedTuple):
     if self.reads is None:
       product = matmul("bcf,bcd->bfd", z, d)
       return product, product
-    # A token without a cotangent adds nothing, whatever it holds.
+    # A token without a cotangent adds nothing, also where it is NaN.
     product = matmul("bcf,bcd->bfd", where(jnp.any(d != 0, axis=-1), z), d)
     seen = where(self._rows_that_see(), product)
     rest = lambda partly: matmul("bcf,bcd->bfd", where(partly, z), where(partly, d))  # noqa: E731
@@ -138,7 +138,7 @@ class _Reader(NamedTuple):
     return None if self.reads is None else jnp.all(self.reads, axis=-1)
 
   def _with_rest(self, product, rest):
-    """Returns `product + rest(mask)`, the mask that of the tokens of the other rows that see the state."""
+    """Returns `product + rest(mask)`; the mask has the tokens of the other rows that see the state."""
     if self.reads is None:
       return product
     partly = self.reads & ~self._rows_that_see()[:, None]
@@ -399,7 +399,7 @@ def _no_cotangent(mask):
 
 
 def _transpose_clip(g, z_i, v_i, lr, rule):
-  """Returns the cotangent of U, given g, that of `r U`; with a clip, U is recomputed."""
+  """Returns the cotangent of U, given the cotangent g of `r U`; with a clip, U is recomputed."""
   if rule.clip_norm is None:
     return g
   u = (lr * matmul("bcf,bcd->bfd", z_i, v_i)).astype(g.dtype)
