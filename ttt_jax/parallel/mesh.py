@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from ttt_jax.config import MeshConfig
 from ttt_jax.errors import UnsupportedError, UserError
-from ttt_jax.ops.varying import is_checked, varying_axes
+from ttt_jax.ops.manual import is_checked, varying_axes
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 DATA, FSDP, CONTEXT, TENSOR = MESH_AXES
