@@ -1,60 +1,62 @@
-"""The in-place fast-weight update of a down projection: the public op and the choice of its implementation.
+"""The in-place fast-weight update of a down projection: the public op.
 
-This module does what all implementations (`sequential.py`, `dual.py`, `associative.py`) share: it turns
-documents into masks, cuts chunks, reads the tokens after the last full chunk, and makes arrays vary over
-the same mesh axes.
+This module does what both rules and all implementations share: it checks the arguments, turns documents into
+masks, cuts chunks, and makes arrays vary over the same mesh axes. `rules.py` chooses the implementation.
 """
 
 import dataclasses
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ttt_jax.errors import UnsupportedError, UserError
-from ttt_jax.ops import linear
+from ttt_jax.errors import UnsupportedError
 from ttt_jax.ops.documents import ChunkMasks, document_masks, length_masks
 from ttt_jax.ops.exchange.collectives import Exchange
 from ttt_jax.ops.exchange.prefix import choose_exchange
-from ttt_jax.ops.fast_weight import cost
-from ttt_jax.ops.fast_weight.associative import associative
-from ttt_jax.ops.fast_weight.checks import check_arguments, check_lengths, check_state
-from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateRule
-from ttt_jax.ops.fast_weight.dual import dual
-from ttt_jax.ops.fast_weight.sequential import sequential
+from ttt_jax.ops.fast_weight.checks import (
+  RIDGE,
+  check_arguments,
+  check_lengths,
+  check_rule,
+  check_state,
+)
+from ttt_jax.ops.fast_weight.chunks import Chunks, Sizes, UpdateRule
+from ttt_jax.ops.fast_weight.least_squares.api import LeastSquares
+from ttt_jax.ops.fast_weight.least_squares.sums import Sums, packed_shape
+from ttt_jax.ops.fast_weight.rules import read_least_squares, read_sum
 from ttt_jax.ops.fast_weight.stats import FastWeightStats as FastWeightStats
-from ttt_jax.ops.fast_weight.stats import choose_sample_places, measure
-from ttt_jax.ops.hardware import find_device
+from ttt_jax.ops.fast_weight.stats import choose_sample_places
 from ttt_jax.ops.manual import (
   from_last_shard,
   is_checked,
   shard_count,
   vary_over,
   varying_axes,
-  varying_zeros,
 )
-from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
+from ttt_jax.ops.numerics import accumulation_dtype, where
 from ttt_jax.ops.update import sum_over
 
-IMPLEMENTATIONS = {"associative": associative, "dual": dual, "sequential": sequential}
 
-
-@partial(jax.tree_util.register_dataclass, data_fields=["S"], meta_fields=["pending"])
+@partial(jax.tree_util.register_dataclass, data_fields=["S", "A", "D"], meta_fields=["pending"])
 @dataclasses.dataclass(frozen=True)
 class FastWeightState:
-  """The state of a fast weight `W + S`: what it learned from the chunks it has read.
+  """The state of a fast weight: what it learned from the chunks it has read.
 
   Attributes:
-    S: `[*B, F, D]` in the state's dtype, after the last full chunk.
-    pending: the number of tokens read after that chunk. They are not in S, so a later call must start
-      at the chunk boundary before them.
+    S: of the sum, which reads as `W + S`: `[*B, F, D]` in the state's dtype, after the last full chunk.
+    pending: the number of tokens read after that chunk. They are not in the state, so a later call must
+      start at the chunk boundary before them.
+    A, D: of least squares, the sums `K^T K` `[*B, F, F]` and `K^T V` `[*B, F, D]`; S is None then.
   """
 
-  S: Any
+  S: Any = None
   pending: int = 0
+  A: Any = None
+  D: Any = None
 
 
 def inplace_ttt(
@@ -63,12 +65,16 @@ def inplace_ttt(
   w_down: Float[Array, "F D"],
   *,
   chunk_size: int,
-  inner_lr: float | int | Float[Array, ""],
+  inner_lr: float | int | Float[Array, ""] | None = None,
   state: FastWeightState | None = None,
   segment_ids: Int[Array, "*B T"] | None = None,
   lengths: Int[Array, "*B"] | None = None,
   decay: float | int | Float[Array, ""] | None = None,
   clip_norm: float | int | None = None,
+  rule: str = "sum",
+  ridge: float | int | Float[Array, ""] = RIDGE,
+  read_scale: float | int | Float[Array, ""] = 1.0,
+  read_gate: tuple[Any, Any] | None = None,
   context_axis: str | None = None,
   tensor_axis: str | None = None,
   implementation: str | None = None,
@@ -93,6 +99,12 @@ def inplace_ttt(
   over all documents, so that a NaN in one document makes them NaN; padding adds nothing to them, and in
   w_down nor does a token whose cotangent is 0.
 
+  That is the paper's rule, the sum. With `rule="least_squares"` a chunk reads a ridge regression on the
+  chunks before it, which tells keys apart that are alike; documents, decay, shards are as for the sum:
+
+      k = z / |z|        A_{i+1} = decay A_i + K_i^T K_i        D_{i+1} = decay D_i + inner_lr K_i^T V_i
+      O_i = Z_i W + read_scale g(l) K_i (A_i + ridge tr(A_i)/F I)^-1 D_i         Z_i W while A_i = 0
+
   | here         | paper (Feng et al., arXiv 2604.06169) |
   |--------------|---------------------------------------|
   | z            | Z, the gated activations              |
@@ -107,7 +119,8 @@ def inplace_ttt(
     v: update targets, see `ntp_targets`; cast to z's dtype.
     w_down: the slow down projection in Flax kernel orientation; cast to z's dtype.
     chunk_size: C, tokens per chunk.
-    inner_lr: step of the update; differentiable when an array.
+    inner_lr: step of the update; differentiable when an array. The sum needs it; least squares, which needs
+      no step, takes it as a factor of V, None for 1.
     state: the state that an earlier call returned, to continue at a chunk boundary. It belongs to the
       first token's document. Under `context_axis` the same on every shard.
     segment_ids: documents of a packed row: neighbouring documents differ, 0 is padding.
@@ -116,6 +129,13 @@ def inplace_ttt(
       number differs by row. A decay that is an array has no gradient then.
     decay: the state's factor per chunk, in (0, 1]; differentiable when an array; None is 1.
     clip_norm: a chunk's update of larger Frobenius norm is rescaled to this one; None is no clip.
+    rule: `"sum"`, or `"least_squares"` with the three arguments below, which are differentiable.
+    ridge: of the regression, in units of A's mean eigenvalue; what the state's dtype does not resolve is
+      raised to what it does (about `1e-6 F` in float32).
+    read_scale: the factor of what the regression gives.
+    read_gate: `(threshold, sharpness)` of `g(l) = sigmoid(sharpness (l - threshold))`, in the leverage
+      `l = k (A + ridge tr(A)/F I)^-1 A k^T` of a token, 0 where nothing like k was seen, at most 1; None
+      is g = 1.
     context_axis: the mesh axis of the enclosing `jax.shard_map` along which T is split into contiguous
       shards of whole chunks; None when the sequence lies on one device.
     tensor_axis: the mesh axis of the enclosing `jax.shard_map` along which F is split: z, w_down and the
@@ -124,7 +144,9 @@ def inplace_ttt(
       state). `"dual"` scores every chunk against the earlier ones (no state, work of T^2; cheaper while
       few earlier tokens are visible). `"associative"` is `jax.lax.associative_scan` over all chunks'
       states (memory of N states). The last two also have forward-mode and higher derivatives, on shards
-      as on one device. None chooses by `cost.choose_implementation`.
+      as on one device. None chooses by `cost.choose_implementation`. With least squares `"sequential"`
+      factors A once per chunk, and `"dual"` solves among the tokens themselves: without a state and on one
+      device only.
     merge: read a chunk in one product, `Z (W + S)`, instead of two, `Z W + Z S`: 8/6 of the FLOPs of a
       gated MLP instead of 10/6. `W + S` is rounded to z's dtype: bfloat16 loses the part of S below 1/256
       of W. None merges where nothing is lost, in float32 and float64.
@@ -145,22 +167,29 @@ def inplace_ttt(
       a decay where there are `lengths`; forward mode through `"sequential"`.
   """
   check_arguments(z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis)
+  check_rule(rule, inner_lr, clip_norm, merge, ridge, read_scale, read_gate)
   check_lengths(lengths, z.shape[:-2])
   *lead, t, f = z.shape
-  sizes = _Sizes(tuple(lead), math.prod(lead), t, chunk_size, f, v.shape[-1])
+  sizes = Sizes(tuple(lead), math.prod(lead), t, chunk_size, f, v.shape[-1])
   state_dtype = jnp.dtype(state_dtype or accumulation_dtype(z.dtype))
-  check_state(state, (*lead, f, sizes.d), state_dtype, context_axis)
-  rule = UpdateRule(
+  is_sum = rule == "sum"
+  whole_f = f if tensor_axis is None else f * shard_count(tensor_axis, field="tensor_axis")
+  check_state(state, rule, (*lead, f, sizes.d), whole_f, state_dtype, context_axis)
+  update_rule = UpdateRule(
     state_dtype=state_dtype,
     clip_norm=None if clip_norm is None else float(clip_norm),
     tensor_axis=tensor_axis,
   )
-  exchange = _exchange(sizes, rule, context_axis, collective, wire_dtype)
-  implementation, merge = _choose(implementation, merge, sizes, z.dtype, state_dtype, exchange)
+  wire_shape = (f, sizes.d) if is_sum else packed_shape(whole_f, sizes.d)
+  exchange = _exchange(sizes, wire_shape, state_dtype, context_axis, collective, wire_dtype)
   sample_places = choose_sample_places(sizes.n, chunk_size) if return_stats else None
 
   axes = varying_axes(
-    z, v, w_down, *_arrays(inner_lr, decay, segment_ids, lengths, state and state.S)
+    z,
+    v,
+    w_down,
+    *_arrays(inner_lr, decay, segment_ids, lengths, ridge, read_scale, *jax.tree.leaves(read_gate)),
+    *jax.tree.leaves(state),
   )
   for axis in (context_axis, tensor_axis):
     axes |= {axis} if axis is not None and is_checked(axis) else set()
@@ -169,56 +198,23 @@ def inplace_ttt(
     sizes, segment_ids, lengths, decay, state_dtype, context_axis, axes
   )
   chunks, tail = _cut(sizes, z, v, inner_lr, state, masks, keep, decay, state_dtype, axes)
-  y, s, samples = _read_chunks(
-    chunks,
-    rule,
-    exchange,
-    w,
-    implementation=implementation,
-    merge=merge,
-    sample_places=sample_places,
-  )
-  if sizes.tail:
-    y = jnp.concatenate([y, _read_tail(tail, w, s, masks)], axis=1)
+  arguments = (sizes, chunks, tail, masks, w, update_rule, exchange, sample_places, implementation)
+  if is_sum:
+    y, s, stats = read_sum(*arguments, merge=merge)
+  else:
+    to_array = lambda x: vary_over(jnp.asarray(x, state_dtype), axes)  # noqa: E731
+    settings = LeastSquares(*jax.tree.map(to_array, (ridge, read_scale, read_gate)))
+    y, s, stats = read_least_squares(*arguments, settings=settings)
   y = sum_over(y, tensor_axis)
-  if s is None:
-    s = varying_zeros((sizes.b, f, sizes.d), state_dtype, tail)
-  stats = None
-  if return_stats:
-    stats = measure(chunks, rule, w, s, sample_places=sample_places, fast_part=samples)
   return _finish(sizes, y, s, stats, context_axis, pending=0 if lengths is not None else sizes.tail)
 
 
-class _Sizes(NamedTuple):
-  """The sizes of one call: leading dimensions, their product B, tokens T of a shard, C, F, D."""
-
-  lead: tuple[int, ...]
-  b: int
-  t: int
-  c: int
-  f: int
-  d: int
-
-  @property
-  def n(self) -> int:
-    """Returns N, the number of full chunks."""
-    return self.t // self.c
-
-  @property
-  def tail(self) -> int:
-    """Returns the number of tokens after the last full chunk."""
-    return self.t % self.c
-
-
-def _exchange(sizes, rule, context_axis, collective, wire_dtype) -> Exchange | None:
-  """Chooses how states travel along `context_axis`; None on one device."""
-  if rule.tensor_axis is not None:
-    shard_count(rule.tensor_axis, field="tensor_axis")
+def _exchange(sizes, shape, dtype, context_axis, collective, wire_dtype) -> Exchange | None:
+  """Chooses how states of a shape `[rows, columns]` travel along `context_axis`; None on one device."""
   if context_axis is None:
     return None
-  shape = (sizes.b, sizes.f, sizes.d)
   return choose_exchange(
-    context_axis, shape, rule.state_dtype, collective=collective, wire_dtype=wire_dtype
+    context_axis, (sizes.b, *shape), dtype, collective=collective, wire_dtype=wire_dtype
   )
 
 
@@ -264,14 +260,19 @@ def _cut(
   def localized(x, dtype):
     return vary_over(jnp.asarray(x, dtype), axes)
 
+  s_in = None
+  if state is not None:
+    sums = [localized(x, state_dtype) for x in (state.S, state.A, state.D) if x is not None]
+    sums = [x.reshape(b, *x.shape[-2:]) for x in sums]
+    s_in = Sums(*sums) if state.S is None else sums[0]
   z = localized(z, z.dtype).reshape(b, t, f)
   v = localized(v, z.dtype).reshape(b, t, d)
   writes = None if masks is None else masks.writes
   chunks = Chunks(
     z=z[:, : n * c].reshape(b, n, c, f),
     v=where(writes, v[:, : n * c].reshape(b, n, c, d)),
-    lr=localized(inner_lr, accumulation_dtype(z.dtype)),
-    s_in=None if state is None else localized(state.S, state_dtype).reshape(b, f, d),
+    lr=localized(1 if inner_lr is None else inner_lr, accumulation_dtype(z.dtype)),
+    s_in=s_in,
     keep=keep,
     decay=decay,
     reads=None if masks is None else masks.reads,
@@ -280,81 +281,19 @@ def _cut(
   return chunks, z[:, n * c :]
 
 
-def _read_chunks(chunks, rule, exchange, w, *, implementation, merge, sample_places):
-  """Reads the full chunks.
-
-  Returns:
-    y `[B, N C, D]`, the state after the last chunk, and R of the tokens at `sample_places`.
-  """
-  b, n, c, _ = chunks.z.shape
-  dtype, d = chunks.z.dtype, chunks.v.shape[-1]
-  if not n:
-    return jnp.zeros((b, 0, d), dtype), chunks.s_in, None
-  with jax.named_scope("fast_weight"):
-    if merge:
-      y, s, samples = sequential(chunks, rule, exchange, w, sample_places=sample_places)
-      return y.reshape(b, n * c, d), s, samples
-    reads, s, *_ = implementation(chunks, rule, exchange)
-  with jax.named_scope("slow_weight"):
-    slow = _slow_product(chunks.z.reshape(b, n * c, -1), w, masked=chunks.reads is not None)
-  samples = None if sample_places is None else reads[:, :, sample_places]
-  return (slow + reads.reshape(b, n * c, d)).astype(dtype), s, samples
-
-
-def _read_tail(tail, w, s, masks):
-  """Reads the tokens after the last full chunk with the state `s`; None is 0."""
-  y = _slow_product(tail, w, masked=masks is not None)
-  if s is not None:
-    seen = None if masks is None else masks.tail_reads
-    y += where(seen, matmul("btf,bfd->btd", where(seen, tail), s.astype(tail.dtype)))
-  return y.astype(tail.dtype)
-
-
-def _slow_product(z, w, *, masked: bool):
-  """Returns `z W`; with masked tokens, `linear.product` keeps NaN of padding out of the gradient of W."""
-  w = w.astype(z.dtype)
-  return linear.product(z, w) if masked else matmul("btf,fd->btd", z, w)
-
-
 def _finish(sizes, y, s, stats, context_axis, *, pending: int):
   """Returns the results in the caller's shapes, with the state after the whole sequence."""
   if context_axis is not None:
-    s = from_last_shard(s, context_axis)
-  state = FastWeightState(S=s.reshape(*sizes.lead, sizes.f, sizes.d), pending=pending)
+    s = jax.tree.map(partial(from_last_shard, axis=context_axis), s)
+  s = jax.tree.map(lambda x: x.reshape(*sizes.lead, *x.shape[1:]), s)
+  if isinstance(s, Sums):
+    state = FastWeightState(A=s.a, D=s.d, pending=pending)
+  else:
+    state = FastWeightState(S=s, pending=pending)
   y = y.reshape(*sizes.lead, sizes.t, sizes.d)
   if stats is None:
     return y, state
   return y, state, jax.tree.map(lambda x: x.reshape(sizes.lead), stats)
-
-
-def _choose(implementation, merge, sizes, dtype, state_dtype, exchange):
-  """Returns the implementation's function, and whether it reads `W + S` in one product."""
-  if implementation not in (None, *IMPLEMENTATIONS):
-    names = ", ".join(map(repr, IMPLEMENTATIONS))
-    raise UserError(f"implementation={implementation!r} is not one of {names}")
-  if merge and implementation not in (None, "sequential"):
-    raise UnsupportedError(
-      f"merge=True: implementation={implementation!r} reads no W + S, use 'sequential' or merge=None"
-    )
-  lossless = accumulation_dtype(dtype) == dtype  # W + S is not rounded
-  if implementation is None and merge:
-    implementation = "sequential"
-  elif implementation is None:
-    workload = cost.Workload(
-      tokens=sizes.t,
-      chunk_size=sizes.c,
-      d_ff=sizes.f,
-      d_model=sizes.d,
-      shards=1 if exchange is None else shard_count(exchange.axis),
-      batch=sizes.b,
-      item=jnp.dtype(dtype).itemsize,
-      state_item=state_dtype.itemsize,
-      merge=lossless if merge is None else merge,
-    )
-    implementation = cost.choose_implementation(workload, find_device())
-  if merge is None:
-    merge = lossless and implementation == "sequential"
-  return IMPLEMENTATIONS[implementation], merge
 
 
 def _arrays(*values) -> list[jax.Array]:

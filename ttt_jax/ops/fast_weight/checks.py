@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.errors import UserError
+from ttt_jax.errors import UnsupportedError, UserError
 from ttt_jax.ops.documents import check_segment_ids
 from ttt_jax.ops.manual import shard_count, varying_axes
+
+RULES = ("sum", "least_squares")
+RIDGE = 0.01  # the default of the least-squares rule
 
 
 def _is_traced(x) -> bool:
@@ -52,6 +55,42 @@ def check_arguments(
       )
 
 
+def check_rule(rule, inner_lr, clip_norm, merge, ridge, read_scale, read_gate) -> None:
+  """Raises UserError unless the arguments are those of the rule, and in range."""
+  if rule not in RULES:
+    raise UserError(f"rule={rule!r} is not one of {', '.join(map(repr, RULES))}")
+  if rule == "sum":
+    if inner_lr is None:
+      raise UserError("inner_lr is missing: rule='sum' needs the step of its update")
+    for name, value, default in (
+      ("ridge", ridge, RIDGE),
+      ("read_scale", read_scale, 1.0),
+      ("read_gate", read_gate, None),
+    ):
+      if isinstance(value, jax.Array) or value != default:
+        raise UserError(f"{name}={value} belongs to rule='least_squares', and rule is 'sum'")
+    return
+  if clip_norm is not None:
+    raise UserError(
+      f"clip_norm={clip_norm} bounds the update of rule='sum'; with rule='least_squares' a larger ridge "
+      "makes the read smaller: leave clip_norm out"
+    )
+  if merge:
+    raise UnsupportedError("merge=True: rule='least_squares' has no W + S to read, leave merge out")
+  scalars = {"ridge": ridge, "read_scale": read_scale}
+  if read_gate is not None:
+    if not isinstance(read_gate, tuple) or len(read_gate) != 2:
+      raise UserError(f"read_gate={read_gate!r} is not (threshold, sharpness) or None")
+    scalars |= {"read_gate[0]": read_gate[0], "read_gate[1]": read_gate[1]}
+  for name, value in scalars.items():
+    if jnp.ndim(value) != 0:
+      raise UserError(f"{name} has shape {jnp.shape(value)}, expected a number or a 0-d array")
+  if not _is_traced(ridge) and not float(ridge) > 0:
+    raise UserError(
+      f"ridge={ridge} must be positive: without it a regression on few tokens has no solution"
+    )
+
+
 def check_lengths(lengths, lead) -> None:
   """Raises UserError unless `lengths` are None or one integer per row, of shape `lead`."""
   if lengths is None:
@@ -62,22 +101,38 @@ def check_lengths(lengths, lead) -> None:
     )
 
 
-def check_state(state, shape, dtype, context_axis) -> None:
-  """Raises UserError unless `state` is None or a state of this shape and dtype at a chunk boundary."""
+def check_state(state, rule, shape, whole_f, dtype, context_axis) -> None:
+  """Raises UserError unless `state` is None or a state of this rule, shape, dtype, at a chunk boundary.
+
+  Args:
+    shape: `[*B, F, D]`, with this device's part of F; `whole_f` is all of F.
+  """
   if state is None:
     return
-  if state.S.shape != shape:
-    raise UserError(f"state.S has shape {state.S.shape}, expected [..., F, D] = {shape}")
-  if state.S.dtype != dtype:
-    raise UserError(f"state.S has dtype {state.S.dtype}, expected state_dtype={dtype}")
+  shapes = {"S": shape} if rule == "sum" else {"A": (*shape[:-1], whole_f), "D": shape}
+  has = {name for name in ("S", "A", "D") if getattr(state, name) is not None}
+  if has != set(shapes):
+    other = "sum" if rule == "least_squares" else "least_squares"
+    raise UserError(
+      f"state has {', '.join(sorted(has)) or 'nothing'}, and rule={rule!r} reads on from "
+      f"{', '.join(shapes)}: pass the state of the same rule"
+      + (f", or rule={other!r}" if has else "")
+    )
+  for name, expected in shapes.items():
+    x = getattr(state, name)
+    if x.shape != expected:
+      dims = "F, F" if name == "A" else "F, D"
+      raise UserError(f"state.{name} has shape {x.shape}, expected [..., {dims}] = {expected}")
+    if x.dtype != dtype:
+      raise UserError(f"state.{name} has dtype {x.dtype}, expected state_dtype={dtype}")
+    if context_axis is not None and context_axis in varying_axes(x):
+      raise UserError(
+        f"state.{name} varies over context_axis={context_axis!r}: every shard must be given the one state "
+        "that comes before the whole sequence"
+      )
   if state.pending:
     raise UserError(
       f"state comes from the middle of a chunk: {state.pending} tokens after its last full chunk were "
       "read but not learned. Read on from that chunk's end: feed these tokens again, with "
       "dataclasses.replace(state, pending=0)"
-    )
-  if context_axis is not None and context_axis in varying_axes(state.S):
-    raise UserError(
-      f"state.S varies over context_axis={context_axis!r}: every shard must be given the one state "
-      "that comes before the whole sequence"
     )

@@ -13,6 +13,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
+class Sizes(NamedTuple):
+  """The sizes of one call: leading dimensions, their product B, tokens T of a shard, C, F, D."""
+
+  lead: tuple[int, ...]
+  b: int
+  t: int
+  c: int
+  f: int
+  d: int
+
+  @property
+  def n(self) -> int:
+    """Returns N, the number of full chunks."""
+    return self.t // self.c
+
+  @property
+  def tail(self) -> int:
+    """Returns the number of tokens after the last full chunk."""
+    return self.t % self.c
+
+
 class Chunks(NamedTuple):
   """N > 0 full chunks, all arrays varying over the same mesh axes.
 

@@ -87,6 +87,27 @@ def choose_implementation(workload: Workload, device: Device) -> str:
   return min(("sequential", "dual"), key=seconds.__getitem__)
 
 
+def least_squares_flops(n: int, c: int, f: int, d: int) -> dict[str, float]:
+  """FLOPs of a row's reads and writes by least squares, N chunks of C tokens, forward.
+
+  sequential factors `[F, F]` for every chunk but the first (F^3 / 3), solves for C tokens (2 F^2 C) and
+  writes `K^T [K | V]`. dual factors the scores of the tokens before each chunk with one another.
+  """
+  earlier = [i * c for i in range(1, n)]
+  written = 2 * c * f * (f + d)
+  return {
+    "sequential": len(earlier) * (f**3 / 3 + 2 * f * f * c + 2 * c * f * d) + n * written,
+    "dual": sum(2 * p * p * f + p**3 / 3 + 2 * p * p * c + 2 * c * p * (f + d) for p in earlier)
+    + n * written,
+  }
+
+
+def choose_least_squares(n: int, c: int, f: int, d: int, *, is_closed: bool) -> str:
+  """The cheaper of `sequential` and `dual`, which needs a row that is closed: no state, one device."""
+  flops = least_squares_flops(n, c, f, d)
+  return min(flops, key=flops.__getitem__) if is_closed else "sequential"
+
+
 @dataclasses.dataclass(frozen=True)
 class Explanation:
   """The choice for one workload and the predicted costs of the alternatives; `print` it.

@@ -21,7 +21,7 @@ from ttt_jax.ops.numerics import where
 from ttt_jax.ops.update import Update, scale
 
 
-def associative(rows: Rows, how: Exchange | None) -> Outputs:
+def associative(rows: Rows, exchange: Exchange | None) -> Outputs:
   """R, the leverage and the sums, by `jax.lax.associative_scan`; has derivatives of every kind."""
   dtype = rows.v.dtype
   factors, known = factors_of(rows), rows.keep is None and rows.decay is None
@@ -31,9 +31,9 @@ def associative(rows: Rows, how: Exchange | None) -> Outputs:
   factors = jnp.ones(rows.z.shape[:2], dtype) if known else factors
   keeps, a, d = lax.associative_scan(_combine, (factors, a, d), axis=1)
   s_in = no_sums(rows.z, rows.v, dtype) if rows.s_in is None else rows.s_in
-  if how is not None:
+  if exchange is not None:
     total = Update(None if known else keeps[:, -1], pack(Sums(a[:, -1], d[:, -1])))
-    s_in = unpack(incoming_state(total, pack(s_in), how))
+    s_in = unpack(incoming_state(total, pack(s_in), exchange))
   after = jax.tree.map(
     lambda own, before: scale(keeps, jnp.broadcast_to(before[:, None], own.shape)) + own,
     Sums(a, d),

@@ -20,9 +20,9 @@ from ttt_jax.ops.numerics import where
 from ttt_jax.ops.update import prefix_keeps, prefix_weights, scale
 
 
-def kernel(rows: Rows, how: Exchange | None) -> Outputs:
+def kernel(rows: Rows, exchange: Exchange | None) -> Outputs:
   """R, the leverage and the sums; a chunk's solve is made again in the backward pass."""
-  if rows.s_in is not None or how is not None:
+  if rows.s_in is not None or exchange is not None:
     raise UnsupportedError(
       "rule='least_squares' with implementation='dual' scores the tokens of one device and starts without "
       "a state: use implementation='sequential', or None, with a state or a context_axis"

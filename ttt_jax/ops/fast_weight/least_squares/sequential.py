@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ttt_jax.ops.exchange.collectives import Exchange
-from ttt_jax.ops.exchange.prefix import exchange, incoming_state
+from ttt_jax.ops.exchange.prefix import exchange_updates, incoming_state
 from ttt_jax.ops.fast_weight.least_squares.sums import (
   Sums,
   factor,
@@ -75,20 +75,20 @@ def factors_of(rows: Rows) -> Float[Array, "B N"] | None:
   return decay if rows.keep is None else jnp.where(rows.keep == 0, 0, rows.keep * decay)
 
 
-def sequential(rows: Rows, how: Exchange | None) -> Outputs:
+def sequential(rows: Rows, exchange: Exchange | None) -> Outputs:
   """R, the leverage and the sums; saved for the backward pass are the inputs and the sums that came in."""
-  starts_empty = rows.s_in is None and how is None
+  starts_empty = rows.s_in is None and exchange is None
   if rows.s_in is None:
     rows = rows._replace(s_in=no_sums(rows.z, rows.v, rows.v.dtype))
   rows = reverse_only(
     rows, "rule='least_squares' with implementation='sequential': pass implementation='associative'"
   )
-  return _sequential(rows, how, starts_empty)
+  return _sequential(rows, exchange, starts_empty)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _sequential(rows, how, starts_empty):
-  return _sequential_fwd(rows, how, starts_empty)[0]
+def _sequential(rows, exchange, starts_empty):
+  return _sequential_fwd(rows, exchange, starts_empty)[0]
 
 
 def _chunk(x, i):
@@ -125,13 +125,13 @@ def _total(rows, factors) -> Update:
   return Update(None if factors is None else jnp.prod(factors, axis=1), pack(sums))
 
 
-def _sequential_fwd(rows, how, starts_empty):
+def _sequential_fwd(rows, exchange, starts_empty):
   n = rows.z.shape[1]
   factors, sums = factors_of(rows), rows.s_in
   total = None
-  if how is not None:
+  if exchange is not None:
     total = _total(rows, factors)
-    sums = unpack(incoming_state(total, pack(sums), how))
+    sums = unpack(incoming_state(total, pack(sums), exchange))
   sums_in = sums
   r, leverage = jnp.zeros_like(rows.v), jnp.zeros_like(rows.v[..., 0])
 
@@ -183,7 +183,7 @@ class _Backwards(NamedTuple):
   dv: Float[Array, "B N C D"]
 
 
-def _sequential_bwd(how, starts_empty, saved, cotangents):
+def _sequential_bwd(exchange, starts_empty, saved, cotangents):
   """Two passes over the chunks.
 
   Forwards, with the sums recomputed, chunk j's read `R = U D`, `l = |k|^2 - rho k U`, `U = K M^-1`:
@@ -203,8 +203,8 @@ def _sequential_bwd(how, starts_empty, saved, cotangents):
   g_out = Sums(symmetric(g_out.a), g_out.d)
   factors = factors_of(rows)
   forwards = _forwards_pass(rows, factors, d_r, d_leverage, starts_empty)
-  if how is not None:
-    g_out = jax.tree.map(jnp.add, g_out, _of_later_shards(factors, forwards, d_r, g_out, how))
+  if exchange is not None:
+    g_out = jax.tree.map(jnp.add, g_out, _of_later_shards(factors, forwards, d_r, g_out, exchange))
   d_decay = None
   if rows.decay is not None:
     d_decay = forwards.d_decay + sum(
@@ -213,9 +213,9 @@ def _sequential_bwd(how, starts_empty, saved, cotangents):
     d_decay = d_decay.astype(rows.decay.dtype)
   backwards = _backwards_pass(rows, factors, d_r, d_leverage, g_out, forwards)
   g_in = backwards.g
-  if how is not None:
+  if exchange is not None:
     # The sums before the whole sequence enter on the first shard only.
-    first = lax.axis_index(how.axis) == 0
+    first = lax.axis_index(exchange.axis) == 0
     g_in = jax.tree.map(lambda g: jnp.where(first, g, jnp.zeros_like(g)), g_in)
   return (
     Rows(
@@ -231,7 +231,7 @@ def _sequential_bwd(how, starts_empty, saved, cotangents):
   )
 
 
-def _of_later_shards(factors, forwards, d_r, g_out, how) -> Sums:
+def _of_later_shards(factors, forwards, d_r, g_out, exchange) -> Sums:
   """What the shards after this one add to the cotangent of its outgoing sums, as for the sum rule."""
   with jax.named_scope("shard_cotangent"):
     u, w, diagonal = forwards.u, forwards.w, forwards.diagonal
@@ -247,7 +247,7 @@ def _of_later_shards(factors, forwards, d_r, g_out, how) -> Sums:
     if keep is not None:
       g_out = Sums(scale(keep, g_out.a), scale(keep, g_out.d))
     delta = pack(jax.tree.map(jnp.add, g_out, own))
-  return unpack(exchange(Update(keep, delta), how, True).delta)
+  return unpack(exchange_updates(Update(keep, delta), exchange, reverse=True).delta)
 
 
 def _forwards_pass(rows, factors, d_r, d_leverage, starts_empty) -> _Forwards:

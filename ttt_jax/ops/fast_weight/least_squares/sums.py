@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from ttt_jax.ops.manual import varying_zeros
 from ttt_jax.ops.numerics import where
 from ttt_jax.ops.update import scale
-from ttt_jax.ops.varying import vary_over, varying_axes
 
 # M must be positive definite in its own dtype: a ridge below this multiple of eps tr(A) is raised to it.
 _RIDGE_IN_EPS = 8
@@ -104,6 +104,12 @@ def read(keys: Float[Array, "B C F"], d: Float[Array, "B F D"], factored: Factor
   return Read(product("bcf,bfd->bcd", u, d), leverage, u)
 
 
+def condition(factored: Factored) -> Float[Array, "B"]:
+  """A lower bound of M's condition number, from the diagonal of its Cholesky factor; 1 where A is 0."""
+  diagonal = jnp.diagonal(factored.cholesky, axis1=-2, axis2=-1)
+  return (jnp.max(diagonal, axis=-1) / jnp.min(diagonal, axis=-1)) ** 2
+
+
 def write(
   sums: Sums, keep: Float[Array, "B"] | None, keys: Float[Array, "B C F"], v: Float[Array, "B C D"]
 ) -> Sums:
@@ -112,6 +118,11 @@ def write(
   return Sums(
     kept.a + product("bcf,bcg->bfg", keys, keys), kept.d + product("bcf,bcd->bfd", keys, v)
   )
+
+
+def packed_shape(f: int, d: int) -> tuple[int, int]:
+  """The shape of a row's packed sums."""
+  return f, f // 2 + 1 + d
 
 
 def pack(sums: Sums) -> Float[Array, "B F P"]:
@@ -146,5 +157,4 @@ def symmetric(a: Float[Array, "B F F"]) -> Float[Array, "B F F"]:
 def no_sums(z: Float[Array, "B N C F"], v: Float[Array, "B N C D"], dtype: jnp.dtype) -> Sums:
   """The sums of nothing, which vary over the mesh axes of z."""
   (b, _, _, f), d = z.shape, v.shape[-1]
-  shapes = Sums((b, f, f), (b, f, d))
-  return Sums(*(vary_over(jnp.zeros(shape, dtype), varying_axes(z)) for shape in shapes))
+  return Sums(*(varying_zeros(shape, dtype, z) for shape in ((b, f, f), (b, f, d))))

@@ -1,0 +1,226 @@
+"""Made facts in plain English: what a reader can only know if it remembers the text.
+
+A row states facts, between prose if there is any, and states them again in another order. The answer of a
+fact ends its sentence, so that every answer of the second half is a question to the first. Two sets have no
+template, name or answer in common: "calibration" to choose with, "evaluation" to report; neither has
+anything of RULER's.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+
+from ttt_jax.errors import UserError
+
+_DIGITS = None  # an answer of five random digits, of which each is its own question
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A kind of fact: its templates, which end before the answer, and the answers; None for five digits."""
+
+  name: str
+  templates: tuple[str, ...]
+  answers: tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+  """One fact: the sentence up to its answer, the answer with the space before it, and its kind."""
+
+  prefix: str
+  answer: str
+  kind: str
+
+  @property
+  def text(self) -> str:
+    """The whole sentence and the end of its line."""
+    return f"{self.prefix}{self.answer}.\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class FactSet:
+  """Kinds of facts and those whom they are about."""
+
+  kinds: tuple[Kind, ...]
+  subjects: tuple[str, ...]
+
+  def draw(self, rng: random.Random, count: int, kinds: Sequence[str] | None = None) -> list[Fact]:
+    """`count` facts, no two about the same subject with the same kind.
+
+    Raises:
+      UserError: more facts than there are, or a kind that there is not.
+    """
+    chosen = [kind for kind in self.kinds if kinds is None or kind.name in kinds]
+    unknown = set(kinds or ()) - {kind.name for kind in self.kinds}
+    if unknown or not chosen:
+      names = ", ".join(kind.name for kind in self.kinds)
+      raise UserError(f"facts.kinds={list(kinds or ())} are not all of {names}")
+    if count > len(chosen) * len(self.subjects):
+      raise UserError(
+        f"facts.count={count}, but there are {len(chosen)} kinds for each of {len(self.subjects)} names: "
+        f"ask for at most {len(chosen) * len(self.subjects)}"
+      )
+    pairs = rng.sample([(kind, subject) for kind in chosen for subject in self.subjects], count)
+    return [_fact(rng, kind, subject) for kind, subject in pairs]
+
+
+def _fact(rng: random.Random, kind: Kind, subject: str) -> Fact:
+  if kind.answers is _DIGITS:
+    answer = "".join(rng.choice("0123456789") for _ in range(5))
+  else:
+    answer = rng.choice(kind.answers)
+  prefix = rng.choice(kind.templates).format(subject=subject)
+  return Fact(prefix, f" {answer}", kind.name)
+
+
+def _words(text: str) -> tuple[str, ...]:
+  return tuple(text.split())
+
+
+SETS = {
+  "calibration": FactSet(
+    kinds=(
+      Kind(
+        "badge",
+        (
+          "The badge of Doctor {subject} has the number",
+          "Doctor {subject} carries a badge with the number",
+        ),
+        _DIGITS,
+      ),
+      Kind(
+        "instrument",
+        (
+          "In the evening Doctor {subject} plays the",
+          "Doctor {subject} practises every day on the",
+        ),
+        _words("piano violin guitar flute trumpet cello harp drum organ banjo accordion clarinet"),
+      ),
+      Kind(
+        "animal",
+        ("At home Doctor {subject} keeps a", "The only animal that Doctor {subject} likes is a"),
+        _words("horse rabbit parrot snake turtle goat duck mouse sheep frog spider monkey"),
+      ),
+      Kind(
+        "weekday",
+        ("Doctor {subject} is never in the office on", "The free day of Doctor {subject} is"),
+        _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
+      ),
+    ),
+    subjects=_words(
+      "Abbott Barnes Carver Dalton Ellison Fletcher Garner Hobbs Irving Jenkins Keller Lambert Mercer "
+      "Norris Osborne Parsons Quincy Ramsey Sawyer Thornton Underwood Vaughn Whitaker Yates Ziegler Benson "
+      "Crawford Dixon Everett Finch Goodwin Harmon Ingram Joyner Kirby Lawson Maddox Newell Oakley Porter Randall "
+      "Shepard Tanner Upton Vance Waller Yardley Zimmer Atwood Bradshaw"
+    ),
+  ),
+  "evaluation": FactSet(
+    kinds=(
+      Kind(
+        "locker",
+        (
+          "The locker of {subject} opens with the code",
+          "To open the locker of {subject} you enter the code",
+        ),
+        _DIGITS,
+      ),
+      Kind(
+        "city",
+        ("Last summer {subject} moved to", "The parents of {subject} still live in"),
+        _words(
+          "Paris London Berlin Madrid Rome Vienna Boston Chicago Dallas Denver Tokyo Sydney Toronto Dublin "
+          "Lisbon Athens Oslo Cairo Moscow Delhi"
+        ),
+      ),
+      Kind(
+        "color",
+        ("The front door of {subject} is painted", "The bicycle that {subject} rides is"),
+        _words("red blue green yellow white black brown orange purple pink gray silver"),
+      ),
+      Kind(
+        "fruit",
+        ("For lunch {subject} always brings an extra", "The tree in the garden of {subject} is a"),
+        _words("lemon peach cherry plum pear mango fig olive walnut banana apricot chestnut"),
+      ),
+    ),
+    subjects=_words(
+      "Anna Boris Clara David Emma Felix Grace Henry Irene Jacob Karen Louis Maria Nathan Olivia Peter "
+      "Rachel Simon Teresa Victor Wendy Xavier Yvonne Zachary Alice Bruno Cecilia Daniel Esther Frank Gloria Hugo "
+      "Isabel Julian Kate Leo Monica Nicholas Oscar Paula Robert Sarah Thomas Ursula Vincent Walter Agnes "
+      "Bernard Charlotte Edward"
+    ),
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FactRow:
+  """A row of two halves of equal length: facts, and the same facts in another order.
+
+  Attributes:
+    tokens: of both halves, filled up with `filling`.
+    cut: where the second half begins.
+    answers: the places of the answers' tokens in the second half.
+    firsts: those of them that begin an answer, or are a digit of one.
+    kinds: the kind of each place in `answers`.
+  """
+
+  tokens: tuple[int, ...]
+  cut: int
+  answers: tuple[int, ...]
+  firsts: tuple[int, ...]
+  kinds: tuple[str, ...]
+
+
+def make_row(
+  facts: Sequence[Fact],
+  encode: Callable[[str], list[int]],
+  *,
+  half: int,
+  rng: random.Random,
+  prose: Sequence[int] = (),
+) -> FactRow:
+  """A row of `2 half` tokens.
+
+  Args:
+    facts: those that the row states.
+    encode: a tokenizer's, without the tokens that it puts around a text.
+    half: tokens of each half; what the facts leave of it is prose before and between them.
+    rng: for the order of the second half and where the prose goes.
+    prose: tokens of ordinary text, at least `2 half`, of which a part goes between the facts of each half;
+      empty: lines without text fill the row up.
+
+  Raises:
+    UserError: the facts do not fit.
+  """
+  pieces = [(encode(fact.prefix), encode(fact.answer), encode(".\n")) for fact in facts]
+  used = sum(len(part) for piece in pieces for part in piece)
+  if used > half:
+    raise UserError(
+      f"facts.count={len(facts)} facts are {used} tokens, more than half of the row, {half}: ask for "
+      "fewer, or for longer rows"
+    )
+  if prose and len(prose) < 2 * half:
+    raise UserError(f"prose has {len(prose)} tokens, a row with facts needs {2 * half}")
+  newline = encode("\n")
+  tokens, answers, firsts, kinds = [], [], [], []
+  order = list(range(len(facts)))
+  for part in range(2):
+    filling = list(prose[part * half : (part + 1) * half]) if prose else newline * half
+    cuts = sorted(rng.randrange(half - used + 1) for _ in order) if prose else [0] * len(order)
+    begin = 0
+    for place, index in zip(cuts, order, strict=True):
+      prefix, answer, end = pieces[index]
+      tokens += filling[begin:place]
+      begin = place
+      start = len(tokens) + len(prefix)
+      tokens += [*prefix, *answer, *end]
+      if part == 1:
+        places = range(start, start + len(answer))
+        answers += places
+        kinds += [facts[index].kind] * len(answer)
+        firsts.append(start)
+    tokens += filling[begin : half - used]
+    rng.shuffle(order)
+  return FactRow(tuple(tokens), half, tuple(answers), tuple(firsts), tuple(kinds))

@@ -1,0 +1,180 @@
+"""What `ttt_jax.inplace_ttt` does with `rule="least_squares"`: keys of all of F, gate, tail, statistics.
+
+Under a `tensor_axis` every device holds the sums whole, since a solve needs all of F, and computes the
+same; the state that a call takes and returns is split along F like the state of the sum.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from ttt_jax.ops.documents import ChunkMasks
+from ttt_jax.ops.exchange.collectives import Exchange
+from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateRule
+from ttt_jax.ops.fast_weight.least_squares.associative import associative
+from ttt_jax.ops.fast_weight.least_squares.kernel import kernel
+from ttt_jax.ops.fast_weight.least_squares.sequential import Rows, sequential
+from ttt_jax.ops.fast_weight.least_squares.sums import (
+  Sums,
+  condition,
+  factor,
+  no_sums,
+  product,
+  read,
+  unit_rows,
+)
+from ttt_jax.ops.fast_weight.stats import FastWeightStats
+from ttt_jax.ops.manual import shard_count
+from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
+from ttt_jax.ops.update import sum_over
+
+IMPLEMENTATIONS = {"associative": associative, "dual": kernel, "sequential": sequential}
+
+
+class LeastSquares(NamedTuple):
+  """How the rule reads: `read_scale sigmoid(sharpness (l - threshold)) R`; all are scalars.
+
+  Attributes:
+    ridge: in units of the mean eigenvalue of A.
+    read_scale: the factor of what is read.
+    gate: threshold and sharpness in the leverage l; None reads all tokens alike.
+  """
+
+  ridge: Float[Array, ""]
+  read_scale: Float[Array, ""]
+  gate: tuple[Float[Array, ""], Float[Array, ""]] | None
+
+
+class FastPart(NamedTuple):
+  """What the rule adds to `Z W`, this device's share under a tensor axis, and what it learned.
+
+  Attributes:
+    y: of the tokens of full chunks. tail: of the tokens after them, None where there are none.
+    sums: after the last full chunk.
+    leverage: of the tokens of full chunks.
+  """
+
+  y: Float[Array, "B N C D"]
+  tail: Float[Array, "B R D"] | None
+  sums: Sums
+  leverage: Float[Array, "B N C"]
+
+
+def least_squares(
+  chunks: Chunks,
+  tail: Float[Array, "B R F"],
+  masks: ChunkMasks | None,
+  settings: LeastSquares,
+  rule: UpdateRule,
+  exchange: Exchange | None,
+  implementation: Callable,
+) -> FastPart:
+  """Reads and writes the full chunks, and reads the tail with the sums after them."""
+  dtype, axis = rule.state_dtype, rule.tensor_axis
+  b, n, c, _ = chunks.z.shape
+  d = chunks.v.shape[-1]
+  seen = None if chunks.reads is None else chunks.reads | chunks.writes
+  s_in = None
+  if chunks.s_in is not None:
+    s_in = Sums(*(_gather(x, axis, dimension=1) for x in chunks.s_in))
+  rows = Rows(
+    z=where(seen, _gather(chunks.z, axis, dimension=3)),
+    v=where(chunks.writes, chunks.lr.astype(dtype) * chunks.v.astype(dtype)),
+    s_in=s_in,
+    keep=chunks.keep,
+    decay=chunks.decay,
+    reads=chunks.reads,
+    writes=chunks.writes,
+    ridge=settings.ridge,
+  )
+  share = 1.0 if axis is None else 1.0 / shard_count(axis)
+  if n:
+    r, leverage, sums = implementation(rows, exchange)
+  else:
+    r, leverage = jnp.zeros((b, 0, c, d), dtype), jnp.zeros((b, 0, c), dtype)
+    sums = s_in
+    if sums is None:
+      sums = no_sums(_gather(tail[:, None], axis, dimension=3), chunks.v, dtype)
+  y_tail = None
+  if tail.shape[1]:
+    mask = None if masks is None else masks.tail_reads
+    keys = unit_rows(where(mask, _gather(tail, axis, dimension=2)), dtype)
+    found = read(keys, sums.d, factor(sums.a, settings.ridge))
+    y_tail = where(mask, share * _gated(found.r, found.leverage, settings))
+  return FastPart(
+    y=where(chunks.reads, share * _gated(r, leverage, settings)),
+    tail=y_tail,
+    sums=Sums(*(_slice(x, axis) for x in sums)),
+    leverage=leverage,
+  )
+
+
+def _gated(r, leverage, settings: LeastSquares):
+  if settings.gate is None:
+    return settings.read_scale * r
+  threshold, sharpness = settings.gate
+  gate = jax.nn.sigmoid(sharpness * (leverage - threshold))
+  return (settings.read_scale * gate)[..., None] * r
+
+
+def _gather(x, axis: str | None, *, dimension: int):
+  """The slices of F of all devices of the tensor axis, joined along a dimension."""
+  return x if axis is None else lax.all_gather(x, axis, axis=dimension, tiled=True)
+
+
+def _slice(x, axis: str | None):
+  """This device's rows of F."""
+  if axis is None:
+    return x
+  size = x.shape[1] // shard_count(axis)
+  return lax.dynamic_slice_in_dim(x, size * lax.axis_index(axis), size, axis=1)
+
+
+def measure(
+  chunks: Chunks,
+  part: FastPart,
+  settings: LeastSquares,
+  rule: UpdateRule,
+  w: Float[Array, "F D"],
+  *,
+  sample_places: slice,
+) -> FastWeightStats:
+  """The statistics of a device's chunks: `update` and `state` are norms of `K^T V` and of D."""
+  chunks, part, w = lax.stop_gradient((chunks, part, w))
+  b, n, c, _ = chunks.z.shape
+  wide, dtype, axis = accumulation_dtype(chunks.z.dtype), rule.state_dtype, rule.tensor_axis
+
+  def norm(x):
+    return jnp.sqrt(jnp.sum(x * x, axis=tuple(range(1, x.ndim))))
+
+  def norm_over_f(x):
+    return jnp.sqrt(sum_over(jnp.sum(x * x, axis=(1, 2)), axis))
+
+  update = leverage = jnp.zeros(b, dtype)
+  fast = slow = jnp.zeros(b, wide)
+  if n:
+    written = where(None if chunks.writes is None else chunks.writes[:, -1], chunks.z[:, -1])
+    keys = unit_rows(_gather(written, axis, dimension=2), dtype)
+    v = chunks.lr.astype(dtype) * chunks.v[:, -1].astype(dtype)
+    update = norm(product("bcf,bcd->bfd", keys, v))
+    z = chunks.z[:, :, sample_places]
+    slow_part = matmul("bncf,fd->bncd", z, w.astype(z.dtype))
+    fast_part = part.y[:, :, sample_places].astype(slow_part.dtype)
+    slow_part, fast_part = sum_over(jnp.stack([slow_part, fast_part]), axis)
+    whole = (c / z.shape[2]) ** 0.5
+    fast, slow = whole * norm(fast_part), whole * norm(slow_part)
+    reads = jnp.ones_like(part.leverage) if chunks.reads is None else chunks.reads.astype(dtype)
+    leverage = jnp.sum(part.leverage, (1, 2)) / jnp.maximum(jnp.sum(reads, (1, 2)), 1)
+  a = _gather(part.sums.a, axis, dimension=1)
+  return FastWeightStats(
+    update=update,
+    state=norm_over_f(part.sums.d),
+    fast=fast,
+    slow=slow,
+    leverage=leverage,
+    condition=condition(factor(a, settings.ridge)),
+  )

@@ -1,0 +1,150 @@
+"""The two rules of the fast weight: which implementation reads the chunks, and how their y is put together."""
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.errors import UnsupportedError, UserError
+from ttt_jax.ops import linear
+from ttt_jax.ops.fast_weight import cost
+from ttt_jax.ops.fast_weight.associative import associative
+from ttt_jax.ops.fast_weight.dual import dual
+from ttt_jax.ops.fast_weight.least_squares.api import (
+  IMPLEMENTATIONS as LEAST_SQUARES_IMPLEMENTATIONS,
+)
+from ttt_jax.ops.fast_weight.least_squares.api import least_squares
+from ttt_jax.ops.fast_weight.least_squares.api import measure as measure_least_squares
+from ttt_jax.ops.fast_weight.sequential import sequential
+from ttt_jax.ops.fast_weight.stats import measure
+from ttt_jax.ops.hardware import find_device
+from ttt_jax.ops.manual import shard_count, varying_zeros
+from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
+
+IMPLEMENTATIONS = {"associative": associative, "dual": dual, "sequential": sequential}
+
+
+def read_sum(
+  sizes, chunks, tail, masks, w, rule, exchange, sample_places, implementation, *, merge
+):
+  """Reads and writes by the sum: y `[B, T, D]`, the state, and the statistics if there are places."""
+  implementation, merge = _choose_sum(
+    implementation, merge, sizes, chunks.z.dtype, rule.state_dtype, exchange
+  )
+  y, s, samples = _read_chunks(
+    chunks,
+    rule,
+    exchange,
+    w,
+    implementation=implementation,
+    merge=merge,
+    sample_places=sample_places,
+  )
+  if sizes.tail:
+    y = jnp.concatenate([y, _read_tail(tail, w, s, masks)], axis=1)
+  if s is None:
+    s = varying_zeros((sizes.b, sizes.f, sizes.d), rule.state_dtype, tail)
+  stats = None
+  if sample_places is not None:
+    stats = measure(chunks, rule, w, s, sample_places=sample_places, fast_part=samples)
+  return y, s, stats
+
+
+def read_least_squares(
+  sizes, chunks, tail, masks, w, rule, exchange, sample_places, implementation, *, settings
+):
+  """Reads and writes by least squares, as `read_sum`."""
+  choice = _choose_least_squares(
+    implementation, sizes, rule, exchange, has_state=chunks.s_in is not None
+  )
+  with jax.named_scope("fast_weight"):
+    fast = least_squares(chunks, tail, masks, settings, rule, exchange, choice)
+  z = jnp.concatenate([chunks.z.reshape(sizes.b, -1, sizes.f), tail], axis=1)
+  with jax.named_scope("slow_weight"):
+    y = _slow_product(z, w, masked=masks is not None)
+  parts = [fast.y.reshape(sizes.b, -1, sizes.d)]
+  parts += [] if fast.tail is None else [fast.tail]
+  y = (y + jnp.concatenate(parts, axis=1).astype(y.dtype)).astype(z.dtype)
+  stats = None
+  if sample_places is not None:
+    stats = measure_least_squares(chunks, fast, settings, rule, w, sample_places=sample_places)
+  return y, fast.sums, stats
+
+
+def _read_chunks(chunks, rule, exchange, w, *, implementation, merge, sample_places):
+  """Reads the full chunks.
+
+  Returns:
+    y `[B, N C, D]`, the state after the last chunk, and R of the tokens at `sample_places`.
+  """
+  b, n, c, _ = chunks.z.shape
+  dtype, d = chunks.z.dtype, chunks.v.shape[-1]
+  if not n:
+    return jnp.zeros((b, 0, d), dtype), chunks.s_in, None
+  with jax.named_scope("fast_weight"):
+    if merge:
+      y, s, samples = sequential(chunks, rule, exchange, w, sample_places=sample_places)
+      return y.reshape(b, n * c, d), s, samples
+    reads, s, *_ = implementation(chunks, rule, exchange)
+  with jax.named_scope("slow_weight"):
+    slow = _slow_product(chunks.z.reshape(b, n * c, -1), w, masked=chunks.reads is not None)
+  samples = None if sample_places is None else reads[:, :, sample_places]
+  return (slow + reads.reshape(b, n * c, d)).astype(dtype), s, samples
+
+
+def _read_tail(tail, w, s, masks):
+  """Reads the tokens after the last full chunk with the state `s`; None is 0."""
+  y = _slow_product(tail, w, masked=masks is not None)
+  if s is not None:
+    seen = None if masks is None else masks.tail_reads
+    y += where(seen, matmul("btf,bfd->btd", where(seen, tail), s.astype(tail.dtype)))
+  return y.astype(tail.dtype)
+
+
+def _slow_product(z, w, *, masked: bool):
+  """Returns `z W`; with masked tokens, `linear.product` keeps NaN of padding out of the gradient of W."""
+  w = w.astype(z.dtype)
+  return linear.product(z, w) if masked else matmul("btf,fd->btd", z, w)
+
+
+def _choose_sum(implementation, merge, sizes, dtype, state_dtype, exchange):
+  """Returns the implementation's function, and whether it reads `W + S` in one product."""
+  _check_implementation(implementation, IMPLEMENTATIONS)
+  if merge and implementation not in (None, "sequential"):
+    raise UnsupportedError(
+      f"merge=True: implementation={implementation!r} reads no W + S, use 'sequential' or merge=None"
+    )
+  lossless = accumulation_dtype(dtype) == dtype  # W + S is not rounded
+  if implementation is None and merge:
+    implementation = "sequential"
+  elif implementation is None:
+    workload = cost.Workload(
+      tokens=sizes.t,
+      chunk_size=sizes.c,
+      d_ff=sizes.f,
+      d_model=sizes.d,
+      shards=1 if exchange is None else shard_count(exchange.axis),
+      batch=sizes.b,
+      item=jnp.dtype(dtype).itemsize,
+      state_item=state_dtype.itemsize,
+      merge=lossless if merge is None else merge,
+    )
+    implementation = cost.choose_implementation(workload, find_device())
+  if merge is None:
+    merge = lossless and implementation == "sequential"
+  return IMPLEMENTATIONS[implementation], merge
+
+
+def _choose_least_squares(implementation, sizes, rule, exchange, *, has_state):
+  """Returns the implementation's function."""
+  _check_implementation(implementation, LEAST_SQUARES_IMPLEMENTATIONS)
+  if implementation is None:
+    f = sizes.f if rule.tensor_axis is None else sizes.f * shard_count(rule.tensor_axis)
+    implementation = cost.choose_least_squares(
+      sizes.n, sizes.c, f, sizes.d, is_closed=exchange is None and not has_state
+    )
+  return LEAST_SQUARES_IMPLEMENTATIONS[implementation]
+
+
+def _check_implementation(implementation, known):
+  if implementation not in (None, *known):
+    names = ", ".join(map(repr, known))
+    raise UserError(f"implementation={implementation!r} is not one of {names}")
