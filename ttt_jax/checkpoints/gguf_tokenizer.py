@@ -1,11 +1,11 @@
-"""The tokenizer inside a GGUF file, made into one of the `tokenizers` library.
+"""Builds a tokenizer of the `tokenizers` library from the vocabulary inside a GGUF file.
 
 A byte-level BPE ("gpt2" in the file) stores tokens and merges, and only the name of the rule that cuts text
 into words; SentencePiece ("llama") stores tokens and scores, from which the merges follow.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import (
@@ -20,7 +20,6 @@ from tokenizers import (
 
 from ttt_jax.checkpoints.gguf import read_gguf
 from ttt_jax.checkpoints.gguf_special import LLAMA3_NAMES, SpecialTokens, special_tokens
-from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.errors import UnsupportedError, UserError
 
 _USER_DEFINED = 4  # of tokenizer.ggml.token_type
@@ -54,12 +53,20 @@ _RULES = {
 _IGNORE_MERGES = (*LLAMA3_NAMES, "tekken")  # a word that is a token is that token
 
 
-def gguf_tokenizer(path: Path) -> Tokenizer:
-  """The tokenizer of a GGUF file.
+class GgufTokenizer(NamedTuple):
+  """A GGUF file holds these parts of a tokenizer."""
+
+  backend: tokenizers.Tokenizer
+  special: SpecialTokens
+  chat_template: str | None
+
+
+def gguf_tokenizer(path: Path) -> GgufTokenizer:
+  """Loads the tokenizer of a GGUF file.
 
   Raises:
-    UserError: there is none, or its tokens are damaged.
-    UnsupportedError: a model or a rule for words that is not there, by name.
+    UserError: the file has no tokenizer, or its tokens are damaged.
+    UnsupportedError: the tokenizer's model or its rule for words is not supported.
   """
   fields, _ = read_gguf(path)
   kind, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
@@ -93,12 +100,7 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
     ]
   )
   backend.post_processor = _around(tokens, special)
-  return Tokenizer(
-    backend,
-    bos_id=special.bos_id,
-    eos_ids=special.eos_ids,
-    chat_template=fields.get("tokenizer.chat_template"),
-  )
+  return GgufTokenizer(backend, special, fields.get("tokenizer.chat_template"))
 
 
 def _around(tokens: list[str], special: SpecialTokens) -> processors.TemplateProcessing:

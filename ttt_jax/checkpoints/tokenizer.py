@@ -152,9 +152,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return byte_tokenizer()
   path = local_path(path)
   if is_gguf(path):
-    from ttt_jax.checkpoints.gguf_tokenizer import gguf_tokenizer
-
-    return gguf_tokenizer(path)
+    return _from_gguf(path)
   return _from_directory(path if path.is_dir() else path.parent, path)
 
 
@@ -173,6 +171,15 @@ def _byte_characters() -> list[str]:
   others = [byte for byte in range(256) if byte not in printable]
   spelled = {byte: byte for byte in printable} | {b: 256 + i for i, b in enumerate(others)}
   return [chr(spelled[byte]) for byte in range(256)]
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+  from ttt_jax.checkpoints.gguf_tokenizer import gguf_tokenizer  # loads Flax, which no other tokenizer needs
+
+  backend, special, chat_template = gguf_tokenizer(path)
+  return Tokenizer(
+    backend, bos_id=special.bos_id, eos_ids=special.eos_ids, chat_template=chat_template
+  )
 
 
 def _from_directory(directory: Path, path: Path) -> Tokenizer:
