@@ -240,5 +240,5 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(pretrained, tmp_path, caps
   file.write_text(f"data: {{tokenizer: {pretrained}}}")
   assert main(["train", str(file), "--run_dir", str(tmp_path / "run")]) == 2
   error = capsys.readouterr().err
-  assert "model.vocab_size=256 is less than the " in error
+  assert "model.vocab_size=256 is smaller than the " in error
   assert f"set model.vocab_size={load_tokenizer(pretrained).vocab_size}" in error
