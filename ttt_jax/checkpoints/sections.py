@@ -10,7 +10,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ttt_jax.config import AttentionConfig, Config, ModelConfig, RopeScaling, TTTConfig, check_given
+from ttt_jax.config import (
+  AttentionConfig,
+  Config,
+  ModelConfig,
+  RopeScaling,
+  TTTConfig,
+  check_ttt_fields,
+)
 from ttt_jax.config.given import given_fields
 from ttt_jax.errors import UserError
 
@@ -53,7 +60,7 @@ def agreed(own: Sections, given: Fields, *, source: str) -> Sections:
       f"{', '.join(unknown)} cannot be given for {source}, only {', '.join(SECTIONS)}"
     )
   ttt = dataclasses.replace(own.ttt, **_values("ttt", own.ttt, given.get("ttt", {})))
-  check_given(ttt, given.get("ttt", {}), source)
+  check_ttt_fields(ttt, given.get("ttt", {}), source)
   return Sections(
     _computed("model", own.model, given.get("model", {}), source),
     _computed("attention", own.attention, given.get("attention", {}), source),

@@ -174,7 +174,8 @@ def _byte_characters() -> list[str]:
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-  from ttt_jax.checkpoints.gguf_tokenizer import gguf_tokenizer  # loads Flax, which no other tokenizer needs
+  # Imported here because it loads Flax, which no other tokenizer needs.
+  from ttt_jax.checkpoints.gguf_tokenizer import gguf_tokenizer
 
   backend, special, chat_template = gguf_tokenizer(path)
   return Tokenizer(
