@@ -12,7 +12,7 @@ from ttt_jax import UserError, load_pretrained, save_pretrained
 from ttt_jax.checkpoints.hf import open_checkpoint, resolve_sections
 from ttt_jax.checkpoints.open import open_model
 from ttt_jax.checkpoints.resolve import resolve, resolve_run
-from ttt_jax.checkpoints.sections import Sections, agreed
+from ttt_jax.checkpoints.sections import Sections, with_given_fields
 from ttt_jax.cli import main
 from ttt_jax.config import AttentionConfig, Config, ModelConfig, RopeScaling, TTTConfig
 from ttt_jax.config.yaml import dump_config, load_config, load_fields
@@ -193,7 +193,9 @@ def test_fields_inside_a_field_are_merged():
   own = Sections(MODEL, ATTENTION, TTT)
   given = load_config(None, ["--init_from", "x", "--model.rope_scaling.factor", "8"]).model
   for scaling in (given.rope_scaling, {"factor": 8.0}):
-    merged = agreed(own, {"model": {"rope_scaling": scaling}}, source="it").model.rope_scaling
+    merged = with_given_fields(
+      own, {"model": {"rope_scaling": scaling}}, source="it"
+    ).model.rope_scaling
     assert merged == dataclasses.replace(MODEL.rope_scaling, factor=8.0)
 
 

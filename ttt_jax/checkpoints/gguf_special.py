@@ -115,16 +115,16 @@ def special_tokens(fields: dict[str, Any]) -> SpecialTokens:
     UserError: a token is to be added that is not there.
   """
   tokens = fields.get(f"{_KEY}.tokens") or []
-  place = {token: i for i, token in enumerate(tokens)}
-  bos, eos, unknown = (_id(fields, name, len(tokens)) for name in ("bos", "eos", "unknown"))
-  found = {_id(fields, name, len(tokens)) for name in ("eot", "eom")}
-  found |= {_code_end(fields, name, spellings, place) for name, spellings in _CODE_ENDS.items()}
-  found |= {place[text] for text in _ENDS if text in place}
+  ids = {token: i for i, token in enumerate(tokens)}
+  bos, eos, unknown = (_token_id(fields, name, len(tokens)) for name in ("bos", "eos", "unknown"))
+  found = {_token_id(fields, name, len(tokens)) for name in ("eot", "eom")}
+  found |= {_code_end(fields, name, spellings, ids) for name, spellings in _CODE_ENDS.items()}
+  found |= {ids[text] for text in _ENDS if text in ids}
   ends = [i for i in (eos, *sorted(found - {None, eos})) if i is not None]
-  ends = tuple(i for i in ends if i not in _no_ends(place))
+  ends = tuple(i for i in ends if i not in _not_ends(ids))
   types = fields.get(f"{_KEY}.token_type") or []
   special = {i for i, type_ in enumerate(types) if type_ in (_UNKNOWN, _CONTROL)}
-  special |= {place[text] for text in _CODE_MARKS if text in place} | set(ends)
+  special |= {ids[text] for text in _CODE_MARKS if text in ids} | set(ends)
   begins = fields.get(f"{_KEY}.model") == "llama" or fields.get(f"{_KEY}.pre") in _BEGIN_WITH_BOS
   return SpecialTokens(
     bos_id=bos,
@@ -132,12 +132,12 @@ def special_tokens(fields: dict[str, Any]) -> SpecialTokens:
     eos_ids=ends,
     unknown_id=unknown,
     special=tuple(sorted(special)),
-    add_bos=_adds(fields, "bos", bos, default=begins and bos is not None),
-    add_eos=_adds(fields, "eos", eos, default=False),
+    add_bos=_adds_token(fields, "bos", bos, default=begins and bos is not None),
+    add_eos=_adds_token(fields, "eos", eos, default=False),
   )
 
 
-def _id(fields: dict[str, Any], name: str, size: int) -> int | None:
+def _token_id(fields: dict[str, Any], name: str, size: int) -> int | None:
   """The token of a name, else the tokenizer's default; a number that is no token counts as not given."""
   default = _DEFAULTS.get(name) if fields.get(f"{_KEY}.model") == "llama" else None
   if default is not None and default >= size:
@@ -153,24 +153,24 @@ def _id(fields: dict[str, Any], name: str, size: int) -> int | None:
 
 
 def _code_end(
-  fields: dict[str, Any], name: str, spellings: Iterable[str], place: dict[str, int]
+  fields: dict[str, Any], name: str, spellings: Iterable[str], ids: dict[str, int]
 ) -> int | None:
-  given = _id(fields, name, len(place))
-  return next((place[x] for x in spellings if x in place), None) if given is None else given
+  given = _token_id(fields, name, len(ids))
+  return next((ids[x] for x in spellings if x in ids), None) if given is None else given
 
 
-def _no_ends(place: dict[str, int]) -> set[int]:
+def _not_ends(ids: dict[str, int]) -> set[int]:
   """Tokens that end no text, although spelled so, in the company of others."""
   no_ends = set()
-  calls = "<|call|>" in place or "<|calls|>" in place
-  if calls and ("<|return|>" in place or "<|flush|>" in place):
-    no_ends.add(place.get("<|end|>"))
-  if "<|tool_response>" in place:
-    no_ends.add(place.get("</s>"))
+  calls = "<|call|>" in ids or "<|calls|>" in ids
+  if calls and ("<|return|>" in ids or "<|flush|>" in ids):
+    no_ends.add(ids.get("<|end|>"))
+  if "<|tool_response>" in ids:
+    no_ends.add(ids.get("</s>"))
   return no_ends - {None}
 
 
-def _adds(fields: dict[str, Any], name: str, token: int | None, *, default: bool) -> bool:
+def _adds_token(fields: dict[str, Any], name: str, token: int | None, *, default: bool) -> bool:
   adds = fields.get(f"{_KEY}.add_{name}_token", default)
   if adds and token is None:
     raise UserError(

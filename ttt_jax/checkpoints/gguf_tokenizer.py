@@ -89,9 +89,9 @@ def gguf_tokenizer(path: Path) -> GgufTokenizer:
     )
   types = fields.get("tokenizer.ggml.token_type", [])
   special = special_tokens(fields)
-  marks = [AddedToken(tokens[i], normalized=False, special=True) for i in special.special]
+  special_tokens_ = [AddedToken(tokens[i], normalized=False, special=True) for i in special.special]
   defined = [i for i, type_ in enumerate(types) if type_ == _USER_DEFINED]
-  backend.add_special_tokens(marks)
+  backend.add_special_tokens(special_tokens_)
   backend.add_tokens(
     [
       AddedToken(tokens[i], normalized=False, special=False)
@@ -99,11 +99,11 @@ def gguf_tokenizer(path: Path) -> GgufTokenizer:
       if i not in special.special
     ]
   )
-  backend.post_processor = _around(tokens, special)
+  backend.post_processor = _post_processor(tokens, special)
   return GgufTokenizer(backend, special, fields.get("tokenizer.chat_template"))
 
 
-def _around(tokens: list[str], special: SpecialTokens) -> processors.TemplateProcessing:
+def _post_processor(tokens: list[str], special: SpecialTokens) -> processors.TemplateProcessing:
   """Puts the tokens around a text that belong there."""
   names = {}  # a token's spelling may hold what a template splits at
   if special.add_bos:

@@ -114,8 +114,8 @@ def read_config(
     qk_norm=kind == "qwen3",
     attention_bias=_attention_bias(config, kind),
     tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-    bos_id=next(iter(model_tokens(config, generation, "bos_token_id")), None),
-    eos_ids=model_tokens(config, generation, "eos_token_id"),
+    bos_id=next(iter(special_token_ids(config, generation, "bos_token_id")), None),
+    eos_ids=special_token_ids(config, generation, "eos_token_id"),
   )
   return Architecture(model, _read_windows(config, kind, num_layers))
 
@@ -234,7 +234,7 @@ def _attention_bias(config: dict[str, Any], kind: str) -> str | None:
   return "qkvo" if config.get("attention_bias") and kind != "mistral" else None
 
 
-def model_tokens(
+def special_token_ids(
   config: dict[str, Any], generation: dict[str, Any] | None, key: str
 ) -> tuple[int, ...]:
   """The ids under a key like `eos_token_id`, of generation_config.json where it has some, else config.json.

@@ -19,7 +19,7 @@ from ttt_jax.checkpoints.files import (
   local_path,
   read_json,
 )
-from ttt_jax.checkpoints.hf_config import model_tokens
+from ttt_jax.checkpoints.hf_config import special_token_ids
 from ttt_jax.errors import UserError
 from ttt_jax.files import write_json
 
@@ -71,7 +71,7 @@ class Tokenizer:
     self.eos_ids = eos_ids
     self.eos_id = eos_id if eos_id in eos_ids else next(iter(eos_ids), None)
     self.vocab_size = 1 + max(self.vocabulary().values())
-    self.prefix, self.suffix = self._around()
+    self.prefix, self.suffix = self._prefix_and_suffix()
     self.adds_bos = bos_id in self.prefix
     self.adds_eos = any(token in eos_ids for token in self.suffix)
 
@@ -91,7 +91,7 @@ class Tokenizer:
     encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
     return [len(encoding) for encoding in encodings]
 
-  def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  def _prefix_and_suffix(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
     bare, whole = (self.encode(_PROBE, add_special_tokens=added) for added in (False, True))
     if not bare:  # no such letters in the vocabulary: what there is begins a text
       return tuple(whole), ()
@@ -213,9 +213,9 @@ def _from_directory(directory: Path, path: Path) -> Tokenizer:
   backend.encode_special_tokens = bool(named.get("split_special_tokens"))
   generation = _optional_json(directory / GENERATION_CONFIG)
   eos, bos = (
-    _special(key, backend, generation, config, named) for key in ("eos_token", "bos_token")
+    _named_ids(key, backend, generation, config, named) for key in ("eos_token", "bos_token")
   )
-  own_eos = _special("eos_token", backend, {}, {}, named)
+  own_eos = _named_ids("eos_token", backend, {}, {}, named)
   tokenizer = Tokenizer(
     backend,
     bos_id=next(iter(bos), None),
@@ -232,7 +232,7 @@ def _optional_json(path: Path) -> dict[str, Any]:
   return read_json(path) if path.is_file() else {}
 
 
-def _special(
+def _named_ids(
   key: str,
   backend: tokenizers.Tokenizer,
   generation: dict[str, Any],
@@ -240,7 +240,7 @@ def _special(
   named: dict[str, Any],
 ) -> tuple[int, ...]:
   """Ids of `eos_token` or `bos_token`: as the model says, else as the tokenizer's config names it."""
-  ids = model_tokens(config, generation, f"{key}_id")
+  ids = special_token_ids(config, generation, f"{key}_id")
   if ids:
     return ids
   token = named.get(key)
