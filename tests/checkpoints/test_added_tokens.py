@@ -136,7 +136,7 @@ def test_a_named_token_that_the_model_has_no_row_for(write):
       "token 300, '<x>', cannot be added .* whose next token is 256",
     ),
     (decoder(token("<x>"), first=65), "token 65 is '<x>' in tokenizer_config.json, and 'A'"),
-    (decoder("<x>"), "has '<x>', which is no token"),
+    (decoder("<x>"), "has '<x>', which is not a token"),
     ({"added_tokens_decoder": {"x": token("<x>")}}, "'x' is no id"),
   ],
 )

@@ -237,7 +237,7 @@ def test_sentence_piece_tokenizer(tmp_path):
   [
     ("add_tokenizer_model", "rwkv", NotImplementedError, "ggml.model='rwkv'"),
     ("add_tokenizer_pre", "magic", NotImplementedError, "ggml.pre='magic'"),
-    ("add_token_list", ["a", "a"], ValueError, "names 1 tokens twice"),
+    ("add_token_list", ["a", "a"], ValueError, "repeats 1 tokens"),
   ],
 )
 def test_tokenizers_that_are_not_there(tmp_path, name, value, error, message):

@@ -299,7 +299,7 @@ def test_special_tokens_of_the_generation_config_count():
     (
       of("llama", rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
       NotImplementedError,
-      "rope_type='dynamic'.*there are default, linear, llama3, yarn",
+      "rope_type='dynamic'.*only default, linear, llama3, yarn",
     ),
     (of("llama", rope_scaling={"type": "linear"}), ValueError, "'linear' needs factor"),
     (
