@@ -17,7 +17,7 @@ from ttt_jax.errors import UserError
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Iterator[Path]:
   """Yields a path to write to; when the block ends, the new file replaces `path` atomically.
 
   The new file is synced to disk before it is renamed. If the block fails, `path` does not change.
@@ -35,13 +35,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def unfinished_path(path: Path) -> Path:
-  """Returns the path that `whole_file` writes to; a process killed in the block leaves this file."""
+  """Returns the path that `atomic_file` writes to; a process killed in the block leaves this file."""
   return path.with_name(f".{path.name}.tmp")
 
 
 def write_text(path: str | Path, text: str) -> None:
   """Writes a text file atomically."""
-  with whole_file(path) as unfinished:
+  with atomic_file(path) as unfinished:
     unfinished.write_text(text, encoding="utf-8")
 
 
