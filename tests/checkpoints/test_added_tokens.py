@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers as `transformers` 5.24 makes them of their files, most compared with it once."""
+"""Tests that tokenizers equal those of `transformers` 5.24; most results were compared with it once."""
 
 import json
 
@@ -137,7 +137,7 @@ def test_a_named_token_that_the_model_has_no_row_for(write):
     ),
     (decoder(token("<x>"), first=65), "token 65 is '<x>' in tokenizer_config.json, and 'A'"),
     (decoder("<x>"), "has '<x>', which is not a token"),
-    ({"added_tokens_decoder": {"x": token("<x>")}}, "'x' is no id"),
+    ({"added_tokens_decoder": {"x": token("<x>")}}, "'x' is not the id"),
   ],
 )
 def test_tokens_that_cannot_be_added(write, config, message):

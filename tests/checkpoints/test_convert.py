@@ -1,4 +1,4 @@
-"""`ttt-jax convert`, from every kind of source."""
+"""Tests `ttt-jax convert` from every kind of source."""
 
 import json
 

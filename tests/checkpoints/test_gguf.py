@@ -1,4 +1,4 @@
-"""GGUF files as llama.cpp writes them: permuted heads, quantised tensors, the tokenizer inside."""
+"""Tests GGUF files as llama.cpp writes them: permuted heads, quantised tensors, the tokenizer inside."""
 
 import dataclasses
 import shutil
@@ -45,12 +45,12 @@ NAMES = {
 
 
 def permuted(x, heads):
-  """As llama.cpp's converter: the halves of a head, one channel of each in turn."""
+  """Permutes like llama.cpp's converter: takes channels from the two halves of a head in turn."""
   return x.reshape(heads, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
 
 
 def write_gguf(path, model, *, kind=None, architecture="llama", metadata=(), extra=None, **split):
-  """A GGUF of a model; matrices in `kind` of quantisation, in several files as `split` says."""
+  """Writes a GGUF file of a model; matrices in `kind` of quantisation, in several files as `split` says."""
   shutil.rmtree(path.with_suffix(".hf"), ignore_errors=True)
   save_pretrained(model, path.with_suffix(".hf"))
   config = model.model
@@ -149,7 +149,7 @@ def test_truncated(tmp_path, keep):
 
 
 def spelled(text):
-  """A text in the characters of byte-level BPE."""
+  """Spells a text in the characters of byte-level BPE."""
   return byte_tokenizer()._backend.pre_tokenizer.pre_tokenize_str(text)[0][0]
 
 

@@ -1,4 +1,4 @@
-"""Files and overrides become the right `Config`; every mistake is named."""
+"""Tests that files and overrides become the right `Config` and that errors name every mistake."""
 
 import dataclasses
 import re
@@ -213,7 +213,7 @@ def test_config_difference():
 
 
 def test_a_default_that_is_written_down_is_given(load):
-  """In a file, on the command line and in a constructor alike."""
+  """Checks a file, the command line and a constructor."""
   config = load("ttt: {layers: []}\ntrain:\nmodel: {d_model: 96}", "--model.rope_theta", "10000")
   assert config == Config()
   assert given_fields(config.ttt) == {"layers": ()}

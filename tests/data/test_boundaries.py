@@ -1,4 +1,4 @@
-"""Where documents begin and end: by hand, in memory and prepared, in rows; a model that stops there."""
+"""Tests the tokens at document boundaries: in memory, prepared, in rows; a trained model stops there."""
 
 import dataclasses
 import itertools
@@ -29,7 +29,7 @@ BOS, EOS, END, A, B, C, D, _ = range(len(WORDS))
 
 
 def tokenizer_of(own="$A", *, bos=BOS, eos=(EOS,), eos_id=None):
-  """A token for every word; `own` is what it puts around each text."""
+  """Makes a tokenizer with a token per word; `own` are the tokens that it puts around each text."""
   backend = tokenizers.Tokenizer(
     models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="?")
   )
@@ -60,7 +60,7 @@ def load(path, tokenizer, **options):
 
 
 def documents(corpus):
-  """The tokens of all documents, whatever their order."""
+  """Returns the tokens of all documents, whatever their order."""
   parts = [part for source in corpus.sources for part in (source.train, source.heldout)]
   found = [part.read(i, 0, int(n)) for part in parts for i, n in enumerate(part.lengths)]
   return sorted(tokens.tolist() for tokens in found)
@@ -188,7 +188,7 @@ def test_which_of_several(tmp_path, ids, named, chosen):
 
 
 def test_a_tokenizer_that_would_cut_or_fill_texts_does_neither(tmp_path):
-  """As `transformers` loads it: a file may have kept what one program asked of it."""
+  """Loads as `transformers` does: saved truncation and padding are settings of another program."""
   tokenizer = tokenizer_of()
   tokenizer._backend.enable_truncation(2)
   tokenizer._backend.enable_padding(length=5)
@@ -202,7 +202,7 @@ def test_a_tokenizer_that_would_cut_or_fill_texts_does_neither(tmp_path):
 
 @pytest.fixture
 def prepared(tmp_path):
-  """A function that prepares two documents: (directory, tokenizer, its path)."""
+  """Returns a function that prepares two documents: (directory, tokenizer, its path)."""
   source = write(tmp_path / "text", ["a b", "c"])
 
   def prepare(own="$A", **asked):
@@ -373,7 +373,7 @@ def test_what_ends_a_text():
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_model_stops_where_documents_ended(tmp_path, capsys):
-  """From scratch, so that nothing but labels and the tokenizer tell it."""
+  """Trains from scratch, so that only labels and the tokenizer can teach the model."""
   tokenizer = save(tokenizer_of(), tmp_path / "tokenizer")
   source = write(tmp_path / "text", ["a b c"] * 12)
   config = {
