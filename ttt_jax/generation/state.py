@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from ttt_jax.errors import UserError
-from ttt_jax.files import whole_file
+from ttt_jax.files import atomic_file
 from ttt_jax.generation.cache import FAST_CACHE
 from ttt_jax.generation.decoder import Cache, Reader
 from ttt_jax.nn.attention import KEYS_AND_VALUES
@@ -108,7 +108,7 @@ class GenerationState:
     )
     arrays = named_leaves(Cache(self.cache.lengths, layers), ".") | {"logits": self.logits}
     metadata = {"format": _FORMAT, "model": self.model}
-    with whole_file(path) as unfinished:
+    with atomic_file(path) as unfinished:
       save_file(
         {name: jax.device_put(x, jax.devices()[0]) for name, x in arrays.items()},
         unfinished,

@@ -15,7 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.checkpoints.resolve import initial_model, resolve, resolve_run
-from ttt_jax.checkpoints.runs import BASELINE, abstract_model, as_begun, evaluated_model, load_model
+from ttt_jax.checkpoints.runs import (
+  BASELINE,
+  abstract_model,
+  evaluated_model,
+  load_model,
+  with_recorded_boundaries,
+)
 from ttt_jax.config import Config
 from ttt_jax.data import Corpus
 from ttt_jax.data.load import load_data
@@ -42,7 +48,7 @@ def run_training(config: Config, console: Console | None = None) -> dict[str, An
       `make_mesh`, `load_data` and `train`.
   """
   console = Console(quiet=not is_main()) if console is None else console
-  config = as_begun(resolve(config))
+  config = with_recorded_boundaries(resolve(config))
   mesh = make_mesh(config.mesh)
   corpus = together(lambda: load_data(config))
   rows = together(lambda: check_ready(config, corpus, mesh))
@@ -128,7 +134,7 @@ def run_evaluation(
       another run's; as `load_pretrained`.
   """
   console = Console(quiet=not is_main()) if console is None else console
-  config = as_begun(resolve_run(config) if is_run else resolve(config))
+  config = with_recorded_boundaries(resolve_run(config) if is_run else resolve(config))
   mesh = make_mesh(config.mesh)
   run_dir = Path(config.resolved_run_dir)
   corpus = together(lambda: load_data(config))

@@ -53,8 +53,8 @@ def sequential(
 ) -> Outputs:
   """Reads the chunks and updates the state one after another; with a W, reads `W + S` in one product.
 
-  The backward pass keeps the inputs and the incoming state, after the exchange. Reverse mode only,
-  derivatives of any order.
+  The backward pass keeps the inputs and the incoming state, after the exchange. First derivatives
+  in reverse mode only; the gradient itself is differentiable.
 
   Args:
     chunks, rule: see `chunks.py`.
