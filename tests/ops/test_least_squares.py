@@ -35,7 +35,7 @@ def make_arrays(*, tokens=24, seed=0, state=False, gate=True, decay=True, inner_
     "ridge": np.asarray(0.3),
     "read_scale": np.asarray(1.7),
   }
-  arrays["z"][0, 4] = 0  # a key that there is not
+  arrays["z"][0, tokens // 5] = 0  # a token without a key
   if gate:
     arrays["read_gate"] = (np.asarray(0.6), np.asarray(5.0))
   if decay:
@@ -98,12 +98,12 @@ def op(segment_ids=None, *, shards=None, **options):
 
 def law(segment_ids=None):
   ids = None if segment_ids is None else jnp.asarray(segment_ids)
-  return partial(least_squares_reference, chunk_size=C, segment_ids=ids)
+  return lambda arrays: least_squares_reference(**arrays, chunk_size=C, segment_ids=ids)
 
 
 def both(function, arrays, dtype):
   """Values and gradients, of A's symmetric part."""
-  arrays, out = jax.tree.map(lambda x: jnp.asarray(x, dtype), (arrays, cotangents_of(arrays)))
+  arrays, out = to_jax((arrays, cotangents_of(arrays)), dtype)
 
   @jax.jit
   def run(arrays, out):
@@ -115,6 +115,10 @@ def both(function, arrays, dtype):
     a, d = gradients["state"]
     gradients["state"] = ((a + np.swapaxes(a, 1, 2)) / 2, d)
   return values, gradients
+
+
+def to_jax(arrays, dtype="float32"):
+  return jax.tree.map(lambda x: jnp.asarray(x, dtype), arrays)
 
 
 def cotangents_of(arrays):
@@ -202,7 +206,7 @@ def test_half_of_a_travels():
 
 
 def test_reading_on_is_reading_at_once():
-  arrays = make_arrays()
+  arrays = to_jax(make_arrays())
   whole = op()(arrays)
   for cut in (3, 12):
     first = {name: x[:, :cut] if name in ("z", "v") else x for name, x in arrays.items()}
@@ -218,6 +222,7 @@ def test_lengths_are_rows_of_their_own():
   """A right-padded row is the row without its padding, whatever the padding holds."""
   arrays = make_arrays(decay=False)
   arrays["z"][0, 14:] = np.nan
+  arrays = to_jax(arrays)
   y, a, d = op(lengths=jnp.asarray([14, 24]))(arrays)
   for row, length in ((0, 14), (1, 24)):
     alone = {
@@ -302,7 +307,7 @@ def test_bfloat16_activations():
     for name, x in arrays.items()
   }
   with jax.enable_x64(True):
-    want = law()(**jax.tree.map(jnp.asarray, rounded))
+    want = law()(jax.tree.map(jnp.asarray, rounded))
   got = op()(
     {
       name: jnp.asarray(x, jnp.bfloat16 if name in ("z", "v", "w_down") else jnp.float32)
@@ -316,7 +321,7 @@ def test_bfloat16_activations():
 
 
 def test_statistics():
-  arrays = make_arrays()
+  arrays = to_jax(make_arrays())
   function = partial(
     ttt_jax.inplace_ttt, chunk_size=C, rule="least_squares", return_stats=True, **arrays
   )
@@ -377,5 +382,5 @@ def test_bad_input():
     ({"chunk_size": C, "inner_lr": 1, "ridge": 0.5}, "ridge=0.5 belongs to rule='least_squares'"),
     ({"chunk_size": C, "inner_lr": 1, "state": state(A=a, D=d)}, "state has A, D, and rule='sum'"),
   ):
-    with pytest.raises(ttt_jax.UserError, match=message):
+    with pytest.raises((ttt_jax.UserError, ttt_jax.UnsupportedError), match=message):
       ttt_jax.inplace_ttt(z, v, w, **options)

@@ -109,10 +109,11 @@ SETS = {
       ),
     ),
     subjects=_words(
-      "Abbott Barnes Carver Dalton Ellison Fletcher Garner Hobbs Irving Jenkins Keller Lambert Mercer "
-      "Norris Osborne Parsons Quincy Ramsey Sawyer Thornton Underwood Vaughn Whitaker Yates Ziegler Benson "
-      "Crawford Dixon Everett Finch Goodwin Harmon Ingram Joyner Kirby Lawson Maddox Newell Oakley Porter Randall "
-      "Shepard Tanner Upton Vance Waller Yardley Zimmer Atwood Bradshaw"
+      "Abbott Barnes Carver Dalton Ellison Fletcher Garner Hobbs Irving Jenkins Keller Lambert "
+      "Mercer Norris Osborne Parsons Quincy Ramsey Sawyer Thornton Underwood Vaughn Whitaker "
+      "Yates Ziegler Benson Crawford Dixon Everett Finch Goodwin Harmon Ingram Joyner Kirby "
+      "Lawson Maddox Newell Oakley Porter Randall Shepard Tanner Upton Vance Waller Yardley "
+      "Zimmer Atwood Bradshaw"
     ),
   ),
   "evaluation": FactSet(
@@ -145,10 +146,10 @@ SETS = {
       ),
     ),
     subjects=_words(
-      "Anna Boris Clara David Emma Felix Grace Henry Irene Jacob Karen Louis Maria Nathan Olivia Peter "
-      "Rachel Simon Teresa Victor Wendy Xavier Yvonne Zachary Alice Bruno Cecilia Daniel Esther Frank Gloria Hugo "
-      "Isabel Julian Kate Leo Monica Nicholas Oscar Paula Robert Sarah Thomas Ursula Vincent Walter Agnes "
-      "Bernard Charlotte Edward"
+      "Anna Boris Clara David Emma Felix Grace Henry Irene Jacob Karen Louis Maria Nathan "
+      "Olivia Peter Rachel Simon Teresa Victor Wendy Xavier Yvonne Zachary Alice Bruno Cecilia "
+      "Daniel Esther Frank Gloria Hugo Isabel Julian Kate Leo Monica Nicholas Oscar Paula "
+      "Robert Sarah Thomas Ursula Vincent Walter Agnes Bernard Charlotte Edward"
     ),
   ),
 }

@@ -1,7 +1,8 @@
 """The in-place fast-weight update of a down projection: the public op.
 
-This module does what both rules and all implementations share: it checks the arguments, turns documents into
-masks, cuts chunks, and makes arrays vary over the same mesh axes. `rules.py` chooses the implementation.
+This module does what both rules and all implementations share: it checks the arguments, turns documents
+into masks, cuts chunks, and makes arrays vary over the same mesh axes. `rules.py` chooses the
+implementation.
 """
 
 import dataclasses

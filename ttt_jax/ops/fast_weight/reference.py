@@ -151,8 +151,8 @@ def _least_squares_row(
   chunk = jnp.arange(t) // chunk_size
   chunks = t // chunk_size
   document = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), segment_ids[1:] != segment_ids[:-1]]))
-  norm = jnp.sqrt(jnp.sum(z**2, axis=-1, keepdims=True))
-  k = z / jnp.where(norm == 0, 1, norm)
+  is_zero = jnp.all(z == 0, axis=-1, keepdims=True)
+  k = jnp.where(is_zero, 0, z / jnp.sqrt(jnp.sum(jnp.where(is_zero, 1, z) ** 2, -1, keepdims=True)))
 
   def sums(at_chunk, at_document, at_real):
     """A and D as one token sees them."""

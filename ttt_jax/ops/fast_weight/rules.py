@@ -1,4 +1,4 @@
-"""The two rules of the fast weight: which implementation reads the chunks, and how their y is put together."""
+"""The two rules of the fast weight: they choose the implementation, and put y together."""
 
 import jax
 import jax.numpy as jnp
