@@ -14,6 +14,7 @@ from ttt_jax.nn.layers import Embed, RMSNorm, check_ids, in_vocabulary, project
 from ttt_jax.nn.transformer import HEAD, Transformer
 from ttt_jax.ops.numerics import accumulation_dtype, where
 from ttt_jax.parallel.mesh import Axes, over_shards
+from ttt_jax.parallel.parameters import gather_in_dtype
 
 IGNORE = -1  # the label of a token that has no successor in its document
 
@@ -112,7 +113,13 @@ def _device_losses(x, labels, norm, kernel, *, tied, z_loss, at_once, axes: Axes
   """Losses and weights of the tokens of a device; what is ignored may be anything, also NaN."""
   x = where(labels != IGNORE, x)
   if axes.fsdp is not None:
-    kernel = _gather(kernel, x.dtype, axes.fsdp, 1 if tied else 0)
+    width = 1 if tied else 0
+    kernel = gather_in_dtype(
+      kernel,
+      x.dtype,
+      lambda a: jax.lax.all_gather(a, axes.fsdp, axis=width, tiled=True),
+      lambda a: jax.lax.psum_scatter(a, axes.fsdp, scatter_dimension=width, tiled=True),
+    )
 
   def losses_of(piece):
     x, labels = piece
@@ -166,22 +173,3 @@ def _losses(logits, labels, tensor_axis: str | None, z_loss: float):
   losses = total - picked + z_loss * total**2
   losses = jnp.where(known, losses, jnp.full_like(losses, jnp.nan))
   return jnp.where(valid, losses, jnp.zeros_like(losses)), valid.astype(losses.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(kernel: Array, dtype, axis_name: str, dim: int) -> Array:
-  """The whole kernel, sent in `dtype`; gradients of all pieces are summed and reduced in float32."""
-  whole = jax.lax.all_gather(kernel.astype(dtype), axis_name, axis=dim, tiled=True)
-  return whole.astype(accumulation_dtype(dtype))
-
-
-def _gather_fwd(kernel, dtype, axis_name, dim):
-  return _gather(kernel, dtype, axis_name, dim), jnp.zeros((), kernel.dtype)
-
-
-def _gather_bwd(dtype, axis_name, dim, like, cotangent):
-  reduced = jax.lax.psum_scatter(cotangent, axis_name, scatter_dimension=dim, tiled=True)
-  return (reduced.astype(like.dtype),)
-
-
-_gather.defvjp(_gather_fwd, _gather_bwd)

@@ -5,13 +5,14 @@ One table says what the dimensions of a parameter are; the axes they are split o
 partition.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -106,28 +107,46 @@ def gathered(tree: Any, dtype: DTypeLike) -> Any:
     dims = dimensions(_name(path), x.ndim)
     if "embed" not in dims:
       return x
+    split = spec(*dims, mesh=mesh)
     whole = spec(*(None if dim == "embed" else dim for dim in dims), mesh=mesh)
-    x = _gather(x, jnp.dtype(dtype), spec(*dims, mesh=mesh), whole)
+    constrain = jax.lax.with_sharding_constraint
+    x = gather_in_dtype(
+      x,
+      jnp.dtype(dtype),
+      lambda a: constrain(constrain(a, split), whole),
+      lambda a: constrain(a, split),
+    )
     return checkpoint_name(x, GATHERED)
 
   return jax.tree.map_with_path(gather, tree)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(x: Array, dtype: jnp.dtype, split: PartitionSpec, whole: PartitionSpec) -> Array:
-  x = jax.lax.with_sharding_constraint(x.astype(dtype), split)
-  return jax.lax.with_sharding_constraint(x, whole).astype(accumulation_dtype(dtype))
+def gather_in_dtype(
+  x: Array, dtype: jnp.dtype, gather: Callable[[Array], Array], scatter: Callable[[Array], Array]
+) -> Array:
+  """Returns `gather(x)`, sent in `dtype` and float32 or wider when it arrives.
+
+  The gradient is therefore float32 or wider too when `scatter` sums and splits it.
+
+  Args:
+    x: a part of a parameter.
+    dtype: the dtype that the devices exchange.
+    gather: makes the whole of the parts.
+    scatter: the transpose of `gather`.
+  """
+  return gather(x.astype(dtype)).astype(accumulation_dtype(dtype))
 
 
-def _gather_fwd(x, dtype, split, whole):
-  return _gather(x, dtype, split, whole), jnp.zeros((), x.dtype)
+def _gather_fwd(x, dtype, gather, scatter):
+  return gather_in_dtype(x, dtype, gather, scatter), jnp.zeros((), x.dtype)
 
 
-def _gather_bwd(dtype, split, whole, like, cotangent):
-  return (jax.lax.with_sharding_constraint(cotangent, split).astype(like.dtype),)
+def _gather_bwd(dtype, gather, scatter, like, cotangent):
+  return (scatter(cotangent).astype(like.dtype),)
 
 
-_gather.defvjp(_gather_fwd, _gather_bwd)
+gather_in_dtype.defvjp(_gather_fwd, _gather_bwd)
 
 
 def _name(path: tuple) -> str:
