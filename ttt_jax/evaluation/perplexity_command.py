@@ -23,7 +23,7 @@ from ttt_jax.evaluation.progress import EvaluationProgress
 from ttt_jax.files import write_json
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.parallel.mesh import make_mesh
-from ttt_jax.parallel.processes import is_main, on_main, together
+from ttt_jax.parallel.processes import is_main, on_every_process, on_main
 
 
 def run_perplexity(
@@ -50,7 +50,7 @@ def run_perplexity(
   config = resolve_run(config) if is_run else resolve(config)
   out = Path("runs") / f"perplexity_{config.name}" if out is None else out
   console = Console(quiet=not is_main()) if console is None else console
-  corpus = together(lambda: load_data(config))
+  corpus = on_every_process(lambda: load_data(config))
   console.print(corpus.report(), highlight=False)
   rows = heldout_rows(
     corpus.sources,

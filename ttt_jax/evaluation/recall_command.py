@@ -16,7 +16,7 @@ from ttt_jax.evaluation.plots import plot_recall
 from ttt_jax.evaluation.recall import CHANCE, by_distance, recalled
 from ttt_jax.files import write_json
 from ttt_jax.parallel.mesh import make_mesh
-from ttt_jax.parallel.processes import is_main, on_main, together
+from ttt_jax.parallel.processes import is_main, on_every_process, on_main
 
 
 def run_recall(
@@ -56,7 +56,7 @@ def run_recall(
   run_dir = Path(config.resolved_run_dir)
   out = run_dir if out is None else out
   rows = heldout_rows(
-    together(lambda: load_data(config)).sources,
+    on_every_process(lambda: load_data(config)).sources,
     seq_len=config.eval_seq_len,
     max_documents=config.eval.documents,
     seed=config.seed,

@@ -51,7 +51,7 @@ def is_main() -> bool:
   return jax.process_index() == 0
 
 
-def together(function: Callable[[], T]) -> T:
+def on_every_process(function: Callable[[], T]) -> T:
   """`function()` on every process; what one raises ends the call on all, so that none waits for it.
 
   Raises:
@@ -83,12 +83,12 @@ def together(function: Callable[[], T]) -> T:
 
 
 def on_main(function: Callable[[], T]) -> T | None:
-  """`function()` on the first process, None on the others once it is done; errors as `together`."""
-  return together(function if is_main() else lambda: None)
+  """`function()` on the first process, None on the others once it is done; errors as `on_every_process`."""
+  return on_every_process(function if is_main() else lambda: None)
 
 
 def from_main(function: Callable[[], T]) -> T:
-  """`function()` of the first process, of what JSON has, on every process; errors as `together`."""
+  """`function()` of the first process, of what JSON has, on every process; errors as `on_every_process`."""
   return gather(on_main(function))[0]
 
 
