@@ -17,7 +17,7 @@ from ttt_jax.parallel.mesh import Axes, over_shards
 
 # Inner rate and half-life are base * exp(10 s): s then moves on the scale that AdamW moves other
 # parameters on.
-LOG_SPEED = 10.0
+LOG_SCALE = 10.0
 
 
 class FastWeightParams(NamedTuple):
@@ -91,13 +91,13 @@ class TttMlp(Mlp):
     """`base_rate * exp(10 s)`, with s learned from 0, or `base_rate`."""
     if self.log_rate is None:
       return jnp.asarray(self.base_rate, dtype)
-    return self.base_rate * jnp.exp(LOG_SPEED * self.log_rate[...].astype(dtype))
+    return self.base_rate * jnp.exp(LOG_SCALE * self.log_rate[...].astype(dtype))
 
   def learned_decay(self, dtype: DTypeLike) -> Float[Array, ""] | None:
     """`2^(-C / half-life)` of a half-life `ttt.half_life * exp(10 s)`, s learned from 0; else None."""
     if self.log_half_life is None:
       return None
-    half_life = self.ttt.half_life * jnp.exp(LOG_SPEED * self.log_half_life[...].astype(dtype))
+    half_life = self.ttt.half_life * jnp.exp(LOG_SCALE * self.log_half_life[...].astype(dtype))
     return jnp.exp2(-self.ttt.chunk_size / half_life)
 
   def learn(
