@@ -21,7 +21,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UserError
-from ttt_jax.evaluation.cells import Cells
+from ttt_jax.evaluation.result_file import ResultFile
 from ttt_jax.generation.decoder import Cache, Reader
 from ttt_jax.generation.pieces import room_for, row_shards, segment_length
 from ttt_jax.generation.state import new_state
@@ -189,11 +189,11 @@ def evaluate_perplexity(
   reader: Reader,
   rows: Int[np.ndarray, "documents T"],
   config: PerplexityConfig,
-  cells: Cells,
+  results: ResultFile,
   *,
   on_read: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Any]:
-  """Reads every document in every way that `cells` does not hold yet; returns the report.
+  """Reads every document in every way that `results` does not hold yet; returns the report.
 
   The block is the last `config.block` tokens of a row; with c tokens of context the row is read from
   c tokens before it, as if it began there. Losses by position are those of the longest context.
@@ -204,7 +204,7 @@ def evaluate_perplexity(
     documents = range(first, min(first + at_once, len(rows)))
     for mode in ways:
       for context in sorted(config.lengths):
-        if all((mode.name, context, d) in cells for d in documents):
+        if all((mode.name, context, d) in results for d in documents):
           on_read((context + config.block) * len(documents))
           continue
         longest = context == max(config.lengths)
@@ -217,12 +217,12 @@ def evaluate_perplexity(
           on_read=on_read,
         )
         for document, of_row in zip(documents, losses):
-          if (mode.name, context, document) not in cells:
+          if (mode.name, context, document) not in results:
             result = {"block": of_row[-config.block :].mean()}
             if longest:
               result["positions"] = [of_row[a:b].mean() for a, b in _edges(config)]
-            cells.add((mode.name, context, document), result)
-  return _report(ways, len(rows), config, cells)
+            results.add((mode.name, context, document), result)
+  return _report(ways, len(rows), config, results)
 
 
 def tokens_to_read(reader: Reader, documents: int, config: PerplexityConfig) -> int:
@@ -234,7 +234,7 @@ def tokens_to_read(reader: Reader, documents: int, config: PerplexityConfig) -> 
 def settings(
   reader: Reader, rows: Int[np.ndarray, "documents T"], config: PerplexityConfig
 ) -> dict[str, Any]:
-  """What a result in `Cells` depends on; contexts and ways to read may be added to those there are."""
+  """What a result in `ResultFile` depends on; contexts and ways to read may be added to those there are."""
   return {
     "evaluation": "perplexity",
     "model": reader.fingerprint(),
@@ -250,12 +250,12 @@ def _edges(config: PerplexityConfig) -> Sequence[tuple[int, int]]:
   return list(pairwise(edges.tolist()))
 
 
-def _report(ways, documents: int, config: PerplexityConfig, cells: Cells) -> dict[str, Any]:
+def _report(ways, documents: int, config: PerplexityConfig, results: ResultFile) -> dict[str, Any]:
   def losses(mode, context):
-    return np.array([cells[mode.name, context, d]["block"] for d in range(documents)])
+    return np.array([results[mode.name, context, d]["block"] for d in range(documents)])
 
   def positions(mode):
-    of = [cells[mode.name, max(config.lengths), d]["positions"] for d in range(documents)]
+    of = [results[mode.name, max(config.lengths), d]["positions"] for d in range(documents)]
     return np.array(of)
 
   def summary(values):

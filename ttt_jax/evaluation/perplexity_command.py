@@ -11,7 +11,6 @@ from ttt_jax.checkpoints.runs import evaluated_model
 from ttt_jax.config import Config
 from ttt_jax.data import heldout_rows
 from ttt_jax.data.load import load_data
-from ttt_jax.evaluation.cells import Cells
 from ttt_jax.evaluation.perplexity import (
   PerplexityConfig,
   evaluate_perplexity,
@@ -20,6 +19,7 @@ from ttt_jax.evaluation.perplexity import (
 )
 from ttt_jax.evaluation.plots import plot_perplexity
 from ttt_jax.evaluation.progress import EvaluationProgress
+from ttt_jax.evaluation.result_file import ResultFile
 from ttt_jax.files import write_json
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.parallel.mesh import make_mesh
@@ -62,9 +62,9 @@ def run_perplexity(
   if len(rows) < how.documents:
     console.print(f"{len(rows)} held-out documents have {how.tokens} tokens", highlight=False)
   model = Reader.of(evaluated_model(config, make_mesh(config.mesh), is_run=is_run), donate=True)
-  cells = Cells(out / "cells.jsonl", settings(model, rows, how))
+  results = ResultFile(out / "cells.jsonl", settings(model, rows, how))
   with EvaluationProgress("reading", tokens_to_read(model, len(rows), how)) as progress:
-    report = evaluate_perplexity(model, rows, how, cells, on_read=progress.advance)
+    report = evaluate_perplexity(model, rows, how, results, on_read=progress.advance)
   report = {"name": config.name, "layers": list(model.ttt.layers), **report}
   on_main(lambda: _write(report, out, console))
   return report

@@ -10,7 +10,7 @@ from ttt_jax.files import jsonable, write_text
 from ttt_jax.parallel.processes import from_main, is_main
 
 
-class Cells:
+class ResultFile:
   """A file of results by key: `settings` on the first line, then one result per line, written at once.
 
   A result stands there whole or not at all, and once: a line that a killed process left torn is dropped,
