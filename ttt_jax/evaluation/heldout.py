@@ -26,7 +26,7 @@ from ttt_jax.generation.pieces import row_shards
 from ttt_jax.generation.sampling import stop_tokens
 from ttt_jax.nn.loss import IGNORE, model_losses
 from ttt_jax.nn.transformer import Transformer
-from ttt_jax.parallel.mesh import put
+from ttt_jax.parallel.mesh import to_mesh
 from ttt_jax.parallel.trees import delete
 
 
@@ -58,7 +58,7 @@ def over_rows(
     for start in range(0, len(rows), at_once):
       batch = rows[start : start + at_once]
       filled = np.concatenate([batch, np.repeat(batch[:1], at_once - len(batch), axis=0)])
-      result = function(put(filled, mesh, "batch", "sequence"))
+      result = function(to_mesh(filled, mesh, "batch", "sequence"))
       results.append(process_allgather(result, tiled=True)[: len(batch)])
   return np.concatenate(results)
 

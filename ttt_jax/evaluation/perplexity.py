@@ -26,7 +26,7 @@ from ttt_jax.generation.decoder import Cache, Reader
 from ttt_jax.generation.pieces import room_for, row_shards, segment_length
 from ttt_jax.generation.state import new_state
 from ttt_jax.nn.loss import IGNORE, hidden_losses
-from ttt_jax.parallel.mesh import put
+from ttt_jax.parallel.mesh import to_mesh
 
 _RESAMPLES = 10000
 
@@ -116,11 +116,11 @@ def read_losses(
 
   def put_tokens(x, length, fill):
     x = np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=fill).astype(np.int32)
-    return x if mesh is None else put(x, mesh, "batch", "sequence")
+    return x if mesh is None else to_mesh(x, mesh, "batch", "sequence")
 
   def put_counts(count):
     counts = np.full(len(filled), count, np.int32)
-    return counts if mesh is None else put(counts, mesh, "batch")
+    return counts if mesh is None else to_mesh(counts, mesh, "batch")
 
   parts, position = [], 0
   with nullcontext() if mesh is None else jax.set_mesh(mesh):

@@ -86,7 +86,7 @@ def sharding(mesh: Mesh, *dims: str | None) -> NamedSharding:
   return NamedSharding(mesh, spec(*dims, mesh=mesh))
 
 
-def put(x: np.ndarray, mesh: Mesh, *dims: str | None) -> jax.Array:
+def to_mesh(x: np.ndarray, mesh: Mesh, *dims: str | None) -> jax.Array:
   """A host's array on the mesh; of many processes, each has all of it and gives its devices their parts."""
   return jax.make_array_from_callback(x.shape, sharding(mesh, *dims), lambda index: x[index])
 
@@ -100,7 +100,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
   return tuple(sorted({row for (index,) in held.values() for row in range(batch_size)[index]}))
 
 
-def put_rows(x: np.ndarray, mesh: Mesh, *dims: str | None) -> jax.Array:
+def rows_to_mesh(x: np.ndarray, mesh: Mesh, *dims: str | None) -> jax.Array:
   """The batch on the mesh of which this process has its `local_rows`, `x`; all processes call it.
 
   Args:
