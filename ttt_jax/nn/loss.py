@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from ttt_jax.nn.layers import Embed, RMSNorm, check_ids, in_vocabulary, project
-from ttt_jax.nn.transformer import HEAD, Transformer
+from ttt_jax.nn.transformer import HEAD_EINSUM, Transformer
 from ttt_jax.ops.numerics import accumulation_dtype, where
 from ttt_jax.parallel.mesh import Axes, over_shards
 from ttt_jax.parallel.parameters import gather_in_dtype
@@ -124,7 +124,7 @@ def _device_losses(x, labels, norm, kernel, *, tied, z_loss, at_once, axes: Axes
   def losses_of(piece):
     x, labels = piece
     with jax.named_scope("head"):
-      logits = project(HEAD[tied], norm(x), kernel, accumulation_dtype(x.dtype))
+      logits = project(HEAD_EINSUM[tied], norm(x), kernel, accumulation_dtype(x.dtype))
       return _losses(logits, labels, axes.tensor, z_loss)
 
   return in_pieces(losses_of, x, labels, max(1, at_once // kernel.shape[0 if tied else 1]))

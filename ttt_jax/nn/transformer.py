@@ -1,6 +1,6 @@
 """A decoder of the Llama / Qwen kind in which any MLP can have fast weights.
 
-Layers of one kind are stacked and scanned, and so are repeated patterns of them: `plan_groups` finds the
+Layers of one kind are stacked and scanned, and so are repeated patterns of them: `group_layers` finds the
 shortest program for any choice of layers, so that compile time follows the number of distinct layers, not
 the depth.
 """
@@ -47,7 +47,7 @@ class LayerKind(NamedTuple):
   mixer: str = "attention"
 
 
-class Run(NamedTuple):
+class LayerStack(NamedTuple):
   """`length` layers of one kind, one after another."""
 
   kind: LayerKind
@@ -57,7 +57,7 @@ class Run(NamedTuple):
 class Group(NamedTuple):
   """`repeats` times the runs of `pattern`, one after another."""
 
-  pattern: tuple[Run, ...]
+  pattern: tuple[LayerStack, ...]
   repeats: int
 
 
@@ -75,7 +75,7 @@ def layer_kinds(
   )
 
 
-def plan_groups(kinds: tuple[LayerKind, ...]) -> tuple[Group, ...]:
+def group_layers(kinds: tuple[LayerKind, ...]) -> tuple[Group, ...]:
   """Cuts the layers into repeated patterns of runs so that as few layers as possible are written out.
 
   `best[j]` is the cheapest plan for the first j layers, by layers written out, one per run, then by
@@ -90,7 +90,9 @@ def plan_groups(kinds: tuple[LayerKind, ...]) -> tuple[Group, ...]:
         period = kinds[i : i + p]
         if kinds[i:j] == period * (length // p):
           cost, groups, plan = best[i]
-          pattern = tuple(Run(kind, len(list(same))) for kind, same in itertools.groupby(period))
+          pattern = tuple(
+            LayerStack(kind, len(list(same))) for kind, same in itertools.groupby(period)
+          )
           group = Group(pattern, length // p)
           plans.append((cost + len(pattern), groups + 1, (*plan, group)))
           break  # a longer period of the same layers writes out more
@@ -174,7 +176,7 @@ class Transformer(nnx.Module):
     ttt = TTTConfig() if ttt is None else ttt
     check_layers(model, attention, ttt)
     self.model, self.attention, self.ttt = model, attention, ttt
-    self.plan = plan_groups(layer_kinds(model, attention, ttt))
+    self.stacking = group_layers(layer_kinds(model, attention, ttt))
     param_dtype = jnp.dtype(model.param_dtype)
 
     # A layer's parameters depend on the seed and its index only: a model with and one without fast
@@ -186,7 +188,7 @@ class Transformer(nnx.Module):
 
     groups = []
     start = 0
-    for pattern, repeats in self.plan:
+    for pattern, repeats in self.stacking:
       ends = list(itertools.accumulate(run.length for run in pattern))
       keys = layer_keys[start : start + ends[-1] * repeats].reshape(repeats, ends[-1])
       groups.append(
@@ -291,7 +293,7 @@ class Transformer(nnx.Module):
 
     x = embeddings
     collected = []
-    for group, (_, repeats) in zip(self.groups, self.plan):
+    for group, (_, repeats) in zip(self.groups, self.stacking):
       runs = jax.tree.map(partial(_repeated, repeats), list(group))
       x, stats = jax.lax.scan(superblock, x, runs)
       collected.append(stats)
@@ -301,7 +303,7 @@ class Transformer(nnx.Module):
     """For every layer its place in the parameters: group, run of the pattern, place in the stack."""
     return [
       (g, p, r * run.length + i)
-      for g, (pattern, repeats) in enumerate(self.plan)
+      for g, (pattern, repeats) in enumerate(self.stacking)
       for r in range(repeats)
       for p, run in enumerate(pattern)
       for i in range(run.length)
@@ -330,7 +332,7 @@ def _joined(stats: list[MlpStats | None]) -> MlpStats | None:
 
 
 # The product with the head, by whether it is the table of embeddings.
-HEAD = {True: "btd,vd->btv", False: "btd,dv->btv"}
+HEAD_EINSUM = {True: "btd,vd->btv", False: "btd,dv->btv"}
 
 
 def next_token_logits(
@@ -342,7 +344,7 @@ def next_token_logits(
       kernel = gathered({"table": embed.table}, x.dtype)["table"]
     else:
       kernel = gathered({"head": head}, x.dtype)["head"]
-    return project(HEAD[head is None], norm(x), kernel, accumulation_dtype(x.dtype))
+    return project(HEAD_EINSUM[head is None], norm(x), kernel, accumulation_dtype(x.dtype))
 
 
 def split_tokens(x: Array) -> str | None:
