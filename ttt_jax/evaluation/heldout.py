@@ -40,10 +40,10 @@ def losses_by_token(
   model: Transformer, rows: Int[np.ndarray, "B T"], mesh: Mesh, *, update: bool = True
 ) -> Float[np.ndarray, "B S"]:
   """Nats per token: entry t of a row is the loss of predicting its token t + 1 from those up to t."""
-  return over_rows(partial(_losses, model, update=update), rows, mesh)[:, :-1]
+  return map_rows(partial(_losses, model, update=update), rows, mesh)[:, :-1]
 
 
-def over_rows(
+def map_rows(
   function: Callable[[Int[Array, "b T"]], Shaped[Array, "b ..."]],
   rows: Int[np.ndarray, "B T"],
   mesh: Mesh,

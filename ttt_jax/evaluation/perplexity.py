@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.result_file import ResultFile
 from ttt_jax.generation.decoder import Cache, Reader
-from ttt_jax.generation.pieces import room_for, row_shards, segment_length
+from ttt_jax.generation.pieces import piece_length, room_for, row_shards
 from ttt_jax.generation.state import new_state
 from ttt_jax.nn.loss import IGNORE, hidden_losses
 from ttt_jax.parallel.mesh import to_mesh
@@ -131,7 +131,7 @@ def read_losses(
       left = total - position
       if reset_every:
         left = min(left, reset_every - position % reset_every)
-      length = segment_length([left], none_begun, chunk)
+      length = piece_length([left], none_begun, chunk)
       count = min(left, length)
       read = slice(position, position + count)
       losses, cache = _read(

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from ttt_jax.errors import UserError
-from ttt_jax.evaluation.heldout import over_rows
+from ttt_jax.evaluation.heldout import map_rows
 from ttt_jax.files import write_text
 from ttt_jax.nn.transformer import Transformer
 
@@ -86,7 +86,7 @@ def recalled(
   model: Transformer, rows: Int[np.ndarray, "B T"], mesh: Mesh, *, update: bool = True
 ) -> Bool[np.ndarray, "B S"]:
   """Whether the likeliest token after each token but the last is the one that comes."""
-  return over_rows(partial(_likeliest, model, update=update), rows, mesh)[:, :-1] == rows[:, 1:]
+  return map_rows(partial(_likeliest, model, update=update), rows, mesh)[:, :-1] == rows[:, 1:]
 
 
 @partial(jax.jit, static_argnames="update")

@@ -19,10 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.errors import UserError
 from ttt_jax.generation.decoder import Cache, Reader
-from ttt_jax.generation.pieces import room_for, row_shards, segment_length
+from ttt_jax.generation.pieces import piece_length, room_for, row_shards
 from ttt_jax.generation.sampling import check_sampling, sample
 from ttt_jax.generation.state import (
-  NOTHING,
+  NO_TOKEN,
   GenerationState,
   grow,
   new_state,
@@ -192,7 +192,7 @@ class Stream:
     """The tokens so far, and a state that later steps leave alone."""
     rows = [[*prompt, *written] for prompt, written in zip(self._prompts, self._written)]
     lengths = np.array([len(row) for row in rows], np.int64)
-    tokens = np.full((len(rows), lengths.max()), NOTHING, np.int32)
+    tokens = np.full((len(rows), lengths.max()), NO_TOKEN, np.int32)
     for row, filled in zip(rows, tokens):
       filled[: len(row)] = row
     kept = jax.tree.map(lambda x: jnp.copy(x[: len(rows)]), (self._cache, self._logits))
@@ -230,7 +230,7 @@ class Stream:
     rest += [[] for _ in range(len(self._active) - len(rest))]
     while any(rest):
       begun = self._lengths % self._chunk if self._chunk else np.zeros_like(self._lengths)
-      length = segment_length([len(prompt) for prompt in rest], begun, self._chunk or 1)
+      length = piece_length([len(prompt) for prompt in rest], begun, self._chunk or 1)
       # All rows end at a chunk's end, or at their own.
       counts = np.minimum([len(prompt) for prompt in rest], np.maximum(length - begun, 0))
       tokens = np.zeros((len(rest), length), np.int32)
@@ -261,15 +261,15 @@ class Stream:
       **self._how,
     )
     made = np.asarray(made)
-    made = made[:, : np.max(np.sum(made != NOTHING, axis=1))]
-    counts = np.sum(made != NOTHING, axis=1)
+    made = made[:, : np.max(np.sum(made != NO_TOKEN, axis=1))]
+    counts = np.sum(made != NO_TOKEN, axis=1)
     self._left -= made.shape[1]
     self._lengths += counts
     self._active = np.asarray(active)
     if self._chunk:
       for row in np.flatnonzero((counts > 0) & (self._lengths % self._chunk == 0)):
         self._cache = _learn(self._reader, self._cache, np.int32(row))
-    return [row[row != NOTHING].tolist() for row in made[: len(self._prompts)]]
+    return [row[row != NO_TOKEN].tolist() for row in made[: len(self._prompts)]]
 
 
 @partial(jax.jit, static_argnames="aligned", donate_argnames=("logits", "cache"))
@@ -309,7 +309,7 @@ def trace_read(
   reader = placed(reader, shardings(reader, mesh))
   config = reader.model
   with jax.set_mesh(mesh):
-    segment = segment_length([tokens], np.zeros(1, int), reader.ttt.chunk_size)
+    segment = piece_length([tokens], np.zeros(1, int), reader.ttt.chunk_size)
     state = {
       "cache": jax.eval_shape(lambda: reader.empty_cache(rows, room_for(tokens))),
       "logits": jax.ShapeDtypeStruct(
@@ -366,7 +366,7 @@ def _write(
     token = sample(logits, seed, cache.lengths, temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     new, cache = reader.read(jnp.where(active, token, 0)[:, None], cache, active.astype(jnp.int32))
     logits = jnp.where(active[:, None], new, logits)
-    made = made.at[:, step].set(jnp.where(active, token, NOTHING))
+    made = made.at[:, step].set(jnp.where(active, token, NO_TOKEN))
     full = jnp.zeros((), bool)
     if chunk_size is not None:
       full = jnp.any(active & (cache.lengths % chunk_size == 0))
@@ -374,7 +374,7 @@ def _write(
       active &= jnp.all(token[:, None] != ends[None], axis=1)
     return step + 1, active, full, made, logits, cache
 
-  made = jnp.full((logits.shape[0], _STEPS), NOTHING, jnp.int32)
+  made = jnp.full((logits.shape[0], _STEPS), NO_TOKEN, jnp.int32)
   start = (jnp.int32(0), active, jnp.zeros((), bool), made, logits, cache)
   _, active, _, made, logits, cache = jax.lax.while_loop(goes_on, make, start)
   return made, active, logits, cache

@@ -6,8 +6,8 @@ from jaxtyping import Int
 
 from ttt_jax.parallel.mesh import context_size
 
-_SEGMENT = 2048  # tokens of a row read at once, at least one chunk on every shard
-_SHORTEST_SEGMENT = 16
+_PIECE = 2048  # tokens of a row read at once, at least one chunk on every shard
+_SHORTEST_PIECE = 16
 _SMALLEST_CAPACITY = 256
 
 
@@ -17,7 +17,7 @@ def room_for(tokens: int) -> int:
   return -(-tokens // step) * step
 
 
-def segment_length(left: list[int], begun: Int[np.ndarray, "B"], chunk_size: int) -> int:
+def piece_length(left: list[int], begun: Int[np.ndarray, "B"], chunk_size: int) -> int:
   """How many tokens to read next: a whole segment, or one of few sizes that holds all that is left.
 
   Args:
@@ -26,10 +26,10 @@ def segment_length(left: list[int], begun: Int[np.ndarray, "B"], chunk_size: int
   """
   shards = context_size()
   unit = chunk_size * shards
-  segment = -(-_SEGMENT // unit) * unit
+  segment = -(-_PIECE // unit) * unit
   if max(n + b for n, b in zip(left, begun)) >= segment:
     return segment
-  short = max(_SHORTEST_SEGMENT, 1 << (max(left) - 1).bit_length())
+  short = max(_SHORTEST_PIECE, 1 << (max(left) - 1).bit_length())
   return min(segment, short if shards == 1 else -(-short // unit) * unit)
 
 

@@ -24,7 +24,7 @@ from ttt_jax.parallel.mesh import sharding
 from ttt_jax.parallel.trees import named_leaves
 
 _FORMAT = "ttt_jax generation state 1"
-NOTHING = -1  # in place of a token
+NO_TOKEN = -1  # in place of a token
 
 # Logical dimensions of the arrays of a `Cache` but for those of mixers, and of the logits.
 _DIMENSIONS = {
