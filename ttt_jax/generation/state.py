@@ -138,10 +138,10 @@ def load_state(path: str | Path, model: Transformer | Reader) -> GenerationState
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
   except SafetensorError as error:
     raise UserError(
-      f"state {str(path)!r} cannot be loaded: it is truncated or not a state: {error}"
+      f"state {str(path)!r} cannot be read, it is cut off or no state: {error}"
     ) from error
   if metadata.get("format") != _FORMAT:
-    raise UserError(f"{str(path)!r} is not a state of ttt_jax: write one with state.save(path)")
+    raise UserError(f"{str(path)!r} is no saved state of ttt_jax: write one with state.save(path)")
   reader = Reader.of(model)
   check_model(metadata["model"], reader.fingerprint())
   logits = arrays.pop("logits")

@@ -1,7 +1,7 @@
-"""How parameters, and whatever is kept per parameter, are split over the mesh.
+"""Splits parameters, and optimiser state, over the mesh.
 
-One table says what the dimensions of a parameter are; the axes they are split over are the rules of
-`ttt_jax.parallel.mesh`. Optimiser state has its parameter's name at the end of its path, and so its
+One table lists the logical dimensions of every parameter; the rules of `ttt_jax.parallel.mesh` map
+dimensions to mesh axes. The path of optimiser state ends with its parameter's name, so both have the same
 partition.
 """
 
@@ -20,12 +20,12 @@ from ttt_jax.errors import UserError
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.parallel.mesh import FSDP, ambient_mesh, spec
 
-# The name, for `jax.checkpoint` policies, of parameters gathered over fsdp: kept, they would all lie
-# on every device at the end of the forward pass.
+# The name of parameters gathered over fsdp in `jax.checkpoint` policies. If remat saved them, every device
+# would hold all parameters at the end of the forward pass.
 GATHERED = "gathered_parameter"
 
-# The dimensions of a layer's parameter; layers stacked have one more before them, which is not split.
-# Small ones are whole on every device.
+# The logical dimensions of a layer's parameters; stacked layers have one more in front, which is not split.
+# Small parameters are whole on every device.
 _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
   "table": ("vocab", "embed"),
   "head": ("embed", "vocab"),
@@ -45,7 +45,7 @@ _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
   "log_rate": (),
   "log_half_life": (),
   "scale": (None,),
-  # Of linear attention; its heads are as many as those of keys and values.
+  # Linear attention has as many heads as keys and values have.
   "decay_down": ("embed", None),
   "decay_up": (None, "kv_heads", None),
   "decay_bias": ("kv_heads", None),
@@ -56,10 +56,10 @@ _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
 
 
 def dimensions(name: str, rank: int) -> tuple[str | None, ...]:
-  """The logical dimensions of the array of a path such as `groups/0/1/mlp/conv/value`.
+  """Returns the logical dimensions of the array at a path such as `groups/0/1/mlp/conv/value`.
 
   Raises:
-    UserError: there is no such parameter in the table, or it has another rank.
+    UserError: the table has no such parameter, or one of another rank.
   """
   dims = _DIMENSIONS.get(name.removesuffix("/value").rpartition("/")[2])
   if dims is None and rank == 0:
@@ -72,7 +72,7 @@ def dimensions(name: str, rank: int) -> tuple[str | None, ...]:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-  """Where each array of a model, a layer or a training state lies on the mesh.
+  """Returns the sharding of each array of a model, a layer or a training state.
 
   Raises:
     UserError: a mesh axis does not divide the dimension it splits.
@@ -81,7 +81,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def constrain_parameters(tree: Any) -> Any:
-  """The arrays, split like the parameters whose names they have over the ambient mesh."""
+  """Constrains arrays to the shardings of the parameters of the same names on the ambient mesh."""
   mesh = ambient_mesh()
   if mesh is None:
     return tree
@@ -93,11 +93,10 @@ def constrain_parameters(tree: Any) -> Any:
 
 
 def gathered(tree: Any, dtype: DTypeLike) -> Any:
-  """A layer with its parameters whole over `fsdp`, rounded to the dtype it computes in.
+  """Gathers a layer's parameters over `fsdp`, rounded to the dtype in which the layer computes.
 
-  They are sent in that dtype, and are float32 or wider again when they arrive, so that their gradients
-  are; these are summed and split in one. Called inside the scan over layers, and inside of what is
-  rematerialised: a device holds one layer.
+  See `gather_in_dtype`; a reduce-scatter sums and splits their gradients. Call this inside the scan over
+  layers and inside remat, so that a device holds only one whole layer.
   """
   mesh = ambient_mesh()
   if mesh is None or mesh.shape.get(FSDP, 1) == 1:
