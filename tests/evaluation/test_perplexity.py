@@ -1,4 +1,4 @@
-"""Losses read in segments against one pass over the row, what is compared, what is kept."""
+"""Losses read in pieces against one pass over the row, what is compared, what is kept."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from ttt_jax.evaluation.perplexity import (
 )
 from ttt_jax.evaluation.plots import plot_perplexity
 from ttt_jax.evaluation.result_file import ResultFile
-from ttt_jax.generation import pieces as segments
+from ttt_jax.generation import pieces
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
 from ttt_jax.nn.loss import IGNORE, model_losses
@@ -31,8 +31,8 @@ CONFIG = PerplexityConfig(lengths=(24, 9), block=5, documents=3, buckets=4)
 
 
 @pytest.fixture(autouse=True)
-def short_segments(monkeypatch):
-  monkeypatch.setattr(segments, "_SEGMENT", 8)
+def short_pieces(monkeypatch):
+  monkeypatch.setattr(pieces, "_PIECE", 8)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def _at_once(model, rows, *, update=True):
 @pytest.mark.parametrize(
   "mesh", [None, {"data": 2, "context": 4}, {"data": 1, "context": 2, "fsdp": 2, "tensor": 2}]
 )
-def test_segments_give_the_losses_of_one_pass(model, mesh, update):
+def test_pieces_give_the_losses_of_one_pass(model, mesh, update):
   """Three rows, which a mesh with two places for rows fills up; 29 tokens, a last chunk of one."""
   rows = _rows()
   here = model
