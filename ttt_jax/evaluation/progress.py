@@ -1,6 +1,6 @@
 """Progress displays of training and evaluation: a bar on a terminal, a line now and then elsewhere."""
 
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -13,6 +13,8 @@ from rich.progress import (
 )
 
 from ttt_jax.parallel.processes import is_main
+
+T = TypeVar("T")
 
 _LINES = 20  # lines of a whole training run where no bar can be drawn
 
@@ -35,7 +37,7 @@ class _Display:
     )
     self._task = self._progress.add_task(title, total=total, completed=done, status=status)
 
-  def __enter__(self) -> Self:
+  def __enter__(self: T) -> T:
     self._progress.start()
     return self
 
