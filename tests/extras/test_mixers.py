@@ -23,7 +23,7 @@ from ttt_jax.config import (
 )
 from ttt_jax.config.yaml import load_config
 from ttt_jax.extras.baselines.layers import linear_sizes
-from ttt_jax.generation import pieces as segments
+from ttt_jax.generation import pieces
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
 from ttt_jax.generation.state import load_state
@@ -204,8 +204,8 @@ def read_whole(model, row):
 @pytest.mark.parametrize("size", [{}, {"fsdp": 2, "tensor": 2}], ids=str)
 @EACH_CONV
 def test_writing_token_by_token_is_reading_at_once(mixer, short_conv, size, monkeypatch, tmp_path):
-  """Also from a saved state, and with prompts read in several segments."""
-  monkeypatch.setattr(segments, "_SEGMENT", 8)
+  """Also from a saved state, and with prompts read in several pieces."""
+  monkeypatch.setattr(pieces, "_PIECE", 8)
   model = whole = learner(mixer, short_conv)
   if size:
     model = jax.device_put(model, shardings(model, mesh_of(**{"data": 1, "context": 1} | size)))

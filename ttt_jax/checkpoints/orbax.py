@@ -26,7 +26,7 @@ from ttt_jax.config import CheckpointConfig
 from ttt_jax.config.training import VERIFY
 from ttt_jax.errors import UserError
 from ttt_jax.files import write_text
-from ttt_jax.parallel.processes import is_main, together
+from ttt_jax.parallel.processes import is_main, on_every_process
 from ttt_jax.parallel.trees import named_leaves
 
 # Since format 2 a file's checksum may be null, or be in the file of the process that wrote it.
@@ -156,8 +156,8 @@ class Checkpoints:
       )
     path = self._directory / str(step)
     try:
-      record = together(lambda: _read_record(path))
-      together(lambda: self._verify(path, record["files"]))
+      record = on_every_process(lambda: _read_record(path))
+      on_every_process(lambda: self._verify(path, record["files"]))
     except UserError as error:
       raise self._damaged(step, steps, error) from error
 

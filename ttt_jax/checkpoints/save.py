@@ -19,7 +19,7 @@ from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.checkpoints.ttt_config import SECTION, write_published, write_section
 from ttt_jax.errors import UserError
 from ttt_jax.files import new_directory, write_json
-from ttt_jax.nn.fast_mlp import LOG_SPEED
+from ttt_jax.nn.fast_mlp import LOG_SCALE
 from ttt_jax.nn.transformer import Transformer
 
 
@@ -86,7 +86,7 @@ def _inner_rates(model: Transformer) -> list[float]:
     if layer in model.ttt.layers:
       mlp = model.groups[g][p].mlp
       learned = 0.0 if mlp.log_rate is None else float(mlp.log_rate[...][repeat])
-      rates.append(mlp.base_rate * math.exp(LOG_SPEED * learned))
+      rates.append(mlp.base_rate * math.exp(LOG_SCALE * learned))
   return rates
 
 
