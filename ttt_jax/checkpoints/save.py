@@ -85,6 +85,8 @@ def _inner_rates(model: Transformer) -> list[float]:
   for layer, (g, p, repeat) in enumerate(model.layers()):
     if layer in model.ttt.layers:
       mlp = model.groups[g][p].mlp
+      if mlp.ttt.rule != "sum":
+        continue
       learned = 0.0 if mlp.log_rate is None else float(mlp.log_rate[...][repeat])
       rates.append(mlp.base_rate * math.exp(LOG_SCALE * learned))
   return rates

@@ -70,6 +70,8 @@ def write_published(ttt: TTTConfig, rates: Iterable[float]) -> tuple[dict[str, A
     reasons.append(f"ttt.decay={ttt.decay} (there is none)")
   if ttt.half_life is not None:
     reasons.append(f"ttt.half_life={ttt.half_life} (there is none)")
+  if ttt.rule != "sum":
+    reasons.append(f"ttt.rule={ttt.rule!r} (there it is the sum)")
   if ttt.clip_norm is not None:
     reasons.append(f"ttt.clip_norm={ttt.clip_norm} (there is none)")
   if len(rates) > 1:

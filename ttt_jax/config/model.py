@@ -5,6 +5,20 @@ from dataclasses import dataclass
 from ttt_jax.config.checks import DTYPES, require, require_choice, require_positive
 from ttt_jax.config.given import records_given
 
+RULES = ("sum", "least_squares")
+# Fields of `TTTConfig` that belong to one rule only.
+_OF_RULE = {
+  "sum": ("inner_lr", "inner_lr_scale", "learn_inner_lr", "clip_norm", "merge"),
+  "least_squares": (
+    "ridge",
+    "read_scale",
+    "learn_read_scale",
+    "read_gate",
+    "gate_threshold",
+    "gate_sharpness",
+    "learn_gate",
+  ),
+}
 IMPLEMENTATIONS = ("associative", "dual", "sequential")
 REMAT = ("none", "layer", "minimal")
 MIXERS = ("attention", "gla", "delta_net")
@@ -283,9 +297,46 @@ class TTTConfig:
   """
   wire_dtype: str | None = None
   """Dtype to which states are rounded for the exchange; None sends them unrounded."""
+  rule: str = "sum"
+  """What a chunk reads of the chunks before it: "sum", the paper's sum of updates, or "least_squares", a
+  ridge regression of their targets on their activations, which tells similar activations apart. The
+  fields below belong to "least_squares"; inner_lr and clip_norm to "sum".
+  """
+  ridge: float = 0.01
+  """Ridge of the regression, in units of the mean eigenvalue of its sum of keys."""
+  read_scale: float = 1.0
+  """Factor of what the regression gives."""
+  learn_read_scale: bool = True
+  """Whether each layer multiplies read_scale by exp(10 s), where s is learned and starts at 0."""
+  read_gate: str = "none"
+  """Whether a token reads as much as the memory knows of it: "leverage" multiplies what it reads by
+  sigmoid(gate_sharpness (l - gate_threshold)), where l from 0 to 1 is the token's leverage; "none"
+  reads always.
+  """
+  gate_threshold: float = 0.9
+  """Leverage at which the gate is half open."""
+  gate_sharpness: float = 50.0
+  """Slope of the gate."""
+  learn_gate: bool = True
+  """Whether each layer multiplies 1 - gate_threshold and gate_sharpness by exp(10 s), where both s are
+  learned and start at 0.
+  """
 
   def __post_init__(self):
     require_positive("ttt", self, "chunk_size", "conv_width", "inner_lr")
+    require_choice("ttt.rule", self.rule, RULES)
+    require_choice("ttt.read_gate", self.read_gate, ("none", "leverage"))
+    require_positive("ttt", self, "ridge", "read_scale", "gate_sharpness")
+    require(
+      0 < self.gate_threshold < 1, f"ttt.gate_threshold={self.gate_threshold} must be in (0, 1)"
+    )
+    others = _OF_RULE["sum" if self.rule == "least_squares" else "least_squares"]
+    for name in others:
+      value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+      require(
+        value == default,
+        f"ttt.{name}={value!r} does not belong to ttt.rule={self.rule!r}: leave it out, or change the rule",
+      )
     require(self.conv_width % 2 == 1, f"ttt.conv_width={self.conv_width} must be odd (centred)")
     require_choice("ttt.target", self.target, ("input_embed", "hidden_states"))
     require_choice("ttt.init", self.init, (None, "next_token", "identity", "current_token"))

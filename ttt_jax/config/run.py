@@ -120,6 +120,11 @@ def check_layers(model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig)
       )
     require(len(set(layers)) == len(layers), f"{name}={list(layers)} names a layer twice")
   require(
+    ttt.rule == "sum" or model.state_dtype in ("float32", "float64"),
+    f"model.state_dtype={model.state_dtype!r} cannot hold the sums of ttt.rule={ttt.rule!r}, which a "
+    "factorisation reads: use 'float32'",
+  )
+  require(
     attention.mixer in map(attention.mixer_of, range(model.num_layers))
     or attention.mixer == "attention",
     f"attention.mixer={attention.mixer!r} is in no layer: name layers in attention.mixer_layers, or "

@@ -1,6 +1,6 @@
 """Implements the gated MLP whose down projection is a fast weight that learns along a row."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.nn.mlp import Mlp
 from ttt_jax.ops.fast_weight.api import inplace_ttt
+from ttt_jax.ops.fast_weight.stats import FastWeightStats
 from ttt_jax.ops.fast_weight.targets import ntp_targets
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.parallel.mesh import Axes, over_shards
@@ -18,6 +19,8 @@ from ttt_jax.parallel.mesh import Axes, over_shards
 # Inner rate and half-life are base * exp(LOG_SCALE s), so that AdamW's step sizes suit s as they suit other
 # parameters.
 LOG_SCALE = 10.0
+# The parameters s, and their shapes.
+LEARNED_LOGS = {"log_rate": (), "log_half_life": (), "log_read_scale": (), "log_gate": (2,)}
 
 
 class FastWeightParams(NamedTuple):
@@ -26,19 +29,23 @@ class FastWeightParams(NamedTuple):
   Attributes:
     w_down: the slow down projection, the initial value.
     conv, projection: the parameters of the target, see `ntp_targets`.
-    inner_lr: the inner rate.
+    inner_lr: the inner rate of the sum, else None.
     decay: the state's factor per chunk if a half-life is learned, else None.
+    read_scale: of least squares, else None.
+    gate: threshold and sharpness of least squares with a gate, else None.
   """
 
   w_down: Float[Array, "F D"]
   conv: Float[Array, "W D"]
   projection: Float[Array, "D D"] | None
-  inner_lr: Float[Array, ""]
+  inner_lr: Float[Array, ""] | None
   decay: Float[Array, ""] | None
+  read_scale: Float[Array, ""] | None
+  gate: Float[Array, "2"] | None
 
 
 # Logical dimensions of `FastWeightParams`.
-PARAM_DIMS = FastWeightParams(("mlp", None), None, None, None, None)
+PARAM_DIMS = FastWeightParams(("mlp", None), None, None, None, None, None, None)
 
 
 class MlpStats(NamedTuple):
@@ -46,24 +53,38 @@ class MlpStats(NamedTuple):
 
   Attributes:
     update_ratio: mean of `|update| / |W|`, Frobenius norms, over the last chunks of the shards.
-    state_ratio: largest `|S| / |W|` at the end of a shard.
+    state_ratio: largest `|S| / |W|` at the end of a shard; with least squares D is S.
     output_ratio: `|z S| / |z W|` over about 256 tokens of every shard, the fast part of the output
       against the slow part, both before they are added and rounded; 0 where nothing was learned.
-    inner_lr: the inner rate.
     decay: the state's factor per chunk.
+    inner_lr: the inner rate; with least squares None.
+    read_scale: of least squares, else None.
+    leverage: mean leverage of the tokens, with least squares, else None.
+    condition: largest condition number of a solve at the end of a shard, a lower bound, with least
+      squares, else None.
   """
 
   update_ratio: Float[Array, ""]
   state_ratio: Float[Array, ""]
   output_ratio: Float[Array, ""]
-  inner_lr: Float[Array, ""]
   decay: Float[Array, ""]
+  inner_lr: Float[Array, ""] | None
+  read_scale: Float[Array, ""] | None
+  leverage: Float[Array, ""] | None
+  condition: Float[Array, ""] | None
 
 
 def merge_stats(stats: MlpStats) -> MlpStats:
   """Combines the stats of microbatches, stacked on a leading axis, into those of the batch."""
   mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), stats)
-  return mean._replace(state_ratio=jnp.max(stats.state_ratio, axis=0))
+  largest = {name: getattr(stats, name) for name in ("state_ratio", "condition")}
+  return mean._replace(**jax.tree.map(lambda x: jnp.max(x, axis=0), largest))
+
+
+def _learned(base: Any, log: nnx.Param | None, dtype: DTypeLike) -> Array:
+  """Returns `base * exp(10 s)`, or `base` where nothing is learned."""
+  base = jnp.asarray(base, dtype)
+  return base if log is None else base * jnp.exp(LOG_SCALE * log[...].astype(dtype))
 
 
 class TttMlp(Mlp):
@@ -81,23 +102,45 @@ class TttMlp(Mlp):
       kernel = kernel.at[width // 2 + (ttt.init != "current_token")].set(1)
     self.conv = nnx.Param(kernel)
     self.projection = nnx.Param(jnp.eye(d, dtype=param_dtype)) if ttt.projection else None
-    self.log_rate = nnx.Param(jnp.zeros((), param_dtype)) if ttt.learn_inner_lr else None
-    self.log_half_life = nnx.Param(jnp.zeros((), param_dtype)) if ttt.learn_half_life else None
+
+    def learned_from_zero(is_learned: bool, *shape: int) -> nnx.Param | None:
+      return nnx.Param(jnp.zeros(shape, param_dtype)) if is_learned else None
+
+    is_sum = ttt.rule == "sum"
+    self.log_rate = learned_from_zero(is_sum and ttt.learn_inner_lr)
+    self.log_half_life = learned_from_zero(ttt.learn_half_life)
+    self.log_read_scale = learned_from_zero(not is_sum and ttt.learn_read_scale)
+    self.log_gate = learned_from_zero(ttt.read_gate != "none" and ttt.learn_gate, 2)
     self.ttt = ttt
     self.base_rate = ttt.inner_lr / model.d_ff if ttt.inner_lr_scale == "1/F" else ttt.inner_lr
     self.state_dtype = model.state_dtype
 
-  def inner_lr(self, dtype: DTypeLike) -> Float[Array, ""]:
-    """Returns `base_rate * exp(10 s)` with s learned from 0, or `base_rate`."""
-    if self.log_rate is None:
-      return jnp.asarray(self.base_rate, dtype)
-    return self.base_rate * jnp.exp(LOG_SCALE * self.log_rate[...].astype(dtype))
+  def inner_lr(self, dtype: DTypeLike) -> Float[Array, ""] | None:
+    """Returns `base_rate * exp(10 s)` with s learned from 0, or `base_rate`; None with least squares."""
+    return _learned(self.base_rate, self.log_rate, dtype) if self.ttt.rule == "sum" else None
+
+  def read_scale(self, dtype: DTypeLike) -> Float[Array, ""] | None:
+    """Returns `ttt.read_scale * exp(10 s)` with s learned from 0, or without; None with the sum."""
+    if self.ttt.rule == "sum":
+      return None
+    return _learned(self.ttt.read_scale, self.log_read_scale, dtype)
+
+  def read_gate(self, dtype: DTypeLike) -> Float[Array, "2"] | None:
+    """Returns threshold and sharpness of the gate; None without one.
+
+    `1 - threshold` and the sharpness are those of the config times `exp(10 s)`, s learned from 0.
+    """
+    if self.ttt.read_gate == "none":
+      return None
+    start = jnp.asarray([1 - self.ttt.gate_threshold, self.ttt.gate_sharpness], dtype)
+    distance, sharpness = _learned(start, self.log_gate, dtype)
+    return jnp.stack([1 - distance, sharpness])
 
   def learned_decay(self, dtype: DTypeLike) -> Float[Array, ""] | None:
     """Returns `2^(-C / h)` of the half-life `h = ttt.half_life * exp(10 s)`, s learned from 0; or None."""
     if self.log_half_life is None:
       return None
-    half_life = self.ttt.half_life * jnp.exp(LOG_SCALE * self.log_half_life[...].astype(dtype))
+    half_life = _learned(self.ttt.half_life, self.log_half_life, dtype)
     return jnp.exp2(-self.ttt.chunk_size / half_life)
 
   def learn(
@@ -123,20 +166,28 @@ class TttMlp(Mlp):
       params,
       segment_ids,
       dims=((*rows, "mlp"), (*rows, None), PARAM_DIMS, None if segment_ids is None else rows),
-      out_dims=((*rows, None), (rows,) * 4),
+      out_dims=((*rows, None), FastWeightStats(*(rows,) * self._statistics)),
     )
-    updates, state, fast, slow = (x.astype(wide) for x in stats)
+    stats = jax.tree.map(lambda x: x.astype(wide), stats)
     norm = jnp.linalg.norm(jax.lax.stop_gradient(self.down[...].astype(wide)))
     decay = params.decay
     if decay is None:
       decay = jnp.asarray(1.0 if self.ttt.chunk_decay is None else self.ttt.chunk_decay, wide)
     return y, MlpStats(
-      update_ratio=jnp.mean(updates) / norm,
-      state_ratio=jnp.max(state) / norm,
-      output_ratio=jnp.linalg.norm(fast) / jnp.linalg.norm(slow),
-      inner_lr=jax.lax.stop_gradient(params.inner_lr),
+      update_ratio=jnp.mean(stats.update) / norm,
+      state_ratio=jnp.max(stats.state) / norm,
+      output_ratio=jnp.linalg.norm(stats.fast) / jnp.linalg.norm(stats.slow),
       decay=jax.lax.stop_gradient(decay),
+      inner_lr=jax.lax.stop_gradient(params.inner_lr),
+      read_scale=jax.lax.stop_gradient(params.read_scale),
+      leverage=None if stats.leverage is None else jnp.mean(stats.leverage),
+      condition=None if stats.condition is None else jnp.max(stats.condition),
     )
+
+  @property
+  def _statistics(self) -> int:
+    """Returns how many fields of `FastWeightStats` the rule has; the others are None."""
+    return 4 if self.ttt.rule == "sum" else 6
 
   def _learn(self, z, source, params, segment_ids, *, axes: Axes):
     y, _, stats = self.fast_weight(
@@ -148,7 +199,7 @@ class TttMlp(Mlp):
       tensor_axis=axes.tensor,
       return_stats=True,
     )
-    return y, tuple(x[:, None] for x in stats)  # one entry per row and shard
+    return y, jax.tree.map(lambda x: x[:, None], stats)  # one entry per row and shard
 
   def fast_weight(self, z, source, params: FastWeightParams, *, segment_ids=None, **options):
     """Calls `inplace_ttt` with the config's options; `options` are further arguments."""
@@ -169,6 +220,10 @@ class TttMlp(Mlp):
       segment_ids=segment_ids,
       decay=ttt.chunk_decay if params.decay is None else params.decay,
       clip_norm=ttt.clip_norm,
+      rule=ttt.rule,
+      ridge=ttt.ridge,
+      read_scale=1.0 if params.read_scale is None else params.read_scale,
+      read_gate=None if params.gate is None else (params.gate[0], params.gate[1]),
       implementation=ttt.implementation,
       merge=ttt.merge,
       wire_dtype=ttt.wire_dtype,
@@ -189,4 +244,6 @@ class TttMlp(Mlp):
       projection=None if self.projection is None else self.projection[...].astype(wide),
       inner_lr=self.inner_lr(wide),
       decay=self.learned_decay(wide),
+      read_scale=self.read_scale(wide),
+      gate=self.read_gate(wide),
     )

@@ -137,10 +137,16 @@ class Block(nnx.Module):
     else:
       self.mlp = Mlp(model, param_dtype=param_dtype, rngs=rngs)
 
-  def __call__(self, x, embeddings, rotary, documents, *, update: bool):
-    """Returns the block's output, and its `MlpStats` if it updated a fast weight, else None."""
+  def __call__(self, x, embeddings, rotary, documents, attention_documents, *, update: bool):
+    """Returns the block's output, and its `MlpStats` if it updated a fast weight, else None.
+
+    Attention has documents of its own. A mixer with a state keeps it in `documents`, as a fast weight
+    does.
+    """
+    is_attention = isinstance(self.attention, Attention)
     with jax.named_scope("attention"):
-      x = x + self.attention(self.attention_norm(x), rotary, documents)
+      seen = attention_documents if is_attention else documents
+      x = x + self.attention(self.attention_norm(x), rotary, seen)
     with jax.named_scope("mlp"):
       h = self.mlp_norm(x)
       stats = None
@@ -218,6 +224,7 @@ class Transformer(nnx.Module):
     self,
     tokens: Int[Array | np.ndarray, "B T"],
     segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+    attention_segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     *,
     update: bool = True,
     return_stats: bool = False,
@@ -229,6 +236,8 @@ class Transformer(nnx.Module):
         array its embedding is NaN, and so are the logits that depend on it.
       segment_ids: documents of packed rows: neighbouring documents differ, 0 is padding. No logit
         depends on another document. Padding may have any token, also -1.
+      attention_segment_ids: documents of attention, where they are not those of the fast weights:
+        attention restarts here, fast weights go on to the end of a document in `segment_ids`.
       update: whether the fast weights learn along the row; False reads with W throughout.
       return_stats: also return the `MlpStats` of the TTT layers, stacked in the order of the layers
         (None if no layer updates).
@@ -236,7 +245,7 @@ class Transformer(nnx.Module):
     Raises:
       UserError: tokens or segment_ids have the wrong shape or dtype, or tokens are outside the vocabulary.
     """
-    x, stats = self.hidden(tokens, segment_ids, update=update)
+    x, stats = self.hidden(tokens, segment_ids, attention_segment_ids, update=update)
     logits = next_token_logits(x, self.embed, self.norm, self.head)
     return (logits, stats) if return_stats else logits
 
@@ -244,6 +253,7 @@ class Transformer(nnx.Module):
     self,
     tokens: Int[Array | np.ndarray, "B T"],
     segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+    attention_segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     *,
     update: bool = True,
   ):
@@ -255,21 +265,16 @@ class Transformer(nnx.Module):
       raise UserError(
         f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, expected integers [B, T]"
       )
-    original, tokens, documents = (tokens, segment_ids), jnp.asarray(tokens), None
+    original, tokens = (tokens, segment_ids), jnp.asarray(tokens)
+    documents = attention_documents = None
     if segment_ids is not None:
-      segment_ids = jnp.asarray(segment_ids)
-      check_segment_ids(segment_ids, tokens.shape)
+      documents = attention_documents = _documents("segment_ids", segment_ids, tokens.shape)
     check_ids("tokens", original[0], self.model.vocab_size, original[1])
     if segment_ids is not None:
       valid = in_vocabulary(tokens, self.model.vocab_size, None)
-      tokens = jnp.where((segment_ids == 0) & ~valid, 0, tokens)
-      rows = ("batch", "sequence")
-      documents = over_shards(
-        lambda ids, *, axes: number_documents(ids, context_axis=axes.context),
-        segment_ids,
-        dims=(rows,),
-        out_dims=rows,
-      )
+      tokens = jnp.where((documents == 0) & ~valid, 0, tokens)
+    if attention_segment_ids is not None:
+      attention_documents = _documents("attention_segment_ids", attention_segment_ids, tokens.shape)
     rotary = rotary_angles(
       positions(tokens.shape[1]),
       self.model.head_size,
@@ -280,14 +285,16 @@ class Transformer(nnx.Module):
       embeddings = constrain(self.embed(tokens), "batch", "sequence", None)
 
     @partial(jax.checkpoint, policy=_REMAT_POLICIES[self.model.remat])
-    def layer(x, block, embeddings, documents):
+    def layer(x, block, embeddings, documents, attention_documents):
       block = gathered(block, x.dtype)
-      return block(x, embeddings, rotary, documents, update=update)
+      return block(x, embeddings, rotary, documents, attention_documents, update=update)
 
     def pattern_layers(x, stacks):
       collected = []
       for blocks in stacks:
-        x, stats = _scan_stack(lambda x, block: layer(x, block, embeddings, documents), x, blocks)
+        x, stats = _scan_stack(
+          lambda x, block: layer(x, block, embeddings, documents, attention_documents), x, blocks
+        )
         collected.append(stats)
       return x, _concatenated(collected)
 
@@ -308,6 +315,19 @@ class Transformer(nnx.Module):
       for p, stack in enumerate(pattern)
       for i in range(stack.length)
     ]
+
+
+def _documents(name: str, segment_ids: Array | np.ndarray, shape: tuple[int, ...]) -> Array:
+  """Numbers the documents of rows over all shards; raises UserError unless there is one id per token."""
+  segment_ids = jnp.asarray(segment_ids)
+  check_segment_ids(segment_ids, shape, name=name)
+  rows = ("batch", "sequence")
+  return over_shards(
+    lambda ids, *, axes: number_documents(ids, context_axis=axes.context),
+    segment_ids,
+    dims=(rows,),
+    out_dims=rows,
+  )
 
 
 def _split_repeats(repeats: int, stack: Array) -> Array:

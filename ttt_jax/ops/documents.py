@@ -30,15 +30,17 @@ class ChunkMasks(NamedTuple):
   tail_reads: Bool[Array, "B R"]
 
 
-def check_segment_ids(segment_ids: Array, shape: tuple[int, ...]) -> None:
+def check_segment_ids(
+  segment_ids: Array, shape: tuple[int, ...], *, name: str = "segment_ids"
+) -> None:
   """Raises UserError unless `segment_ids` are integers of `shape`, one per token."""
   if segment_ids.shape != shape:
     raise UserError(
-      f"segment_ids has shape {segment_ids.shape}, expected {shape}: one document number per token"
+      f"{name} has shape {segment_ids.shape}, expected {shape}: one document number per token"
     )
   if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
     raise UserError(
-      f"segment_ids has dtype {segment_ids.dtype}: document numbers are integers, 0 for padding"
+      f"{name} has dtype {segment_ids.dtype}: document numbers are integers, 0 for padding"
     )
 
 

@@ -44,6 +44,8 @@ _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
   "projection": ("embed", None),
   "log_rate": (),
   "log_half_life": (),
+  "log_read_scale": (),
+  "log_gate": (None,),
   "scale": (None,),
   # Linear attention has as many heads as keys and values have.
   "decay_down": ("embed", None),

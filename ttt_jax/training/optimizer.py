@@ -6,11 +6,12 @@ import jax
 import optax
 
 from ttt_jax.config import TrainConfig
+from ttt_jax.nn.fast_mlp import LEARNED_LOGS
 
 # Parameters that weight decay would only pull away from where they do nothing: scales towards 0,
 # convolutions, the inner rate, the half-life and biases.
 _BIASES = ("query_bias", "key_bias", "value_bias", "out_bias", "decay_bias")
-_NO_DECAY = ("scale", "conv", "short_conv", "log_rate", "log_half_life", *_BIASES)
+_NO_DECAY = ("scale", "conv", "short_conv", *LEARNED_LOGS, *_BIASES)
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:

@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 
+from ttt_jax.nn.fast_mlp import LEARNED_LOGS
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.parallel.trees import named_leaves
 
 # Of a TTT layer's MLP, by `train.trainable`.
 _NAMES = {
-  "ttt": ("conv", "projection", "log_rate", "log_half_life"),
-  "ttt+down": ("conv", "projection", "log_rate", "log_half_life", "down"),
+  "ttt": ("conv", "projection", *LEARNED_LOGS),
+  "ttt+down": ("conv", "projection", *LEARNED_LOGS, "down"),
 }
 
 
