@@ -41,7 +41,8 @@ def _run_fast_weights(parsed: argparse.Namespace) -> None:
 
   if parsed.shards > 1:
     jax.config.update("jax_num_cpu_devices", parsed.shards)
-  from ttt_jax.extras.bench.fast_weights import BenchConfig, run_bench
+  from ttt_jax.extras.bench.cases import BenchConfig
+  from ttt_jax.extras.bench.fast_weights import run_bench
 
   run_bench(from_flags(BenchConfig, parsed), parsed.name, parsed.out)
 

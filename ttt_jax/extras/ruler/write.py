@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ttt_jax.checkpoints.tokenizer import load_tokenizer
 from ttt_jax.evaluation.progress import EvaluationProgress
-from ttt_jax.extras.bench.fast_weights import processor, wide_console
+from ttt_jax.extras.bench.machine import processor, wide_console
 from ttt_jax.extras.ruler.config import SamplesConfig
 from ttt_jax.extras.ruler.generate import Ruler
 from ttt_jax.extras.ruler.tasks import TASKS
