@@ -104,6 +104,12 @@ def test_moved_bytes():
   assert Program(text_of(lambda x: x * 2 + 1, x)).moved_bytes == 2 * 4 * n
 
 
+def test_moved_bytes_are_those_of_xla_where_there_is_no_loop():
+  a, b = jnp.ones((24, 32)), jnp.ones((32, 40))
+  compiled = jax.jit(lambda a, b: jnp.sin(a @ b) @ b.T).lower(a, b).compile()
+  assert Program(compiled.as_text()).moved_bytes == compiled.cost_analysis()["bytes accessed"]
+
+
 def test_a_loop_over_a_stack_moves_its_slices_and_not_the_stack():
   layers, d = 6, 32
   stack, x = jnp.ones((layers, d, d), jnp.float32), jnp.ones((8, d), jnp.float32)

@@ -46,6 +46,22 @@ def test_products_in_scans_and_rematerialised():
   assert count(jax.grad(remat, (0, 1)), x, w) == 4 * 4 * product
 
 
+def test_products_are_those_of_xla_which_counts_a_loop_once():
+  x, w = jnp.ones((3, 5)), jnp.ones((4, 5, 5))
+
+  def layer(x, w):
+    return jnp.tanh(x @ w)
+
+  def layers(x, w):
+    return lax.scan(lambda x, w: (layer(x, w), None), x, w)[0]
+
+  def of_xla(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+  assert count(layer, x, w[0]) == of_xla(layer, x, w[0])
+  assert count(layers, x, w) == pytest.approx(4 * of_xla(layers, x, w), rel=0.05)  # its counter
+
+
 def test_a_shard_counts_whole_and_the_rest_by_devices():
   mesh = mesh_of(2, 4)
   x, w = jnp.ones((2, 8, 6)), jnp.ones((6, 10))
