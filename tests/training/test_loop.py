@@ -96,8 +96,8 @@ def test_speed_and_mfu_count_no_padding(monkeypatch):
   seconds = iter([10.0, 14.0])
   monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
   clock = Clock(CONFIG, 4)
-  assert clock.read(100)["tokens_per_second"] is None
-  values = clock.read(130)
+  assert clock.lap(100)["tokens_per_second"] is None
+  values = clock.lap(130)
   assert values["tokens_per_second"] == 30 / 4
   flops = training_flops(CONFIG) * 30 / (2 * 64)
   assert values["mfu"] == pytest.approx(flops / 4 / (4 * find_device().peak))
@@ -107,8 +107,8 @@ def test_mfu_is_not_given_of_a_device_whose_peak_is_unknown():
   device = AbstractDevice(device_kind="TPU v4", num_cores=2, platform="tpu")
   with use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
     clock = Clock(CONFIG, 1)
-    clock.read(0)
-    values = clock.read(10)
+    clock.lap(0)
+    values = clock.lap(10)
   assert values["tokens_per_second"] > 0
   assert values["mfu"] is None
 

@@ -220,7 +220,7 @@ def test_time_of_an_evaluation_is_no_training_time(config, monkeypatch):
   seconds = iter([10.0, 12.0, 20.0, 21.0])
   monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
   clock = Clock(config, 1)
-  clock.read(0)
-  assert clock.read(8)["tokens_per_second"] == 4
+  clock.lap(0)
+  assert clock.lap(8)["tokens_per_second"] == 4
   clock.restart()
-  assert clock.read(11)["tokens_per_second"] == 3
+  assert clock.lap(11)["tokens_per_second"] == 3
