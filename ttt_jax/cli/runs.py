@@ -9,7 +9,7 @@ _TRAIN_EPILOG = """Every field of the config can be overridden, before the file 
   ttt-jax train configs/quickstart.yaml --train.steps 100 --ttt.layers "[2]" --run_dir runs/short
 """
 
-_PLAN_EPILOG = """Exit status 1 means that it does not fit. Fields of the config can be overridden. For example:
+_PLAN_EPILOG = """Exit status 1: it does not fit. Fields of the config can be overridden. For example:
   ttt-jax plan configs/continual_qwen3_14b_128k.yaml --topology v5p:4x4x8 --mesh.context 8
   ttt-jax plan configs/pretrain_4b_8k.yaml --sweep
 """
