@@ -1,4 +1,4 @@
-"""The benchmark as a program: what it writes, on tiny sizes. How fast anything is, no test says."""
+"""Tests what the benchmark writes, on tiny sizes; no test measures time."""
 
 import json
 

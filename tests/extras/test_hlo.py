@@ -1,4 +1,4 @@
-"""What is read from the text of compiled programs: how often loops run, what is sent, what is moved."""
+"""Tests the parser of compiled programs: trip counts of loops, bytes sent, bytes moved."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def text_of(function, *arguments):
 
 
 def test_collectives_in_loops_count_as_often_as_they_run():
-  """A loop of 5 in a loop of 3, over one axis of two: 15 gathers, 3 permutes and 1 sum."""
+  """A loop of 5 in a loop of 3, over one axis of two, runs 15 gathers, 3 permutes and 1 sum."""
   mesh = mesh_of(2, 4)
 
   def inner(x, _):

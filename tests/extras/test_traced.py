@@ -1,4 +1,4 @@
-"""FLOPs counted in traced programs, against what the shapes say."""
+"""Compares FLOPs counted in traced programs with the shapes, and with XLA's numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def test_the_dearest_branch():
 @pytest.mark.parametrize("window", [None, 256])
 @pytest.mark.parametrize(("backward", "products"), [(False, 2), (True, 9)])
 def test_attention_kernels(window, backward, products):
-  """Forward two products of scores' size; with both backward kernels, which form scores again, nine."""
+  """Counts two products of scores' size forward, nine with the backward kernels, which recompute scores."""
   t, heads, width = 2048, 4, 128
   q = jax.ShapeDtypeStruct((1, t, heads, width), jnp.bfloat16)
   k = jax.ShapeDtypeStruct((1, t, 2, width), jnp.bfloat16)
@@ -107,7 +107,7 @@ def test_attention_kernels(window, backward, products):
   "mesh", [MeshConfig(), MeshConfig(fsdp=2, context=2), MeshConfig(context=2, tensor=2)], ids=str
 )
 def test_a_training_step(mesh):
-  """Without remat: thrice what `flops.py` counts, and what the shards do together or once more."""
+  """A step without remat has three times the FLOPs of `flops.py`, and those that shards repeat."""
   config = Config(
     mesh=mesh,
     model=ModelConfig(

@@ -1,4 +1,4 @@
-"""FLOPs from a config against the sizes of the parameters and a count of the keys seen."""
+"""Compares FLOPs from a config with parameter sizes, a count of visible keys, and XLA's number."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def test_two_flops_for_every_parameter_a_token_meets(tied):
 
 @pytest.mark.parametrize("layers", [(), (0,)])
 def test_a_forward_pass_is_that_of_xla(layers):
-  """Of one layer without loops, and the masked scores and the second read that this program computes."""
+  """Compiles one layer without loops; it also computes masked scores and reads W and S in two products."""
   model = ModelConfig(
     vocab_size=64, num_layers=1, d_model=64, d_ff=192, num_heads=4, num_kv_heads=2, remat="none"
   )
