@@ -92,10 +92,10 @@ def _check_flag(flag: str, command: Command) -> None:
 
 
 def _show_warning(
-  show: Callable, message: Warning, category: type, *where: Any, **more: Any
+  show: Callable, message: Warning, category: type, *place: Any, **options: Any
 ) -> None:
   """Prints a warning of ttt_jax as one line without its place in the code, others as Python does."""
   if category is UserWarning:
     print(f"ttt-jax: {message}", file=sys.stderr)
   else:
-    show(message, category, *where, **more)
+    show(message, category, *place, **options)

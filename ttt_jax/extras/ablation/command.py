@@ -32,19 +32,21 @@ def run(
   failed = {}
   if not report_only:
     failed = run_all(ablation, console, device_groups=device_groups)
-  found = report(ablation, failed)
-  write_json(ablation.directory / "ablation.json", found)
-  plot_ablation(found, ablation.directory / "ablation.png")
-  _print(found, console)
+  results = report(ablation, failed)
+  write_json(ablation.directory / "ablation.json", results)
+  plot_ablation(results, ablation.directory / "ablation.png")
+  _print(results, console)
   written = ", ".join(str(ablation.directory / f"ablation.{end}") for end in ("json", "png"))
   console.print(f"written: {written}", highlight=False)
   return 1 if failed else 0
 
 
-def _print(found: dict[str, Any], console: Console) -> None:
+def _print(results: dict[str, Any], console: Console) -> None:
   """Prints the means over the seeds, each with half of its 95 % interval."""
-  reference = found["reference"]
-  recalls = next((row["by_distance"] for row in found["variants"] if row.get("by_distance")), None)
+  reference = results["reference"]
+  recalls = next(
+    (row["by_distance"] for row in results["variants"] if row.get("by_distance")), None
+  )
   titles, explained = ["seeds", "loss"], []
   if reference is not None:
     titles.append("difference")
@@ -57,7 +59,7 @@ def _print(found: dict[str, Any], console: Console) -> None:
     explained.append("first, last: loss in the first and the last part of the documents")
   titles.append("tok/s")
   table = Table(
-    title=found["title"],
+    title=results["title"],
     title_justify="left",
     caption="; ".join(explained),
     caption_justify="left",
@@ -68,7 +70,7 @@ def _print(found: dict[str, Any], console: Console) -> None:
   table.add_column("variant", overflow="fold")
   for title in titles:
     table.add_column(title, justify="right", no_wrap=True)
-  for row in found["variants"]:
+  for row in results["variants"]:
     if not row["seeds"]:
       table.add_row(row["variant"], "0", *["-"] * (len(titles) - 1))
       continue

@@ -1,4 +1,4 @@
-"""The programs that `ttt-jax bench fast-weights` measures, compiled, with their inputs and memory."""
+"""Compiles the programs that `ttt-jax bench fast-weights` measures, with their inputs and memory."""
 
 import dataclasses
 import itertools

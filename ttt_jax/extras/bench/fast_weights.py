@@ -1,4 +1,4 @@
-"""`ttt-jax bench fast-weights`: what fast weights cost, in time, memory and bytes sent.
+"""Runs `ttt-jax bench fast-weights`: measures the time, memory and bytes sent of fast weights.
 
 All programs are compiled first, then timed in turns, round after round, so that a machine that slows down
 slows all of them down: compare by ratios. No test measures time.

@@ -1,4 +1,4 @@
-"""`ttt-jax bench generation`: what learning during generation costs, in time per token and memory.
+"""Runs `ttt-jax bench generation`: measures the time per token and memory of learning meanwhile.
 
 A model of random weights and its twin without fast weights generate in turns, round after round.
 """

@@ -71,7 +71,7 @@ _STORED = ("dot_general", "scan", "all_gather", "all_to_all", "pallas_call", "ga
 
 def largest_arrays(jaxpr: ClosedJaxpr, *, devices: int, count: int) -> list[TracedArray]:
   """Returns the largest arrays by shape and scope; a loop's stacked results count as the loop's."""
-  found: dict[tuple[str, str], TracedArray] = {}
+  largest: dict[tuple[str, str], TracedArray] = {}
 
   def visit(jaxpr: Jaxpr, share: float) -> None:
     for equation in jaxpr.eqns:
@@ -81,14 +81,14 @@ def largest_arrays(jaxpr: ClosedJaxpr, *, devices: int, count: int) -> list[Trac
           shape = variable.aval.str_short()
           size = share * math.prod(variable.aval.shape) * variable.aval.dtype.itemsize
           array = TracedArray(size, shape, scope)
-          found[shape, scope] = max(array, found.get((shape, scope), array))
+          largest[shape, scope] = max(array, largest.get((shape, scope), array))
       if equation.primitive.name != "pallas_call":
         within = 1.0 if equation.primitive.name == "shard_map" else share
         for inner in _inner(equation.params):
           visit(inner, within)
 
   visit(jaxpr.jaxpr, 1 / devices)
-  return sorted(found.values(), reverse=True)[:count]
+  return sorted(largest.values(), reverse=True)[:count]
 
 
 def _inner(params: dict[str, Any]) -> list[Jaxpr]:

@@ -109,6 +109,6 @@ def _frequent_tokens(share, cost, most: int):
   counts = (most * share).astype(int)
   first = np.concatenate([[0], np.cumsum(counts)])
   nth = np.arange(first[-1]) - np.repeat(first[:-1], counts) + 1
-  where = np.ceil(nth / np.repeat(share, counts) - 1e-9).astype(int)
-  added = np.bincount(where, weights=np.repeat(cost, counts), minlength=most + 1)
+  first_n = np.ceil(nth / np.repeat(share, counts) - 1e-9).astype(int)
+  added = np.bincount(first_n, weights=np.repeat(cost, counts), minlength=most + 1)
   return np.cumsum(added[: most + 1]).astype(np.int64)

@@ -113,10 +113,10 @@ def _read(path: Path) -> dict | list:
 def _field(path: Path, parent: Any, name: str | int, kind: type, where: str) -> Any:
   """Returns `parent[name]`; raises UserError if it is missing or not of this kind."""
   if isinstance(name, int):
-    there = isinstance(parent, list) and len(parent) > name
+    exists = isinstance(parent, list) and len(parent) > name
   else:
-    there = isinstance(parent, dict) and name in parent
-  if not there:
+    exists = isinstance(parent, dict) and name in parent
+  if not exists:
     raise UserError(f"{path}: {where} has no field {name!r}, which the format asks for")
   if not isinstance(parent[name], kind):
     raise UserError(f"{path}: {where}.{name} is not a {_KINDS[kind]}")
