@@ -12,8 +12,8 @@ from jax.sharding import AxisType, PartitionSpec
 import ttt_jax
 from ttt_jax.ops.fast_weight.reference import inplace_ttt_reference
 
-# Every way to compute the fast weight, as options of the op.
-WAYS = {
+# All variants of the computation, as arguments of the op.
+OP_VARIANTS = {
   "associative": {"implementation": "associative"},
   "dual": {"implementation": "dual"},
   "sequential, one product": {"implementation": "sequential", "merge": True},
@@ -26,7 +26,7 @@ TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2.5e-2}
 
 
 class Case(NamedTuple):
-  """Sizes unequal to each other, options of the op, and random non-zero arrays in float64."""
+  """A case has sizes unequal to each other, arguments of the op, and random non-zero float64 arrays."""
 
   arrays: dict[str, np.ndarray]  # z, v, w_down, inner_lr and, where they take part, decay, state
   cotangents: tuple[np.ndarray, np.ndarray]
@@ -75,13 +75,13 @@ def make_case(
 
 
 def packed(batch: int, tokens: int, documents: int = 4, seed: int = 0) -> np.ndarray:
-  """Sorted random document numbers; 0, where drawn, is padding at the start."""
+  """Draws sorted random document numbers; 0, where drawn, is padding at the start."""
   rng = np.random.default_rng(seed)
   return np.sort(rng.integers(0, documents, (batch, tokens)), axis=1).astype(np.int32)
 
 
 def expected(case: Case):
-  """(y, S) and the gradients in every array of the case, in float64, from the oracle."""
+  """Returns (y, S) and the gradients in every array of the case, in float64, from the reference."""
   with jax.enable_x64(True):
     function = partial(
       inplace_ttt_reference,
@@ -96,7 +96,7 @@ def expected(case: Case):
 
 
 def several_slices():
-  """The cost model sends states as small as these in one slice: a ring of one slice is no pipeline."""
+  """Makes the ring a pipeline: the cost model would send states as small as these in one slice."""
   return mock.patch(
     "ttt_jax.ops.exchange.cost.ring_slices", lambda shards, size, device, *, rows: min(3, rows)
   )
@@ -108,8 +108,8 @@ def mesh_of(shards: int, explicit: bool = False) -> jax.sharding.Mesh:
   return jax.make_mesh((shards,), ("context",), axis_types=(kind,), devices=jax.devices()[:shards])
 
 
-def op(case: Case, *, shards: int | None, check_vma=True, **how):
-  """`inplace_ttt` as a function of the case's arrays: (y, S), on `shards` devices or without a mesh."""
+def op(case: Case, *, shards: int | None, check_vma=True, **settings):
+  """Returns `inplace_ttt` as a function of the case's arrays, on `shards` devices or without a mesh."""
 
   def local(arrays, segment_ids, context_axis=None):
     with several_slices():
@@ -125,7 +125,7 @@ def op(case: Case, *, shards: int | None, check_vma=True, **how):
       segment_ids=segment_ids,
       context_axis=context_axis,
       **case.options,
-      **how,
+      **settings,
     )
     return y, state.S
 
@@ -147,8 +147,8 @@ def _ids(case: Case):
   return None if case.segment_ids is None else jnp.asarray(case.segment_ids)
 
 
-def run(case: Case, *, dtype="float32", **how):
-  """(y, S) and the gradients in every array, computed in `dtype` by the op."""
+def run(case: Case, *, dtype="float32", **settings):
+  """Returns (y, S) and the gradients in every array, computed in `dtype` by the op."""
   wide = "float64" if dtype == "float64" else "float32"
 
   def cast(name, x):
@@ -156,7 +156,7 @@ def run(case: Case, *, dtype="float32", **how):
 
   arrays = {name: cast(name, x) for name, x in case.arrays.items()}
   cotangents = (jnp.asarray(case.cotangents[0], dtype), jnp.asarray(case.cotangents[1], wide))
-  return _values_and_gradients(op(case, **how), arrays, cotangents)
+  return _values_and_gradients(op(case, **settings), arrays, cotangents)
 
 
 def _values_and_gradients(function, arrays, cotangents):
@@ -169,7 +169,7 @@ def _values_and_gradients(function, arrays, cotangents):
 
 
 def assert_close(actual, law, dtype="float32"):
-  """Every value and gradient within the tolerance of its dtype, and exactly 0 where the law says so."""
+  """Asserts that values and gradients are within tolerance, and exactly 0 where the law's are."""
   (values, gradients), (law_values, law_gradients) = actual, law
   names = {"y": (values[0], law_values[0]), "S": (values[1], law_values[1])}
   names |= {f"d{name}": (gradients[name], law_gradients[name]) for name in law_gradients}

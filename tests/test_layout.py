@@ -1,6 +1,7 @@
 """The rooms of the package: imports go downwards only, and there is no circle."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,12 @@ def test_imports_go_downwards(package):
     if _package(imported) not in ("", *below)
   }
   assert upwards == set()
+
+
+def test_no_two_modules_need_each_other():
+  """TopologicalSorter raises CycleError, with the modules of the circle."""
+  graph = {module: _imports(path) - {module} for module, path in MODULES.items()}
+  list(graphlib.TopologicalSorter(graph).static_order())
 
 
 def test_files_are_of_a_size_to_be_read():

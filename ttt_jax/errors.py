@@ -1,13 +1,13 @@
-"""The errors that tell a user what to change.
+"""Defines the errors that tell a user what to change.
 
-Whatever a user can get wrong or ask for in vain is raised as one of these two. Any other exception that
-leaves the library is a fault of the library or of the machine, and the command line shows its traceback.
+Every mistake of a user and every unsupported request raises one of these two. Any other exception is a
+fault of the library or of the machine, and the command line shows its traceback.
 """
 
 
 class UserError(ValueError):
-  """A value, a file or a combination of them is not valid; the message names it and the remedy."""
+  """Reports an invalid value, file or combination; the message names it and the remedy."""
 
 
 class UnsupportedError(NotImplementedError):
-  """The request is valid, but the library does not support it; the message names what is supported."""
+  """Reports a valid request that the library does not support; the message names what is supported."""

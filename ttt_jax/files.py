@@ -1,4 +1,4 @@
-"""Files and directories written whole or not at all, and held by one process at a time."""
+"""Writes files and directories atomically, and locks them for one process at a time."""
 
 import json
 import math
@@ -17,10 +17,10 @@ from ttt_jax.errors import UserError
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-  """A path beside `path` to write to; the file takes the place of `path` in one step when the block ends.
+def atomic_file(path: str | Path) -> Iterator[Path]:
+  """Yields a path to write to; when the block ends, the new file replaces `path` atomically.
 
-  It is on the disk before it is renamed. If the block fails, `path` stays as it was.
+  The new file is synced to disk before it is renamed. If the block fails, `path` does not change.
   """
   path = Path(path)
   unfinished = unfinished_path(path)
@@ -35,24 +35,24 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def unfinished_path(path: Path) -> Path:
-  """Where `whole_file` writes; a process killed in its block leaves this."""
+  """Returns the path that `atomic_file` writes to; a process killed in the block leaves this file."""
   return path.with_name(f".{path.name}.tmp")
 
 
 def write_text(path: str | Path, text: str) -> None:
-  """Writes a text file whole or not at all."""
-  with whole_file(path) as unfinished:
+  """Writes a text file atomically."""
+  with atomic_file(path) as unfinished:
     unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, data: Any) -> None:
-  """Writes a JSON file whole or not at all; NaN and infinities become null."""
+  """Writes a JSON file atomically; NaN and infinities become null."""
   text = json.dumps(jsonable(data), indent=2, ensure_ascii=False, allow_nan=False)
   write_text(path, f"{text}\n")
 
 
 def jsonable(value: Any) -> Any:
-  """`value` of Python types that JSON has, None for what is not finite."""
+  """Converts `value` to types that JSON has; NaN and infinities become None."""
   if isinstance(value, dict):
     return {str(key): jsonable(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
@@ -66,7 +66,7 @@ def jsonable(value: Any) -> Any:
 
 @contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
-  """A directory to fill that becomes `path` when the block ends, and vanishes if it fails.
+  """Yields a directory to fill; it becomes `path` when the block ends, and is deleted if the block fails.
 
   Raises:
     UserError: `path` exists and is not an empty directory. Nothing has been written.
@@ -86,16 +86,16 @@ def new_directory(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def lock(path: str | Path, *, shown: str, others: str, wait: bool = False) -> Iterator[bool]:
-  """Holds a lock file for the block; gives False, and holds nothing, while another process does.
+  """Holds a lock file during the block and yields True; yields False while another process holds it.
 
-  The system lets go of it when the process ends, however it ends. Where files cannot be locked, a
-  warning says that nothing keeps the others out.
+  The system releases the lock when the process ends, however it ends. If the file system has no locks, a
+  warning says so, and the block runs unlocked.
 
   Args:
     path: the lock file.
-    shown: what it guards, in the warning.
-    others: who is kept out of that, in the warning.
-    wait: for the other process, instead of giving False.
+    shown: the name of the guarded resource, for the warning.
+    others: the processes to keep out and from what, for the warning.
+    wait: whether to wait for the other process in place of yielding False.
   """
   held = FileLock(path, timeout=-1 if wait else 0)
   try:

@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers as `transformers` 5.24 makes them of their files, most compared with it once."""
+"""Tests that tokenizers equal those of `transformers` 5.24; most results were compared with it once."""
 
 import json
 
@@ -136,8 +136,8 @@ def test_a_named_token_that_the_model_has_no_row_for(write):
       "token 300, '<x>', cannot be added .* whose next token is 256",
     ),
     (decoder(token("<x>"), first=65), "token 65 is '<x>' in tokenizer_config.json, and 'A'"),
-    (decoder("<x>"), "has '<x>', which is no token"),
-    ({"added_tokens_decoder": {"x": token("<x>")}}, "'x' is no id"),
+    (decoder("<x>"), "has '<x>', which is not a token"),
+    ({"added_tokens_decoder": {"x": token("<x>")}}, "'x' is not the id"),
   ],
 )
 def test_tokens_that_cannot_be_added(write, config, message):

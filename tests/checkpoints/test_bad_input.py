@@ -1,4 +1,4 @@
-"""Damaged, foreign and contradictory checkpoints: each a clear error."""
+"""Tests that damaged, foreign and contradictory checkpoints each give a clear error."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`ttt-jax convert`, from every kind of source."""
+"""Tests `ttt-jax convert` from every kind of source."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_run_directory(tmp_path, capsys):
   assert load_pretrained(tmp_path / "bf").embed.table.dtype == "bfloat16"
   capsys.readouterr()
   assert main(["convert", str(run), str(tmp_path / "no"), "--ttt.layers", "[0]"]) == 2
-  assert "ttt.layers=[0]: the model has other parameters then" in capsys.readouterr().err
+  assert "ttt.layers=[0] would change which parameters the model has" in capsys.readouterr().err
   assert not (tmp_path / "no").exists()
 
 

@@ -1,4 +1,4 @@
-"""GGUF files as llama.cpp writes them: permuted heads, quantised tensors, the tokenizer inside."""
+"""Tests GGUF files as llama.cpp writes them: permuted heads, quantised tensors, the tokenizer inside."""
 
 import dataclasses
 import shutil
@@ -45,12 +45,12 @@ NAMES = {
 
 
 def permuted(x, heads):
-  """As llama.cpp's converter: the halves of a head, one channel of each in turn."""
+  """Permutes like llama.cpp's converter: takes channels from the two halves of a head in turn."""
   return x.reshape(heads, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
 
 
 def write_gguf(path, model, *, kind=None, architecture="llama", metadata=(), extra=None, **split):
-  """A GGUF of a model; matrices in `kind` of quantisation, in several files as `split` says."""
+  """Writes a GGUF file of a model; matrices in `kind` of quantisation, in several files as `split` says."""
   shutil.rmtree(path.with_suffix(".hf"), ignore_errors=True)
   save_pretrained(model, path.with_suffix(".hf"))
   config = model.model
@@ -149,7 +149,7 @@ def test_truncated(tmp_path, keep):
 
 
 def spelled(text):
-  """A text in the characters of byte-level BPE."""
+  """Spells a text in the characters of byte-level BPE."""
   return byte_tokenizer()._backend.pre_tokenizer.pre_tokenize_str(text)[0][0]
 
 
@@ -237,7 +237,7 @@ def test_sentence_piece_tokenizer(tmp_path):
   [
     ("add_tokenizer_model", "rwkv", NotImplementedError, "ggml.model='rwkv'"),
     ("add_tokenizer_pre", "magic", NotImplementedError, "ggml.pre='magic'"),
-    ("add_token_list", ["a", "a"], ValueError, "names 1 tokens twice"),
+    ("add_token_list", ["a", "a"], ValueError, "repeats 1 tokens"),
   ],
 )
 def test_tokenizers_that_are_not_there(tmp_path, name, value, error, message):

@@ -22,7 +22,7 @@ SMALL = dataclasses.replace(MODEL, num_layers=1)
 
 
 def key(name, value):
-  """A key of the architecture, for `write_gguf`."""
+  """Makes a key of the architecture for `write_gguf`."""
   kind = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string"}[type(value)]
   return kind, (f"llama.{name}", value)
 

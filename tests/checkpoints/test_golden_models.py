@@ -1,4 +1,4 @@
-"""The published implementation's models (and plain ones of `transformers`): logits, loss, every gradient.
+"""Compares with the published code and `transformers`: logits, loss and every gradient.
 
 `tests/golden/model` holds its checkpoints and float64 results. Gradients are compared under the names of
 the checkpoint, through the same table that loads the weights.

@@ -1,4 +1,4 @@
-"""Loading: fast weights dropped into a plain model, dtypes, meshes, memory."""
+"""Tests loading: fast weights added to a plain model, dtypes, meshes, memory."""
 
 import dataclasses
 import json
@@ -115,7 +115,7 @@ def test_ttt_without_layers_is_the_plain_model(write):
 
 
 def test_fast_weights_the_config_does_not_speak_of_are_refused(write):
-  """As checkpoints are that a merge script has written from the plain model's config."""
+  """Imitates the checkpoint of a merge script that wrote the plain model's config."""
   path, made = write(ttt=PUBLISHED)
   keys = [key for key in json.loads((path / "config.json").read_text()) if key.startswith("ttt_")]
   edit_config(path, **dict.fromkeys(keys, "delete"))

@@ -1,4 +1,4 @@
-"""What is saved comes back exactly, on any mesh; what is damaged is named and left as it is."""
+"""Tests that checkpoints are restored exactly, on any mesh, and that damaged ones are named."""
 
 import json
 import os
@@ -39,7 +39,7 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 
 
 def make_state(seed: int, layers: int = 2):
-  """A model and an optimiser state with non-zero moments."""
+  """Makes a model and an optimiser state with non-zero moments."""
   model = Model(nnx.Rngs(seed), layers)
   grads = jax.tree.map(jnp.cos, model)
   with jax.numpy_dtype_promotion("standard"):  # optax computes float ** int
@@ -53,7 +53,7 @@ def mesh_of(shape, names):
 
 
 def abstract_on(mesh, spec, tree):
-  """`tree` with matrices laid out by `spec`, everything else replicated."""
+  """Returns `tree` with matrices sharded by `spec` and everything else replicated."""
 
   def leaf(x):
     where = NamedSharding(mesh, spec if x.ndim == 2 else P())
@@ -333,7 +333,7 @@ def test_damage_to_any_file_is_found(copy_with_checksums, how, verify):
 
 
 def test_sizes_read_no_file_and_checksums_every_file(tmp_path, monkeypatch):
-  """What a save and a restore read of a large checkpoint; once without checksums it stays so."""
+  """Records which files a save and a restore load; a checkpoint without checksums never gets any."""
   read = []
   crc = checkpoint._crc
   monkeypatch.setattr(checkpoint, "_crc", lambda file: read.append(file) or crc(file))
@@ -356,7 +356,7 @@ def test_sizes_read_no_file_and_checksums_every_file(tmp_path, monkeypatch):
 
 
 def test_processes_share_the_reading(copy_with_checksums, monkeypatch):
-  """Each of three reads a part, together they read every file once, and the largest ones apart."""
+  """Checks that three processes together load every file once, the largest files in different processes."""
   path, read, parts = copy_with_checksums / "2", [], []
   sizes = {name: size for name, (size, _) in checkpoint._read_record(path)["files"].items()}
   monkeypatch.setattr(checkpoint, "_crc", lambda file: read.append(file) or 0)
@@ -454,7 +454,7 @@ def test_full_disk_leaves_the_earlier_checkpoint(copy, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_while_saving(tmp_path):
-  """SIGKILL just before the rename: the step is not there, the next start saves it again."""
+  """Kills just before the rename: the step is missing, and the next start saves it again."""
   program = textwrap.dedent(f"""
     import os, signal, jax.numpy as jnp
     from ttt_jax.checkpoints import orbax as checkpoint

@@ -1,4 +1,4 @@
-"""Runs that start from a pretrained model: their config, their first step, what they leave."""
+"""Tests runs that start from a pretrained model: config, first step and output."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ TTT = TTTConfig(layers=(1,), chunk_size=8, target="hidden_states")
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-  """A Hugging Face directory with a random model and a tokenizer of pairs and more."""
+  """Makes a Hugging Face directory with a random model and a tokenizer of pairs and more."""
   path = tmp_path_factory.mktemp("models") / "small"
   save_pretrained(random_model(SIZES, LAYERS, TTTConfig()), path)
   backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -96,7 +96,7 @@ def test_a_field_that_contradicts_the_checkpoint_is_named(pretrained, sections, 
 
 
 def test_positions_may_be_stretched(pretrained):
-  """Of what the checkpoint says of positions the config may say otherwise, and the model follows it."""
+  """Overrides the checkpoint's fields of positions by the config, which the model follows."""
   stretched = ModelConfig(
     rope_theta=5e5,
     max_positions=512,
@@ -163,7 +163,7 @@ eval: {{before: true, seq_len: 64, documents: 2, buckets: 2, prompt_tokens: 9, s
 
 
 def test_train_and_eval_from_the_command_line(pretrained, tmp_path, capsys):
-  """In the model's tokens, evaluated at twice the length of the rows, before and after."""
+  """Trains on the model's tokens, and evaluates before and after at twice the length of the rows."""
   data = tmp_path / "text"
   data.mkdir()
   for i in range(6):
@@ -240,5 +240,5 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(pretrained, tmp_path, caps
   file.write_text(f"data: {{tokenizer: {pretrained}}}")
   assert main(["train", str(file), "--run_dir", str(tmp_path / "run")]) == 2
   error = capsys.readouterr().err
-  assert "model.vocab_size=256 is less than the " in error
+  assert "model.vocab_size=256 is smaller than the " in error
   assert f"set model.vocab_size={load_tokenizer(pretrained).vocab_size}" in error

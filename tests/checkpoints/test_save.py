@@ -1,4 +1,4 @@
-"""Writing: what others will read, exactness for us, nothing half written and nothing written over."""
+"""Tests saving: other libraries load it, we load it exactly, no partial files, nothing overwritten."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""One rule wherever a model is opened: a field that was given counts, or an error names it."""
+"""Tests the one rule for opening a model: a given field counts, or an error names it."""
 
 import dataclasses
 import warnings
@@ -12,7 +12,7 @@ from ttt_jax import UserError, load_pretrained, save_pretrained
 from ttt_jax.checkpoints.hf import open_checkpoint, resolve_sections
 from ttt_jax.checkpoints.open import open_model
 from ttt_jax.checkpoints.resolve import resolve, resolve_run
-from ttt_jax.checkpoints.sections import Sections, agreed
+from ttt_jax.checkpoints.sections import Sections, with_given_fields
 from ttt_jax.cli import main
 from ttt_jax.config import AttentionConfig, Config, ModelConfig, RopeScaling, TTTConfig
 from ttt_jax.config.yaml import dump_config, load_config, load_fields
@@ -67,7 +67,7 @@ OTHER = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-  """A Hugging Face directory whose model has fast weights."""
+  """Makes a Hugging Face directory whose model has fast weights."""
   path = tmp_path_factory.mktemp("models") / "fast"
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the published keys cannot express all of it
@@ -83,7 +83,7 @@ def plain(tmp_path_factory):
 
 
 def _cases():
-  """(section, field, value): every field with its default, and with a value of its own."""
+  """Yields (section, field, value): every field with its default and with another value."""
   for section, cls in (("model", ModelConfig), ("attention", AttentionConfig), ("ttt", TTTConfig)):
     for field in dataclasses.fields(cls):
       yield section, field.name, field.default
@@ -102,7 +102,7 @@ CASES = [(s, f, list(v) if isinstance(v, tuple) else v) for s, f, v in _cases()]
 
 
 def _counts(sections: Sections, section: str, field: str, value) -> bool:
-  """Whether the sections say what was given."""
+  """Tells whether the sections have the given value."""
   got = getattr(getattr(sections, section), field)
   if field == "rope_scaling" and got is not None and value is not None:
     return all(getattr(got, name) == x for name, x in value.items())
@@ -123,7 +123,7 @@ def _named(error: UserError, section: str, field: str) -> bool:
 
 @pytest.mark.parametrize(("section", "field", "value"), CASES)
 def test_a_given_field_counts_or_is_named(checkpoint, section, field, value):
-  """In `train` and `eval`, which resolve a config, and in `generate`, `convert` and `eval ruler`."""
+  """Checks `train` and `eval`, which resolve a config, and `generate`, `convert` and `eval ruler`."""
   words = [f"--{section}.{field}", _yaml(value)]
   row = ["--data.seq_len", "1536", "--init_from", str(checkpoint)]
   opened = open_checkpoint(checkpoint)
@@ -193,7 +193,9 @@ def test_fields_inside_a_field_are_merged():
   own = Sections(MODEL, ATTENTION, TTT)
   given = load_config(None, ["--init_from", "x", "--model.rope_scaling.factor", "8"]).model
   for scaling in (given.rope_scaling, {"factor": 8.0}):
-    merged = agreed(own, {"model": {"rope_scaling": scaling}}, source="it").model.rope_scaling
+    merged = with_given_fields(
+      own, {"model": {"rope_scaling": scaling}}, source="it"
+    ).model.rope_scaling
     assert merged == dataclasses.replace(MODEL.rope_scaling, factor=8.0)
 
 

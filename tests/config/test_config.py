@@ -1,4 +1,4 @@
-"""Every check that needs no device, and every file under configs/."""
+"""Tests every check that needs no device, and every file under configs/."""
 
 import dataclasses
 from pathlib import Path

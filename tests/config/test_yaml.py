@@ -1,4 +1,4 @@
-"""Files and overrides become the right `Config`; every mistake is named."""
+"""Tests that files and overrides become the right `Config` and that errors name every mistake."""
 
 import dataclasses
 import re
@@ -136,7 +136,7 @@ def test_numbers_of_a_file(load):
     ("seq_len: 4", [], r"unknown field seq_len in .*: did you mean data.seq_len or eval.seq_len\?"),
     ("zzz: 4", [], r"unknown field zzz in .*: there are name, run_dir"),
     ("1: 4", [], r"unknown field 1 in"),
-    ("data.seq_len: 4", [], "data.seq_len in .* put it under its section data"),
+    ("data.seq_len: 4", [], "data.seq_len in .* put seq_len under the section data"),
     ("", ["--train.step", "3"], r"unknown field train.step on the command line: .* train.steps\?"),
     ("", ["--batch-size=3"], "unknown field batch-size .* did you mean train.batch_size"),
     ("", ["--train.lr", "3"], r"unknown field train.lr .*: did you mean train.learning_rate\?"),
@@ -168,7 +168,7 @@ def test_numbers_of_a_file(load):
     ("", ["--ttt.layers", "[2"], r"ttt.layers: Expected a tuple. Got value: \[2"),
     ("seed: 1\nseed: 2", [], "line 2: found duplicate key .seed."),
     ("train: {steps: 1, steps: 2}", [], "found duplicate key .steps."),
-    ("- 1", [], "holds no sections but list"),
+    ("- 1", [], "must hold sections, but holds list"),
     ("train: [", [], "x.yaml is not valid YAML: line 1"),
     ("name: !!python/name:os.system x", [], "x.yaml is not valid YAML"),
   ],
@@ -213,7 +213,7 @@ def test_config_difference():
 
 
 def test_a_default_that_is_written_down_is_given(load):
-  """In a file, on the command line and in a constructor alike."""
+  """Checks a file, the command line and a constructor."""
   config = load("ttt: {layers: []}\ntrain:\nmodel: {d_model: 96}", "--model.rope_theta", "10000")
   assert config == Config()
   assert given_fields(config.ttt) == {"layers": ()}

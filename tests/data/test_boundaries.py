@@ -1,4 +1,4 @@
-"""Where documents begin and end: by hand, in memory and prepared, in rows; a model that stops there."""
+"""Tests the tokens at document boundaries: in memory, prepared, in rows; a trained model stops there."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ from helpers import random_model
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from ttt_jax import data, save_pretrained
-from ttt_jax.checkpoints.runs import as_begun
+from ttt_jax.checkpoints.runs import with_recorded_boundaries
 from ttt_jax.checkpoints.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from ttt_jax.cli import main
 from ttt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
@@ -29,7 +29,7 @@ BOS, EOS, END, A, B, C, D, _ = range(len(WORDS))
 
 
 def tokenizer_of(own="$A", *, bos=BOS, eos=(EOS,), eos_id=None):
-  """A token for every word; `own` is what it puts around each text."""
+  """Makes a tokenizer with a token per word; `own` are the tokens that it puts around each text."""
   backend = tokenizers.Tokenizer(
     models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="?")
   )
@@ -60,7 +60,7 @@ def load(path, tokenizer, **options):
 
 
 def documents(corpus):
-  """The tokens of all documents, whatever their order."""
+  """Returns the tokens of all documents, whatever their order."""
   parts = [part for source in corpus.sources for part in (source.train, source.heldout)]
   found = [part.read(i, 0, int(n)) for part in parts for i, n in enumerate(part.lengths)]
   return sorted(tokens.tolist() for tokens in found)
@@ -188,7 +188,7 @@ def test_which_of_several(tmp_path, ids, named, chosen):
 
 
 def test_a_tokenizer_that_would_cut_or_fill_texts_does_neither(tmp_path):
-  """As `transformers` loads it: a file may have kept what one program asked of it."""
+  """Loads as `transformers` does: saved truncation and padding are settings of another program."""
   tokenizer = tokenizer_of()
   tokenizer._backend.enable_truncation(2)
   tokenizer._backend.enable_padding(length=5)
@@ -202,7 +202,7 @@ def test_a_tokenizer_that_would_cut_or_fill_texts_does_neither(tmp_path):
 
 @pytest.fixture
 def prepared(tmp_path):
-  """A function that prepares two documents: (directory, tokenizer, its path)."""
+  """Returns a function that prepares two documents: (directory, tokenizer, its path)."""
   source = write(tmp_path / "text", ["a b", "c"])
 
   def prepare(own="$A", **asked):
@@ -338,24 +338,24 @@ def test_a_run_of_an_older_version_keeps_its_tokens(tmp_path):
   config, ends = run_config(tmp_path), [[A, B, EOS], [C, EOS], [D, A, EOS]]
   assert documents(load_data(config)) == ends
   run = open_run(config.run_dir, config)
-  assert as_begun(config) == config  # of this version
+  assert with_recorded_boundaries(config) == config  # of this version
   assert documents(load_data(config)) == ends
   file = run / CONFIG_FILE
   lines = file.read_text().splitlines(keepends=True)
   file.write_text("".join(line for line in lines if "_of_text:" not in line))
   assert documents(load_data(config)) == [[A, B], [C], [D, A]]
-  assert as_begun(config).data.end_of_text is False
+  assert with_recorded_boundaries(config).data.end_of_text is False
   before = file.read_bytes()
   with pytest.raises(ValueError, match=r"another config:\s+data.end_of_text: False -> True"):
     open_run(run, run_config(tmp_path, end_of_text=True))
-  for same in (config, as_begun(config), run_config(tmp_path, end_of_text=False)):
+  for same in (config, with_recorded_boundaries(config), run_config(tmp_path, end_of_text=False)):
     with hold_run(run, same):
       assert file.read_bytes() == before
   # What is recorded anew says so, for later.
   longer = dataclasses.replace(run_config(tmp_path), eval=EvalConfig(documents=3))
   open_run(run, longer)
   assert read_yaml(file)["data"]["end_of_text"] is False
-  assert as_begun(config).data.end_of_text is False
+  assert with_recorded_boundaries(config).data.end_of_text is False
   open_run(run, config)
   with pytest.raises(ValueError, match=r"data.end_of_text: False -> True"):
     open_run(run, run_config(tmp_path, end_of_text=True))
@@ -373,7 +373,7 @@ def test_what_ends_a_text():
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_model_stops_where_documents_ended(tmp_path, capsys):
-  """From scratch, so that nothing but labels and the tokenizer tell it."""
+  """Trains from scratch, so that only labels and the tokenizer can teach the model."""
   tokenizer = save(tokenizer_of(), tmp_path / "tokenizer")
   source = write(tmp_path / "text", ["a b c"] * 12)
   config = {

@@ -1,4 +1,4 @@
-"""Reading, splitting and packing of documents. Tiny corpora, and once the true standard library."""
+"""Tests loading, splitting and packing of documents, on tiny corpora and once on the standard library."""
 
 import gzip
 import itertools
@@ -45,13 +45,13 @@ def write(root, files):
 
 
 def load(path, seed=0, **options):
-  """The only source of a corpus, and what was skipped."""
+  """Returns the only source of a corpus, and the counts of what was skipped."""
   corpus = data.load_corpus(DataConfig(path=path, **options), seed=seed)
   return corpus.sources[0], corpus.skipped.counts()
 
 
 def texts(loaded):
-  """Everything that was read, as {name: text}."""
+  """Returns all loaded documents as {name: text}."""
   source, _ = loaded
   return {d.name: data.decode(d.tokens) for d in source.train + source.heldout}
 
@@ -270,7 +270,7 @@ def test_bad_glob(tmp_path):
 
 
 def segments(rows):
-  """The tokens of each segment of each row, as bytes; checks that padding comes last."""
+  """Returns the tokens of each segment of each row, as bytes; checks that padding comes last."""
   for tokens, segment_ids in rows:
     count = segment_ids.max()
     boundaries = np.searchsorted(

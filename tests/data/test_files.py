@@ -1,4 +1,4 @@
-"""Files as other programs leave them: hidden copies, links, marks of encodings, JSON, compression."""
+"""Tests files as other programs write them: hidden copies, links, byte order marks, JSON, compression."""
 
 import bz2
 import codecs
@@ -40,7 +40,7 @@ def texts(corpus):
 
 
 def read(path, text_field="text"):
-  """The texts of one file by name, and what was skipped."""
+  """Returns the texts of one file by name, and the counts of what was skipped."""
   skipped = Skipped()
   found = dict(read_texts(path, path.name, text_field=text_field, skipped=skipped))
   return {name: text.decode() for name, text in found.items()}, skipped
@@ -55,7 +55,7 @@ def lines(*records):
 
 @pytest.fixture
 def notebooks(tmp_path):
-  """Ten documents and what editors and version control keep beside them."""
+  """Makes ten documents, and the files that editors and version control keep beside them."""
   documents = {f"{i}.txt": f"text {i}" for i in range(10)}
   copies = {f".ipynb_checkpoints/{i}-checkpoint.txt": f"text {i}" for i in range(10)}
   others = {"sub/.git/note.md": "a", "sub/.git/old/note.md": "b", ".draft.txt": "c"}
@@ -119,7 +119,7 @@ def test_a_file_of_several_names_is_one_document(tmp_path):
 
 
 def test_links_alone_are_names_too(tmp_path):
-  """As in the hub's cache, where every file is a link into a directory of blobs."""
+  """Imitates the hub's cache, where every file is a link into a directory of blobs."""
   write(tmp_path, {"blobs/1": "1", "blobs/2": "2"})
   (tmp_path / "snapshot").mkdir()
   for name, blob in {"b.txt": "1", "a.txt": "2", "c.txt": "2"}.items():
@@ -198,7 +198,7 @@ def zstd():
 
 
 def zstd_frame(content):
-  """As the program makes it, with a checksum."""
+  """Compresses as the zstd program does, with a checksum."""
   return zstd().compress(content, options={zstd().CompressionParameter.checksum_flag: 1})
 
 

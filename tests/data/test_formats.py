@@ -1,4 +1,4 @@
-"""Parquet and ArrayRecord files of others; what is corrupt in them is named and counted."""
+"""Tests parquet and ArrayRecord files of other programs; corrupt records are named and counted."""
 
 import json
 import sys

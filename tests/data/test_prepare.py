@@ -1,4 +1,4 @@
-"""A corpus on disk: the documents of the text in memory, read lazily; killed, damaged, mistaken."""
+"""Tests prepared corpora: equal to text in memory, loaded lazily; killed, damaged and wrong ones."""
 
 import itertools
 import json
@@ -44,7 +44,7 @@ def load(path, tokenizer=None, **options):
 
 
 def documents(part):
-  """The tokens of all documents, as a set of texts."""
+  """Returns the tokens of all documents as a set of texts."""
   tokens = [part.read(i, 0, int(n)) for i, n in enumerate(part.lengths)]
   return {data.decode(x) for x in tokens}
 
@@ -133,7 +133,7 @@ def test_tokens_are_as_narrow_as_the_vocabulary_allows(vocab, dtype):
 
 
 def test_killed_in_the_middle(text, tmp_path):
-  """It does not pass for whole, and the same command makes it."""
+  """Finds the corpus unfinished, and completes it with the same command."""
   out = tmp_path / "out"
   script = (
     "import time; from ttt_jax.data import preparation\n"
@@ -177,7 +177,7 @@ def test_sources_that_give_nothing(text, tmp_path, capsys):
   (tmp_path / "one" / "a.txt").write_text("a")
   out = str(tmp_path / "out")
   for source, problem in (
-    ("one", "holds 1 readable documents (skipped: nothing): two or more are needed"),
+    ("one", "holds 1 readable documents (skipped: nothing): give two or more"),
     ("nowhere", "does not exist"),
   ):
     assert main(["data", "prepare", str(tmp_path / source), out]) == 2

@@ -1,4 +1,4 @@
-"""Streams of rows: mixtures, alignment, any number of processes, going on from a state."""
+"""Tests streams of rows: mixtures, alignment, any number of processes, restoring a state."""
 
 import itertools
 import json
@@ -69,7 +69,7 @@ def test_seeds_shift_the_turns():
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (0.05, 0.95)])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_weights_are_parts_of_the_tokens(weights, batch_size):
-  """Although one source has long documents and the other short ones; in every row slot."""
+  """Mixes a source of long documents with a source of short ones, in every row slot."""
   long = source([40, 31, 64, 50] * 5, high=100, weight=weights[0])
   short = source([2, 3, 4, 1, 5] * 9, low=100, weight=weights[1])
   with closing(
@@ -164,7 +164,7 @@ def test_rows_of_a_batch_differ():
 @pytest.mark.parametrize("steps", [0, 20, 64, 130])
 @pytest.mark.parametrize("before", [1, 4])
 def test_going_on_with_any_number_of_processes(steps, before):
-  """At, after and before the end of the 64 rows that a stream packs at a time."""
+  """Restores at, after and before the end of the 64 rows that a stream packs at a time."""
   groups = np.split(np.arange(4), before)
   states = []
   for slots in groups:

@@ -60,7 +60,7 @@ def test_documents_that_are_too_short(capsys):
 
 def test_recall(run, capsys):
   assert main(["eval", "recall", "made"]) == 0
-  assert "values known again, 3 held-out documents of 128 bytes; by chance 3.8%" in (
+  assert "recall accuracy on 3 held-out documents of 128 bytes; chance is 3.8%" in (
     capsys.readouterr().out
   )
   report = json.loads((run / "made" / "recall.json").read_text())

@@ -1,4 +1,4 @@
-"""Losses read in segments against one pass over the row, what is compared, what is kept."""
+"""Losses read in pieces against one pass over the row, what is compared, what is kept."""
 
 import dataclasses
 import json
@@ -10,7 +10,6 @@ from helpers import MODEL, TTT, mesh_of, random_model, random_rows, relative_err
 
 from ttt_jax.config import TTTConfig
 from ttt_jax.evaluation import perplexity
-from ttt_jax.evaluation.cells import Cells
 from ttt_jax.evaluation.perplexity import (
   PerplexityConfig,
   bootstrap,
@@ -20,7 +19,8 @@ from ttt_jax.evaluation.perplexity import (
   tokens_to_read,
 )
 from ttt_jax.evaluation.plots import plot_perplexity
-from ttt_jax.generation import pieces as segments
+from ttt_jax.evaluation.result_file import ResultFile
+from ttt_jax.generation import pieces
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
 from ttt_jax.nn.loss import IGNORE, model_losses
@@ -31,8 +31,8 @@ CONFIG = PerplexityConfig(lengths=(24, 9), block=5, documents=3, buckets=4)
 
 
 @pytest.fixture(autouse=True)
-def short_segments(monkeypatch):
-  monkeypatch.setattr(segments, "_SEGMENT", 8)
+def short_pieces(monkeypatch):
+  monkeypatch.setattr(pieces, "_PIECE", 8)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def _at_once(model, rows, *, update=True):
 @pytest.mark.parametrize(
   "mesh", [None, {"data": 2, "context": 4}, {"data": 1, "context": 2, "fsdp": 2, "tensor": 2}]
 )
-def test_segments_give_the_losses_of_one_pass(model, mesh, update):
+def test_pieces_give_the_losses_of_one_pass(model, mesh, update):
   """Three rows, which a mesh with two places for rows fills up; 29 tokens, a last chunk of one."""
   rows = _rows()
   here = model
@@ -117,7 +117,7 @@ def test_the_block_is_the_same_and_the_context_before_it_grows(model, reader, tm
   rows = _rows()
   heard = []
   config = dataclasses.replace(CONFIG, reset_every=(8,))
-  cells = Cells(tmp_path / "cells", settings(reader, rows, config))
+  cells = ResultFile(tmp_path / "cells", settings(reader, rows, config))
   report = evaluate_perplexity(reader, rows, config, cells, on_read=heard.append)
   assert sum(heard) == tokens_to_read(reader, 3, config) == 3 * 3 * (29 + 14)
   assert report["modes"] == ["updating", "frozen", "reset 8"]
@@ -148,7 +148,7 @@ def test_the_block_is_the_same_and_the_context_before_it_grows(model, reader, tm
 def test_a_model_without_fast_weights_is_read_one_way(tmp_path):
   reader = Reader.of(random_model(ttt=TTTConfig()))
   rows = _rows()
-  cells = Cells(tmp_path / "cells", settings(reader, rows, CONFIG))
+  cells = ResultFile(tmp_path / "cells", settings(reader, rows, CONFIG))
   report = evaluate_perplexity(reader, rows, CONFIG, cells)
   assert report["modes"] == ["plain"]
   assert all("gain" not in row for row in report["by_context"])
@@ -157,7 +157,7 @@ def test_a_model_without_fast_weights_is_read_one_way(tmp_path):
 def test_interrupted_it_goes_on_and_counts_nothing_twice(reader, tmp_path, monkeypatch):
   rows, path = _rows(), tmp_path / "cells"
   whole = evaluate_perplexity(
-    reader, rows, CONFIG, Cells(tmp_path / "other", settings(reader, rows, CONFIG))
+    reader, rows, CONFIG, ResultFile(tmp_path / "other", settings(reader, rows, CONFIG))
   )
   reads = []
 
@@ -169,11 +169,11 @@ def test_interrupted_it_goes_on_and_counts_nothing_twice(reader, tmp_path, monke
 
   monkeypatch.setattr(perplexity, "read_losses", read)
   with pytest.raises(KeyboardInterrupt):
-    evaluate_perplexity(reader, rows, CONFIG, Cells(path, settings(reader, rows, CONFIG)))
+    evaluate_perplexity(reader, rows, CONFIG, ResultFile(path, settings(reader, rows, CONFIG)))
   with path.open("a") as file:
     file.write('{"key": ["updating", 9, 2], "resu')  # killed while it wrote
   del reads[:]
-  cells = Cells(path, settings(reader, rows, CONFIG))
+  cells = ResultFile(path, settings(reader, rows, CONFIG))
   assert len(cells) == 5
   monkeypatch.setattr(perplexity, "read_losses", read_losses)
   assert evaluate_perplexity(reader, rows, CONFIG, cells) == whole
@@ -183,17 +183,17 @@ def test_interrupted_it_goes_on_and_counts_nothing_twice(reader, tmp_path, monke
 
 def test_results_of_other_settings_are_refused_and_kept(reader, tmp_path):
   rows, path = _rows(), tmp_path / "cells"
-  Cells(path, settings(reader, rows, CONFIG)).add(("frozen", 9, 0), {"block": 1.5})
+  ResultFile(path, settings(reader, rows, CONFIG)).add(("frozen", 9, 0), {"block": 1.5})
   before = path.read_text()
   other = settings(reader, _rows(length=30), CONFIG)
   with pytest.raises(ValueError, match=r"other settings: documents was .*--out"):
-    Cells(path, other)
+    ResultFile(path, other)
   assert path.read_text() == before
   (tmp_path / "text").write_text("hello\nworld\n")
   with pytest.raises(ValueError, match="no file of results"):
-    Cells(tmp_path / "text", other)
+    ResultFile(tmp_path / "text", other)
   with pytest.raises(ValueError, match="has a result for"):
-    Cells(path, settings(reader, rows, CONFIG)).add(("frozen", 9, 0), {"block": 2.5})
+    ResultFile(path, settings(reader, rows, CONFIG)).add(("frozen", 9, 0), {"block": 2.5})
 
 
 def test_intervals_hold_the_mean_as_often_as_they_say():

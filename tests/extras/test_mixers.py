@@ -23,7 +23,7 @@ from ttt_jax.config import (
 )
 from ttt_jax.config.yaml import load_config
 from ttt_jax.extras.baselines.layers import linear_sizes
-from ttt_jax.generation import pieces as segments
+from ttt_jax.generation import pieces
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
 from ttt_jax.generation.state import load_state
@@ -205,7 +205,7 @@ def read_whole(model, row):
 @EACH_CONV
 def test_writing_token_by_token_is_reading_at_once(mixer, short_conv, size, monkeypatch, tmp_path):
   """Generation equals the full pass, also from a saved state and with prompts in several pieces."""
-  monkeypatch.setattr(segments, "_SEGMENT", 8)
+  monkeypatch.setattr(pieces, "_PIECE", 8)
   model = whole = learner(mixer, short_conv)
   if size:
     model = jax.device_put(model, shardings(model, mesh_of(**{"data": 1, "context": 1} | size)))

@@ -9,19 +9,19 @@ import pytest
 from helpers import ATTENTION, MODEL, TTT, mesh_of, random_model, relative_error
 
 from ttt_jax.config import AttentionConfig, TTTConfig
-from ttt_jax.generation import pieces as segments
+from ttt_jax.generation import pieces
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import Stream, generate
 from ttt_jax.parallel.parameters import shardings
 
-# The chunk is 4, the window 5: shorter than both, a whole number of chunks, several segments.
+# The chunk is 4, the window 5: shorter than both, a whole number of chunks, several pieces.
 LENGTHS = (3, 24, 37, 4, 9)
 NEW = 18
 
 
 @pytest.fixture(autouse=True)
-def short_segments(monkeypatch):
-  monkeypatch.setattr(segments, "_SEGMENT", 16)
+def short_pieces(monkeypatch):
+  monkeypatch.setattr(pieces, "_PIECE", 16)
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def test_it_is_a_decay_of_half_in_so_many_tokens():
 
 
 def test_a_learned_one_acts_as_a_fixed_one_of_its_value():
-  """In training, and with rows read on in segments, where the rows' lengths count."""
+  """In training, and with rows read on in pieces, where the rows' lengths count."""
   model = _made(LEARNED)
   half_life = _learned(model)
   assert abs(half_life - 9.0) > 0.3

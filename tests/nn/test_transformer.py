@@ -23,11 +23,11 @@ from ttt_jax.nn.layers import rotary_angles
 from ttt_jax.nn.transformer import (
   Group,
   LayerKind,
-  Run,
+  LayerStack,
   Transformer,
+  group_layers,
   layer_kinds,
   next_token_logits,
-  plan_groups,
 )
 from ttt_jax.ops.documents import number_documents
 from ttt_jax.parallel.mesh import sharding
@@ -48,15 +48,15 @@ TTT_KIND, PLAIN, FULL = LayerKind(True, 5), LayerKind(False, 5), LayerKind(False
   ],
 )
 def test_plan_covers_the_layers_with_the_fewest_written_out(kinds, written):
-  plan = plan_groups(kinds)
+  plan = group_layers(kinds)
   covered = [(run.kind,) * run.length for group in plan for run in group.pattern * group.repeats]
   assert sum(covered, ()) == kinds
   assert sum(len(group.pattern) for group in plan) == written
 
 
 def test_plan_of_a_period_is_one_group():
-  pattern = (Run(TTT_KIND, 1), Run(PLAIN, 2))
-  assert plan_groups((TTT_KIND, PLAIN, PLAIN) * 4) == (Group(pattern, 4),)
+  pattern = (LayerStack(TTT_KIND, 1), LayerStack(PLAIN, 2))
+  assert group_layers((TTT_KIND, PLAIN, PLAIN) * 4) == (Group(pattern, 4),)
 
 
 def test_any_set_of_layers_can_be_ttt_or_full():

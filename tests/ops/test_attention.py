@@ -26,7 +26,7 @@ def _draw(dtype="float32", t=T):
 
 
 def _law(q, k, v, window, segment_ids):
-  """In float64, from the whole `[T, T]` mask."""
+  """Computes attention in float64, with the whole `[T, T]` mask."""
   t = q.shape[1]
   k, v = jnp.repeat(k, H // G, 2), jnp.repeat(v, H // G, 2)
   scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(K)
@@ -51,12 +51,12 @@ def _expected(arrays, window, segment_ids):
     return [np.asarray(x) for x in jax.jit(partial(_values_and_gradients, law))(*wide)]
 
 
-def _on_shards(shards, *, check_vma=True, **how):
-  """`attention(q, k, v, segment_ids)` over global arrays, on `shards` devices or, for 0, without."""
+def _on_shards(shards, *, check_vma=True, **settings):
+  """Returns `attention(q, k, v, segment_ids)` over global arrays, on `shards` devices; 0 is no mesh."""
   if not shards:
-    return partial(_call, **how)
+    return partial(_call, **settings)
   mapped = jax.shard_map(
-    partial(_call, context_axis="context", **how),
+    partial(_call, context_axis="context", **settings),
     mesh=mesh_of(shards),
     in_specs=(TOKENS,) * 4,
     out_specs=TOKENS,
@@ -65,12 +65,12 @@ def _on_shards(shards, *, check_vma=True, **how):
   return mapped
 
 
-def _on_shards_unpacked(shards, **how):
-  """`attention(q, k, v)` without segments and without tracking of varying axes."""
+def _on_shards_unpacked(shards, **settings):
+  """Returns `attention(q, k, v)` without segments and without tracking of varying axes."""
   if not shards:
-    return partial(attention, **how)
+    return partial(attention, **settings)
   return jax.shard_map(
-    partial(attention, context_axis="context", **how),
+    partial(attention, context_axis="context", **settings),
     mesh=mesh_of(shards),
     in_specs=(TOKENS,) * 3,
     out_specs=TOKENS,
@@ -78,8 +78,8 @@ def _on_shards_unpacked(shards, **how):
   )
 
 
-def _call(q, k, v, segment_ids, **how):
-  return attention(q, k, v, segment_ids=segment_ids, **how)
+def _call(q, k, v, segment_ids, **settings):
+  return attention(q, k, v, segment_ids=segment_ids, **settings)
 
 
 def _assert_close(actual, law, tolerance):
@@ -92,7 +92,7 @@ PACKED = pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "one
 
 
 def _assert_law(function, window, is_packed, arrays=None, tolerance=1e-5):
-  """`function(q, k, v, segment_ids)` has the law's values and gradients in q, k and v."""
+  """Asserts that `function(q, k, v, segment_ids)` has the law's values and gradients."""
   arrays = _draw() if arrays is None else arrays
   t = arrays[0].shape[1]
   ids = packed(B, t) if is_packed else np.ones((B, t), np.int32)
@@ -115,7 +115,7 @@ def test_equals_the_law(shards, window, is_packed):
 @pytest.mark.parametrize("window", [5, 17])
 @pytest.mark.parametrize("shards", [0, 8])
 def test_wide_windows(shards, window, is_packed, monkeypatch):
-  """The path of windows that are too wide for blocks of their length."""
+  """Windows that are too wide for `local` take `blockwise`."""
   monkeypatch.setattr("ttt_jax.ops.attention.api._LOCAL_WINDOW", 0)
   monkeypatch.setattr("ttt_jax.ops.attention.blockwise.BLOCK", 4)
   _assert_law(_on_shards(shards, window=window), window, is_packed)
@@ -123,10 +123,10 @@ def test_wide_windows(shards, window, is_packed, monkeypatch):
 
 # Shards of 12, 8 and, odd, of 3 tokens; on three shards the one in the middle is its own mirror.
 @PACKED
-@pytest.mark.parametrize("balance", [True, False], ids=["balanced", "as it lies"])
+@pytest.mark.parametrize("balance", [True, False], ids=["balanced", "unbalanced"])
 @pytest.mark.parametrize("shards", [2, 3, 8])
 def test_full_attention_on_shards(shards, balance, is_packed, monkeypatch):
-  """Every shard several blocks of queries, and every half of a shard."""
+  """Every shard, and every half of a shard, has several blocks of queries."""
   monkeypatch.setattr("ttt_jax.ops.attention.blockwise.BLOCK", 2)
   _assert_law(_on_shards(shards, balance=balance), None, is_packed)
 
@@ -141,10 +141,10 @@ def test_without_segments_or_tracking(window, local, monkeypatch):
 
 @pytest.mark.parametrize("window", [70, 140, None])
 def test_lengths_that_no_block_divides(window, monkeypatch):
-  """Several blocks, the last one not full; and blocks taken one after another."""
+  """The last of several blocks is not full; blocks are also taken one after another."""
   monkeypatch.setattr("ttt_jax.ops.attention.blockwise.BLOCK", 64)
   for at_once in (1 << 26, 1) if window == 70 else (1,):
-    monkeypatch.setattr("ttt_jax.ops.attention.api._SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr("ttt_jax.ops.attention.local._SCORES_AT_ONCE", at_once)
     _assert_law(_on_shards(0, window=window), window, True, _draw(t=150))
 
 
@@ -157,7 +157,7 @@ def test_float64(window):
 
 
 def test_under_vmap_scan_and_checkpoint(monkeypatch):
-  """Rows mapped with segments of their own; the op as the body of a checkpointed scan."""
+  """The op works under vmap over rows with their segments, and in a checkpointed scan."""
   monkeypatch.setattr("ttt_jax.ops.attention.blockwise.BLOCK", 5)
 
   def row(q, k, v, ids):
@@ -173,7 +173,7 @@ def test_under_vmap_scan_and_checkpoint(monkeypatch):
 
 @pytest.mark.parametrize("balance", [True, False])
 def test_work_is_balanced(balance, monkeypatch):
-  """Blocks of keys that each device computes, as the program runs: of 64 blocks, one per token."""
+  """Counts the blocks of keys that each device computes as the program runs; a block is one token."""
   bounds, work = blockwise.bounds, []
 
   def counted(seen):
@@ -194,7 +194,7 @@ def test_work_is_balanced(balance, monkeypatch):
 
 
 def test_blocks_of_other_documents_are_not_computed():
-  """Eight documents of one block each: a block of queries computes its own block alone."""
+  """With eight documents of one block each, a block of queries computes only its own block."""
   q_position = jnp.arange(64).reshape(8, 8)
   ids = jnp.broadcast_to(jnp.arange(1, 9)[:, None, None], (8, B, 8))
   seen = blockwise.visible_blocks(q_position, (ids, ids), keys=(8, 8), window=None)
@@ -203,7 +203,7 @@ def test_blocks_of_other_documents_are_not_computed():
 
 @pytest.mark.parametrize("window", [5, None])
 def test_bfloat16(window):
-  """Inputs of 8 bits: a few times 2^-8, softmax in float32."""
+  """Inputs have 8 bits, so errors are a few times 2^-8; the softmax is in float32."""
   arrays, ids = _draw("bfloat16"), jnp.asarray(SEGMENTS)
   function = _on_shards(4, window=window)
   actual = jax.jit(lambda *a: _values_and_gradients(lambda q, k, v: function(q, k, v, ids), *a))(
@@ -239,7 +239,7 @@ def test_never_makes_tokens_by_tokens(window):
 
 
 @pytest.mark.parametrize(
-  ("how", "expected"),
+  ("settings", "expected"),
   [
     ({"window": 1}, {}),
     ({"window": 3}, {"collective-permute": 2}),  # keys and values together, segment ids
@@ -248,8 +248,8 @@ def test_never_makes_tokens_by_tokens(window):
     ({}, {"all-gather": 2, "collective-permute": 2}),  # queries to their mirror, outputs back
   ],
 )
-def test_collectives(how, expected):
-  function = _on_shards(8, **how)
+def test_collectives(settings, expected):
+  function = _on_shards(8, **settings)
   ids = jnp.asarray(SEGMENTS)
   compiled = jax.jit(function).lower(*_draw()[:3], ids).compile()
   assert count_collectives(compiled.as_text()) == expected
@@ -294,15 +294,15 @@ def test_cudnn_says_what_it_cannot_take():
 @pytest.mark.parametrize("window", [1, 5, 17])
 @pytest.mark.parametrize("shards", [0, 8])
 def test_halo_for_cudnn(shards, window, monkeypatch):
-  """What surrounds cuDNN's kernel, with the library's own in its place; its inputs have 16 bits."""
+  """The halo around cuDNN's kernel is right: XLA's attention takes its place, with 16-bit inputs."""
   library, calls = jax.nn.dot_product_attention, []
 
-  def in_its_place(*args, implementation, **how):
+  def xla_instead(*args, implementation, **settings):
     calls.append(implementation)
-    return library(*args, implementation="xla", **how)
+    return library(*args, implementation="xla", **settings)
 
-  monkeypatch.setattr("jax.nn.dot_product_attention", in_its_place)
-  monkeypatch.setattr("ttt_jax.ops.attention.api._refusals_of_cudnn", lambda *_: [])
+  monkeypatch.setattr("jax.nn.dot_product_attention", xla_instead)
+  monkeypatch.setattr("ttt_jax.ops.attention.cudnn.refusals", lambda *_: [])
   function = _on_shards_unpacked(shards, window=window, implementation="cudnn")
   _assert_law(lambda q, k, v, _: function(q, k, v), window, False)
   assert set(calls) == {"cudnn"}
@@ -320,29 +320,29 @@ def test_halo_for_cudnn(shards, window, monkeypatch):
   ],
 )
 def test_splash_interpreted(tokens, shards, window, is_packed, monkeypatch):
-  """The TPU's kernel, run by Pallas on CPU; its blocks are 128 tokens."""
+  """Pallas interprets the TPU's kernel on CPU, with blocks of 128 tokens."""
   monkeypatch.setattr("ttt_jax.ops.attention.splash._INTERPRET", True)
   monkeypatch.setattr("ttt_jax.ops.attention.splash._BLOCKS", (128,))
-  how = {"window": window, "implementation": "splash"}
+  settings = {"window": window, "implementation": "splash"}
   if is_packed:
-    function = _on_shards(shards, check_vma=False, **how)
+    function = _on_shards(shards, check_vma=False, **settings)
   else:
-    unpacked = _on_shards_unpacked(shards, **how)
+    unpacked = _on_shards_unpacked(shards, **settings)
     function = lambda q, k, v, _: unpacked(q, k, v)  # noqa: E731
   _assert_law(function, window, is_packed, _draw(t=tokens))
 
 
-def _lowered_for_tpu(mesh, dtype="bfloat16", **how):
-  """The gradients on a mesh that need not exist here, traced and lowered for TPU."""
+def _lowered_for_tpu(mesh, dtype="bfloat16", **settings):
+  """Traces the gradients on a mesh that need not exist, and lowers them for TPU."""
   tokens = jax.NamedSharding(mesh, TOKENS)
   arrays = [jax.ShapeDtypeStruct((1, 4096, h, 128), dtype, sharding=tokens) for h in (H, G, G)]
   ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=tokens)
   mapped = jax.shard_map(
-    partial(_call, context_axis="context", **how),
+    partial(_call, context_axis="context", **settings),
     mesh=mesh,
     in_specs=(TOKENS,) * 4,
     out_specs=TOKENS,
-    check_vma=how.get("implementation") != "splash",
+    check_vma=settings.get("implementation") != "splash",
   )
   gradients = jax.grad(lambda *a: jnp.sum(mapped(*a).astype(jnp.float32)), (0, 1, 2))
   return jax.jit(gradients).trace(*arrays, ids).lower(lowering_platforms=("tpu",))
@@ -359,7 +359,7 @@ def test_lowers_for_tpu(implementation, window):
 
 @pytest.mark.parametrize("window", [300, None])
 def test_compiles_for_tpu(window, monkeypatch):
-  """Ahead of time, for sixteen chips, by the compiler that TPU users have."""
+  """libtpu compiles the gradients ahead of time for sixteen chips."""
   pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")
   monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
   monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -393,7 +393,8 @@ def test_the_best_that_can_express_the_call(backend, changes, expected, monkeypa
   class A100:
     compute_capability = "8.0"
 
-  monkeypatch.setattr("ttt_jax.ops.attention.api.target_platform", lambda: backend)
+  for module in ("api", "cudnn"):
+    monkeypatch.setattr(f"ttt_jax.ops.attention.{module}.target_platform", lambda: backend)
   monkeypatch.setattr("jax.devices", lambda: [A100])
   shape = (1, 8, 2, changes.get("head_size", 8))
   q = jax.ShapeDtypeStruct(shape, changes.get("dtype", "float32"))

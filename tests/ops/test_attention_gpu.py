@@ -1,4 +1,4 @@
-"""Which attention kernel a GPU gets by default: by its vendor and capability, here or of another mesh."""
+"""The default attention kernel of a GPU depends on its vendor and capability, here or in another mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class _Gpu:
 )
 @pytest.mark.parametrize("traced_for", ["a device here", "a mesh of its kind", "a mesh of another"])
 def test_default_attention_on_a_gpu(gpu, head_size, expected, traced_for, monkeypatch):
-  """The kernel is chosen by the GPU that is traced for, of either vendor; other kinds are unknown."""
+  """The GPU that is traced for decides; the capability of a kind that is not here is unknown."""
   monkeypatch.setattr("jax.devices", lambda: [gpu])
   kind = "NVIDIA A40" if traced_for == "a mesh of another" else gpu.device_kind
   abstract = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")

@@ -1,4 +1,4 @@
-"""NaN and infinities in one document reach no other: attention, linear attention, targets and losses."""
+"""NaN and infinities stay in their document: attention, linear attention, targets and losses."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ def _draw(*widths, seed=0):
 
 
 def _spoil(x, where, bad):
-  """The first number of every other token, so that not all of the document's tokens are bad."""
+  """Makes the first number of every other token bad, so that some of the document's tokens are good."""
   chosen = where & (np.arange(T) % 2 == 0)[None]
   flat = np.array(x).reshape(2, T, -1)
   flat[..., 0] = np.where(chosen, bad, flat[..., 0])
@@ -35,7 +35,7 @@ def _spoil(x, where, bad):
 
 
 def _check(function, arrays, where, bad, *, shared=()):
-  """Outputs and gradients of the other tokens are those with harmless numbers there.
+  """Asserts that outputs and gradients of the other tokens equal those with harmless numbers instead.
 
   `shared` are parameters, whose gradients are also compared: for padding, that has no cotangent.
   """
@@ -103,7 +103,7 @@ def test_attention_on_shards(kind):
 
 
 def test_a_broken_cotangent_is_not_lost():
-  """It is kept from other tokens, but its own gradient shows it."""
+  """A bad token reaches no other token, but its own gradient is NaN."""
   q, k, v = _draw((4, 6), (2, 6), (2, 6))
   broken = jnp.zeros(q.shape).at[1, 5, 2, 3].set(jnp.nan)
   for kind in ("local", "blockwise"):
@@ -130,7 +130,7 @@ def test_linear_attention(op, where, bad):
 
 @pytest.mark.parametrize("op", [gated_linear_attention, delta_rule])
 def test_the_state_of_linear_attention(op):
-  """It is NaN in the rows whose last document saw one, or whose incoming state was, and in no other."""
+  """The state is NaN only in rows whose last document or incoming state held a NaN."""
   q, k, v, gate = _draw((2, 4), (2, 4), (2, 3), (2, 4))
   gate = -jnp.abs(gate) if op is gated_linear_attention else jax.nn.sigmoid(gate[..., 0])
   ids = jnp.asarray(IDS)
@@ -146,7 +146,7 @@ def test_the_state_of_linear_attention(op):
 @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
 @pytest.mark.parametrize("where", [BAD_DOCUMENT, PADDING], ids=["document", "padding"])
 def test_targets_and_short_convolution(where, bad):
-  """Padding adds nothing to the gradients of the kernels, and has none."""
+  """Padding adds nothing to the gradients of the kernels, and its own gradient is 0."""
   x, heads = _draw((6,), (2, 3))
   conv, projection = jax.random.normal(jax.random.key(0), (5, 6)), jnp.eye(6) + 0.1
   kernel, ids = jax.random.normal(jax.random.key(1), (4, 2, 3)), jnp.asarray(IDS)
@@ -165,7 +165,7 @@ def test_targets_and_short_convolution(where, bad):
 
 
 def test_losses():
-  """Of a token that has no label the logits may be anything."""
+  """The logits of a token without a label do not matter."""
   (logits,) = _draw((7,))
   labels = np.where(IDS != 3, np.random.default_rng(0).integers(0, 7, IDS.shape), IGNORE)
   labels = jnp.asarray(labels, jnp.int32)

@@ -1,10 +1,10 @@
-"""What the op sends, counted in compiled programs, and that it lowers for machines that are not here."""
+"""Compiled programs send the documented collectives and bytes, and lower for other machines."""
 
 import contract
 import jax
 import jax.numpy as jnp
 import pytest
-from contract import COLLECTIVES, WAYS, make_case, packed
+from contract import COLLECTIVES, OP_VARIANTS, make_case, packed
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from ttt_jax import Update, exclusive_prefix, inplace_ttt
@@ -27,10 +27,10 @@ def _case(is_packed=False, **options):
   return make_case(batch=1, f=F, d=D, segment_ids=packed(1, 24) if is_packed else None, **options)
 
 
-def _compiled(collective, *, gradient, use_state=False, is_packed=False, **how):
+def _compiled(collective, *, gradient, use_state=False, is_packed=False, **settings):
   case = _case(is_packed)
   arrays = {name: jnp.asarray(x, jnp.float32) for name, x in case.arrays.items()}
-  function = contract.op(case, shards=SHARDS, collective=collective, **how)
+  function = contract.op(case, shards=SHARDS, collective=collective, **settings)
 
   def loss(arrays):
     y, s = function(arrays)
@@ -57,18 +57,18 @@ def test_the_outgoing_state_costs_one_sum():
 
 
 def test_documents_cost_a_neighbour_exchange_and_a_gather_of_numbers():
-  """The id of the token before the shard, and one keep per row and shard."""
+  """Documents add the id of the token before the shard, and one keep per row and shard."""
   text = _compiled("all_to_all", gradient=False, is_packed=True)
   numbers = {"collective-permute": 1, "all-gather": 1}
   assert count_collectives(text) == FORWARD["all_to_all"] | numbers
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", OP_VARIANTS)
 @pytest.mark.parametrize("collective", COLLECTIVES)
-def test_the_gradient_exchanges_once_more(collective, way):
-  """Backwards the suffix travels; the incoming state was saved and is not exchanged again."""
-  counts = count_collectives(_compiled(collective, gradient=True, **WAYS[way]))
-  if way in ("associative", "dual") and collective != "all_gather":
+def test_the_gradient_exchanges_once_more(collective, variant):
+  """The backward pass exchanges the suffix only: the incoming state was saved."""
+  counts = count_collectives(_compiled(collective, gradient=True, **OP_VARIANTS[variant]))
+  if variant in ("associative", "dual") and collective != "all_gather":
     counts.pop("all-gather", None)  # automatic differentiation also exchanges cotangents of keeps
   assert counts == {name: 2 * n for name, n in FORWARD[collective].items()}
 
@@ -77,7 +77,7 @@ def test_the_gradient_exchanges_once_more(collective, way):
 @pytest.mark.parametrize("shards", [2, 3, 8])
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_bytes_sent(collective, shards, wire_dtype):
-  """From the device that sends most, in the compiled program; half of them in bfloat16."""
+  """The device that sends most sends the documented bytes, and half of them in bfloat16."""
   law = {
     "all_gather": shards - 1,
     "doubling": {2: 1, 3: 2, 8: 3}[shards],
@@ -87,8 +87,8 @@ def test_bytes_sent(collective, shards, wire_dtype):
 
   def prefix(delta):
     update = Update(jnp.ones(1), delta)
-    how = {"collective": collective, "wire_dtype": wire_dtype}
-    return exclusive_prefix(update, "context", **how).delta
+    settings = {"collective": collective, "wire_dtype": wire_dtype}
+    return exclusive_prefix(update, "context", **settings).delta
 
   spec = PartitionSpec("context")
   mapped = jax.shard_map(prefix, mesh=contract.mesh_of(shards), in_specs=spec, out_specs=spec)

@@ -1,4 +1,4 @@
-"""The cost model: its figures, its choices, and that the op follows them."""
+"""The cost model has the right figures and choices, and the op follows them."""
 
 import dataclasses
 from unittest import mock
@@ -61,7 +61,7 @@ def test_few_visible_tokens_get_the_dual_form():
 
 
 def test_slices_make_the_ring_fastest():
-  """K is at the minimum of what the model says of the ring."""
+  """K minimises the model's time of the ring."""
   exchange = 16, 9728 * 2560 * 4
   device = dataclasses.replace(DEVICES["v5p"], latency=1e-5)
   best = cost.ring_slices(*exchange, device, rows=9728)
@@ -90,13 +90,13 @@ def test_explain_refuses():
     ttt_jax.explain(tokens=5000, shards=2, **LARGE)
 
 
-def _compiled(shards, **how):
+def _compiled(shards, **settings):
   tokens = PartitionSpec(None, "context")
 
   def local(z, v, w):
-    return ttt_jax.inplace_ttt(z, v, w, chunk_size=2, inner_lr=0.1, context_axis="context", **how)[
-      0
-    ]
+    return ttt_jax.inplace_ttt(
+      z, v, w, chunk_size=2, inner_lr=0.1, context_axis="context", **settings
+    )[0]
 
   mapped = jax.shard_map(
     local,
@@ -117,7 +117,7 @@ def test_the_op_follows_the_choice(collective, sends):
 
 
 def test_a_program_for_another_machine_gets_its_choice():
-  """Traced on a CPU for a mesh of TPUs: what is asked is the mesh's device."""
+  """A program traced on a CPU for a mesh of TPUs gets the figures of the TPU."""
   device = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
   mesh = AbstractMesh((16,), ("context",), axis_types=(AxisType.Auto,), abstract_device=device)
   tokens = PartitionSpec(None, "context")

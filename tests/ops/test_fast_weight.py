@@ -9,7 +9,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import COLLECTIVES, WAYS, assert_close, expected, make_case, packed, run
+from contract import COLLECTIVES, OP_VARIANTS, assert_close, expected, make_case, packed, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
@@ -17,12 +17,12 @@ from jax.sharding import AxisType, PartitionSpec
 import ttt_jax
 from ttt_jax import FastWeightState, inplace_ttt
 
-EACH_WAY = pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+EACH_VARIANT = pytest.mark.parametrize("variant", OP_VARIANTS.values(), ids=OP_VARIANTS)
 
 
 @pytest.fixture(scope="module")
 def laws():
-  """Cases and their law by (packed, dtype): decay, clip and an incoming state take part in all."""
+  """Returns cases and their law by (packed, dtype), all with decay, clip and an incoming state."""
   cache = {}
 
   def get(is_packed, dtype):
@@ -47,10 +47,10 @@ SHARDS = {1: "all_gather", 2: "ring", 4: "all_to_all", 8: "doubling"}
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "one document"])
 @pytest.mark.parametrize("shards", SHARDS)
-@EACH_WAY
-def test_contract(how, shards, is_packed, dtype, laws):
+@EACH_VARIANT
+def test_contract(variant, shards, is_packed, dtype, laws):
   case, law = laws(is_packed, dtype)
-  actual = run(case, dtype=dtype, shards=shards, collective=SHARDS[shards], **how)
+  actual = run(case, dtype=dtype, shards=shards, collective=SHARDS[shards], **variant)
   assert_close(actual, law, dtype)
 
 
@@ -59,10 +59,10 @@ def test_contract(how, shards, is_packed, dtype, laws):
 @pytest.mark.parametrize("collective", COLLECTIVES)
 @pytest.mark.parametrize("implementation", ["sequential", "associative"])
 def test_collectives(implementation, collective, shards, wire_dtype, laws):
-  """Exchanged within the implementation's own backward pass, and differentiated automatically."""
+  """The exchange works in `sequential`'s own backward pass and under automatic differentiation."""
   case, law = laws(True, "float32")
-  how = {"implementation": implementation, "collective": collective, "wire_dtype": wire_dtype}
-  assert_close(run(case, shards=shards, **how), law, wire_dtype or "float32")
+  variant = {"implementation": implementation, "collective": collective, "wire_dtype": wire_dtype}
+  assert_close(run(case, shards=shards, **variant), law, wire_dtype or "float32")
 
 
 def test_contract_cases_clip_some_chunks_and_not_others(laws):
@@ -117,10 +117,10 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@EACH_WAY
-def test_one_device(how, options):
+@EACH_VARIANT
+def test_one_device(variant, options):
   case = make_case(**OPTIONS[options])
-  assert_close(run(case, shards=None, **how), expected(case))
+  assert_close(run(case, shards=None, **variant), expected(case))
 
 
 SHARDED = {
@@ -145,39 +145,39 @@ SHARDED = {
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_eight_shards(collective, name):
   case = make_case(**SHARDED[name], decay="learned", state=True)
-  how = {"implementation": "sequential", "collective": collective}
-  assert_close(run(case, shards=8, **how), expected(case))
+  variant = {"implementation": "sequential", "collective": collective}
+  assert_close(run(case, shards=8, **variant), expected(case))
 
 
 @pytest.mark.parametrize("name", SHARDED)
-@pytest.mark.parametrize("way", ["associative", "dual"])
-def test_eight_shards_in_other_ways(way, name):
+@pytest.mark.parametrize("variant", ["associative", "dual"])
+def test_eight_shards_in_other_ways(variant, name):
   case = make_case(**SHARDED[name], decay="learned", state=True)
-  assert_close(run(case, shards=8, **WAYS[way]), expected(case))
+  assert_close(run(case, shards=8, **OP_VARIANTS[variant]), expected(case))
 
 
-@EACH_WAY
-def test_float64(how):
+@EACH_VARIANT
+def test_float64(variant):
   case = make_case(segment_ids=packed(2, 24), decay="learned", clip_norm=2.0, state=True)
   law = expected(case)
   with jax.enable_x64(True):
     for shards in (None, 4):
-      actual = run(case, dtype="float64", shards=shards, **how)
+      actual = run(case, dtype="float64", shards=shards, **variant)
       assert_close(actual, law, "float64")
 
 
-@EACH_WAY
-def test_without_tracking_of_varying_axes(how):
-  """`check_vma=False`, as in code that still says so."""
+@EACH_VARIANT
+def test_without_tracking_of_varying_axes(variant):
+  """The op works with `check_vma=False`, which some code still sets."""
   case = make_case(segment_ids=packed(2, 24), decay="learned", clip_norm=2.0, state=True)
-  actual = run(case, shards=4, check_vma=False, **how)
+  actual = run(case, shards=4, check_vma=False, **variant)
   assert_close(actual, expected(case))
 
 
 @given(data=st.data())
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_case(data):
-  """Drawn: shape, segments, decay, clip, tail, state, batch, shards, implementation, collective."""
+  """Hypothesis draws sizes, segments, decay, clip, tail, state, shards, implementation, collective."""
   shards = data.draw(st.sampled_from([None, 1, 2, 4, 8]), "shards")
   chunk_size = data.draw(st.integers(1, 4), "chunk_size")
   chunks = data.draw(st.integers(1, 2), "chunks per shard") * (shards or 2)
@@ -200,7 +200,7 @@ def test_any_case(data):
   actual = run(
     case,
     shards=shards,
-    **data.draw(st.sampled_from([*WAYS.values(), {}]), "how"),
+    **data.draw(st.sampled_from([*OP_VARIANTS.values(), {}]), "variant"),
     collective=data.draw(st.sampled_from([*COLLECTIVES, None]), "collective"),
   )
   assert_close(actual, expected(case))
@@ -210,14 +210,14 @@ def _arrays(case, dtype=jnp.float32):
   return {name: jnp.asarray(x, dtype) for name, x in case.arrays.items()}
 
 
-@EACH_WAY
-def test_causality_as_a_gradient(how):
-  """y at t has exactly no gradient to later tokens, nor to v of its own chunk; and it has to earlier."""
+@EACH_VARIANT
+def test_causality_as_a_gradient(variant):
+  """y at t has a gradient to earlier tokens, but exactly 0 to later tokens and to v of its own chunk."""
   case = make_case(batch=1, tokens=11)
   arrays = _arrays(case)
 
   def y_at(z, v, t):
-    y, _ = inplace_ttt(z, v, arrays["w_down"], chunk_size=3, inner_lr=0.25, **how)
+    y, _ = inplace_ttt(z, v, arrays["w_down"], chunk_size=3, inner_lr=0.25, **variant)
     return jnp.sum(y[0, t])
 
   jacobian = jax.jit(jax.vmap(jax.grad(y_at, (0, 1)), (None, None, 0)))
@@ -231,11 +231,11 @@ def test_causality_as_a_gradient(how):
   assert (dz[earlier] > 0).all()
 
 
-@EACH_WAY
-def test_reading_on_equals_reading_at_once(how):
+@EACH_VARIANT
+def test_reading_on_equals_reading_at_once(variant):
   case = make_case(tokens=20, decay=0.9)
   z, v, w = (_arrays(case)[name] for name in ("z", "v", "w_down"))
-  op = partial(inplace_ttt, chunk_size=3, inner_lr=0.25, decay=0.9, **how)
+  op = partial(inplace_ttt, chunk_size=3, inner_lr=0.25, decay=0.9, **variant)
   y, state = op(z, v, w)
   first, middle = op(z[:, :12], v[:, :12], w)
   second, end = op(z[:, 12:], v[:, 12:], w, state=middle)
@@ -244,14 +244,14 @@ def test_reading_on_equals_reading_at_once(how):
   assert (middle.pending, end.pending, state.pending) == (0, 2, 2)
 
 
-@EACH_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("shards", [None, 4])
-def test_rows_of_different_lengths(how, shards):
-  """Each row gives what it gives alone, without what fills it up behind its end."""
+def test_rows_of_different_lengths(variant, shards):
+  """Each row of a right-padded batch gives what it gives alone, without padding."""
   case = make_case(batch=4, state=True, decay=0.75, clip_norm=0.5)
   lengths = (24, 3, 17, 2)
   values = {name: jnp.asarray(x, jnp.float32) for name, x in case.arrays.items()}
-  common = {"chunk_size": 3, "inner_lr": 0.25, "decay": 0.75, "clip_norm": 0.5, **how}
+  common = {"chunk_size": 3, "inner_lr": 0.25, "decay": 0.75, "clip_norm": 0.5, **variant}
 
   def read(z, v, w, s, lengths=None, context_axis=None):
     y, state = ttt_jax.inplace_ttt(
@@ -298,9 +298,9 @@ def test_leading_dimensions_are_batch():
   np.testing.assert_allclose(y_mapped, y, rtol=1e-5, atol=1e-6)
 
 
-@EACH_WAY
-def test_in_scan_and_checkpoint(how):
-  """Three layers as a scan over stacked weights, rematerialised, against the same written out."""
+@EACH_VARIANT
+def test_in_scan_and_checkpoint(variant):
+  """Three layers as a scan over stacked weights with remat equal the same layers written out."""
   case = make_case(f=6, d=5)
   x = jnp.asarray(case.arrays["v"], jnp.float32)
   ups = jax.random.normal(jax.random.key(0), (3, 5, 6))
@@ -308,7 +308,7 @@ def test_in_scan_and_checkpoint(how):
 
   def layer(x, weights):
     up, down = weights
-    y, _ = inplace_ttt(jnp.tanh(x @ up), x, down, chunk_size=3, inner_lr=0.1, **how)
+    y, _ = inplace_ttt(jnp.tanh(x @ up), x, down, chunk_size=3, inner_lr=0.1, **variant)
     return y / 4, None
 
   def scanned(x, ups, downs):
@@ -387,7 +387,7 @@ def test_second_derivatives(implementation):
 
 
 def test_small_updates_survive_in_the_float32_state():
-  """1024 bfloat16 updates of 1e-4 of the weight each: kept in bfloat16, `W + S` would stay W."""
+  """1024 bfloat16 updates of 1e-4 of the weight add up; in bfloat16, `W + S` would stay W."""
   n = 1024
   z = jnp.ones((1, n, 1), jnp.bfloat16)
   v = jnp.ones((1, n, 1), jnp.bfloat16)
@@ -402,25 +402,30 @@ def test_small_updates_survive_in_the_float32_state():
 
 
 def test_what_merging_loses_in_bfloat16():
-  """A token that reads the difference of two equal weights, one of which learned 1e-3: 0 of `W + S`."""
+  """A token reads the difference of two equal weights, one of which learned 1e-3: merged, it reads 0."""
   n = 11
   z = jnp.zeros((1, n, 2), jnp.bfloat16).at[0, :, 0].set(1).at[0, -1, 1].set(-1)
   v = jnp.ones((1, n, 1), jnp.bfloat16)
   w = jnp.ones((2, 1), jnp.bfloat16)
   op = partial(inplace_ttt, chunk_size=1, inner_lr=1e-4)
-  for how in (WAYS["dual"], WAYS["associative"], WAYS["sequential, two products"], {}):
-    y, _ = op(z, v, w, **how)
+  for variant in (
+    OP_VARIANTS["dual"],
+    OP_VARIANTS["associative"],
+    OP_VARIANTS["sequential, two products"],
+    {},
+  ):
+    y, _ = op(z, v, w, **variant)
     np.testing.assert_allclose(float(y[0, -1, 0]), 1e-3, rtol=2**-7)
-  y, _ = op(z, v, w, **WAYS["sequential, one product"])
+  y, _ = op(z, v, w, **OP_VARIANTS["sequential, one product"])
   assert float(y[0, -1, 0]) == 0
 
 
-@EACH_WAY
-def test_stats(how):
+@EACH_VARIANT
+def test_stats(variant):
   case = make_case(segment_ids=packed(2, 24))
   arrays = _arrays(case)
   y, state, stats = inplace_ttt(
-    **arrays, chunk_size=3, segment_ids=contract._ids(case), return_stats=True, **how
+    **arrays, chunk_size=3, segment_ids=contract._ids(case), return_stats=True, **variant
   )
   z, v = case.arrays["z"].reshape(2, 8, 3, 5), case.arrays["v"].reshape(2, 8, 3, 6)
   ids = case.segment_ids.reshape(2, 8, 3)
@@ -442,7 +447,7 @@ def test_stats_of_long_rows_are_estimates():
 
 
 def _sizes(jaxpr):
-  """The number of elements of every array a program makes, inner programs included."""
+  """Yields the number of elements of every array that a program makes, inner programs included."""
   for equation in jaxpr.eqns:
     for out in equation.outvars:
       yield out.aval.size if hasattr(out.aval, "size") else 0
@@ -542,7 +547,7 @@ def _on_shards(**changes):
 
 
 def test_a_decay_that_is_an_array_with_lengths():
-  """The numbers of the constant, and of every gradient but its own, which is refused, not wrong."""
+  """An array as decay gives the numbers of the constant; its own gradient is refused, not wrong."""
   rng = np.random.default_rng(0)
   z, v = (jnp.asarray(rng.normal(size=(2, 12, n)), jnp.float32) for n in (5, 6))
   lengths = jnp.array([12, 7], jnp.int32)

@@ -1,4 +1,4 @@
-"""Forward mode through the op, on one device and on shards, against the float64 law's."""
+"""Forward mode through the op equals forward mode through the float64 law, on one device and on shards."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ def case():
 
 @pytest.fixture(scope="module")
 def law(case):
-  """y, S and their tangents in the direction of `_tangents`."""
+  """Returns y, S and their tangents in the direction of `_tangents`."""
   with jax.enable_x64(True):
     function = partial(
       inplace_ttt_reference,
@@ -52,11 +52,11 @@ def _assert_close(actual, law):
 
 
 # Every collective and number of shards; each with each for one of the implementations.
-WAYS = [("dual", c, p, True) for c in COLLECTIVES for p in (2, 4, 8)]
-WAYS += [("associative", c, 4, c != "ring") for c in COLLECTIVES]
+CASES = [("dual", c, p, True) for c in COLLECTIVES for p in (2, 4, 8)]
+CASES += [("associative", c, 4, c != "ring") for c in COLLECTIVES]
 
 
-@pytest.mark.parametrize(("implementation", "collective", "shards", "check_vma"), WAYS)
+@pytest.mark.parametrize(("implementation", "collective", "shards", "check_vma"), CASES)
 def test_on_shards(implementation, collective, shards, check_vma, case, law):
   """Documents, a decay, a clip and an incoming state have tangents too."""
   function = contract.op(
@@ -101,7 +101,7 @@ def test_one_device(implementation, case, law):
 
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_the_prefix(collective):
-  """A map over rows of a tangent, and of a gradient: those of each row."""
+  """vmap over rows of a tangent, or of a gradient, gives those of each row."""
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
   keep, delta = draw(4, 2), draw(4, 2, 5, 3)
@@ -139,7 +139,7 @@ def test_the_prefix(collective):
 @pytest.mark.parametrize("shards", [None, 4])
 @FORWARD
 def test_second_derivatives(implementation, shards):
-  """`jvp` of `grad`, and the Hessian in the rate and the decay, of the law."""
+  """`jvp` of `grad`, and the Hessian in the rate and the decay, equal those of the law."""
   case = make_case(batch=1, tokens=12, decay="learned")
   arrays = _arrays(case)
 
@@ -163,11 +163,11 @@ def test_second_derivatives(implementation, shards):
 
 @pytest.mark.parametrize("mode", ["jvp", "jvp of jit", "jit of jvp", "linearize", "jacfwd"])
 @pytest.mark.parametrize("shards", [None, 4])
-@pytest.mark.parametrize("how", [{"implementation": "sequential"}, {}], ids=str)
-def test_sequential_says_what_to_use(how, shards, mode):
+@pytest.mark.parametrize("settings", [{"implementation": "sequential"}, {}], ids=str)
+def test_sequential_says_what_to_use(settings, shards, mode):
   case = make_case(tokens=96, f=2, d=2)  # many visible tokens: None chooses sequential
   arrays = _arrays(case)
-  function = contract.op(case, shards=shards, **how)
+  function = contract.op(case, shards=shards, **settings)
   push = {
     "jvp": lambda f: jax.jvp(f, (arrays,), (arrays,)),
     "jvp of jit": lambda f: jax.jvp(jax.jit(f), (arrays,), (arrays,)),

@@ -1,4 +1,4 @@
-"""NaN and infinities of one document, of padding and of what follows a row's end reach nothing else."""
+"""NaN and infinities of one document, of padding or after a row's end reach nothing else."""
 
 from functools import partial
 
@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import COLLECTIVES, TOLERANCE, WAYS, make_case
+from contract import COLLECTIVES, OP_VARIANTS, TOLERANCE, make_case
 from jax.sharding import PartitionSpec
 
 import ttt_jax
 
-EACH_WAY = pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+EACH_VARIANT = pytest.mark.parametrize("variant", OP_VARIANTS.values(), ids=OP_VARIANTS)
 
 # 24 tokens in chunks of 3; the bad document begins and ends inside of a chunk, or at a chunk's edge.
 ROWS = {
@@ -32,7 +32,7 @@ def _case(name, **options):
 
 
 def _spoiled(case, where, bad, *, of=("z", "v"), cotangent=None):
-  """The case with bad numbers in the tokens `where`, also in their cotangents unless these are given."""
+  """Returns the case with bad numbers in the tokens `where`, and in their cotangents unless given."""
   arrays = dict(case.arrays)
   for name in of:
     arrays[name] = np.where(
@@ -44,7 +44,7 @@ def _spoiled(case, where, bad, *, of=("z", "v"), cotangent=None):
 
 
 def _cut(case, where):
-  """The case with harmless tokens instead, that nothing depends on."""
+  """Returns the case with harmless tokens instead, on which nothing else depends."""
   arrays = case.arrays | {
     name: np.where(where[..., None], 0.5, case.arrays[name]) for name in ("z", "v")
   }
@@ -53,7 +53,7 @@ def _cut(case, where):
 
 
 def _assert_others_unchanged(actual, law, where, *, last_is_good, weights=False, dtype="float32"):
-  """y, dz and dv of the other tokens, and the state of rows whose last document is another."""
+  """Selects y, dz and dv of the other tokens, and the state of rows whose last document is another."""
   (values, gradients), (law_values, law_gradients) = actual, law
   pairs = {"y": (values[0], law_values[0])}
   pairs |= {f"d{n}": (gradients[n], law_gradients[n]) for n in ("z", "v")}
@@ -68,12 +68,12 @@ def _assert_others_unchanged(actual, law, where, *, last_is_good, weights=False,
 
 
 @pytest.mark.parametrize("name", ROWS)
-@EACH_WAY
-def test_on_one_device(how, name):
+@EACH_VARIANT
+def test_on_one_device(variant, name):
   case, where = _case(name)
   bad = np.inf if name in ("at edges", "last") else np.nan
   law = contract.expected(_cut(case, where))
-  actual = contract.run(_spoiled(case, where, bad), shards=None, **how)
+  actual = contract.run(_spoiled(case, where, bad), shards=None, **variant)
   assert not np.isfinite(actual[0][0][where]).all()  # it shows where it is
   good = ~where[:, -1] | (name == "padding")
   _assert_others_unchanged(actual, law, where, last_is_good=good)
@@ -83,12 +83,14 @@ SHARDS = [(1, "first"), (2, "in between"), (4, "last"), (4, "padding"), (8, "fir
 
 
 @pytest.mark.parametrize(("shards", "name"), SHARDS)
-@EACH_WAY
-def test_on_shards(how, shards, name):
+@EACH_VARIANT
+def test_on_shards(variant, shards, name):
   case, where = _case(name)
   law = contract.expected(_cut(case, where))
   collective = {1: "ring", 2: "all_to_all", 4: "doubling", 8: "all_gather"}[shards]
-  actual = contract.run(_spoiled(case, where, np.nan), shards=shards, collective=collective, **how)
+  actual = contract.run(
+    _spoiled(case, where, np.nan), shards=shards, collective=collective, **variant
+  )
   good = ~where[:, -1] | (name == "padding")
   _assert_others_unchanged(actual, law, where, last_is_good=good)
 
@@ -96,19 +98,19 @@ def test_on_shards(how, shards, name):
 @pytest.mark.parametrize(("shards", "name"), [(4, "first"), (8, "in between"), (8, "last")])
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_collectives(collective, shards, name):
-  """Whatever weighs a delta with 0, forward and backward; the incoming state is the bad document's."""
+  """A weight of 0 drops a bad delta, forward and backward; the incoming state is the bad document's."""
   case, where = _case(name, clip_norm=None, state=True)
   law = contract.expected(_cut(case, where))
-  how = {"implementation": "sequential", "shards": shards, "collective": collective}
+  variant = {"implementation": "sequential", "shards": shards, "collective": collective}
   bad = np.inf if name == "in between" else np.nan
-  actual = contract.run(_spoiled(case, where, bad), **how)
+  actual = contract.run(_spoiled(case, where, bad), **variant)
   _assert_others_unchanged(actual, law, where, last_is_good=~where[:, -1])
 
 
 @pytest.mark.parametrize("collective", COLLECTIVES)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_exclusive_prefix_drops_what_a_keep_of_zero_drops(reverse, collective):
-  """And so does `combine`; a keep that happens to be 0 still has a gradient."""
+  """`combine` drops bad numbers too; a keep that happens to be 0 still has a gradient."""
   keep = np.array([[1, 0.5], [0.5, 1], [0, 0.5], [1, 0.5]], np.float32)
   if reverse:
     keep = keep[::-1].copy()
@@ -149,34 +151,34 @@ def test_combine_has_a_gradient_in_a_keep_of_zero():
 
 
 @pytest.mark.parametrize("is_padding", [True, False])
-@EACH_WAY
-def test_without_a_cotangent_it_adds_nothing_to_the_gradient_of_w(how, is_padding):
-  """Padding adds nothing to those of the rate and the decay either; it enters no loss."""
+@EACH_VARIANT
+def test_without_a_cotangent_it_adds_nothing_to_the_gradient_of_w(variant, is_padding):
+  """Padding adds nothing to the gradients of the rate and the decay either; it enters no loss."""
   case, where = _case("padding" if is_padding else "first", clip_norm=None)
   weights = ("w_down", "inner_lr", "decay") if is_padding else ("w_down",)
   if not is_padding:  # the state of a row that ends with the bad document has a cotangent
     case = case._replace(cotangents=(case.cotangents[0], 0 * case.cotangents[1]))
   law = contract.expected(_cut(case, where))
-  actual = contract.run(_spoiled(case, where, np.nan, cotangent=0), shards=None, **how)
+  actual = contract.run(_spoiled(case, where, np.nan, cotangent=0), shards=None, **variant)
   _assert_others_unchanged(actual, law, where, last_is_good=np.zeros(2, bool), weights=weights)
 
 
-@EACH_WAY
-def test_the_ragged_tail(how):
-  """A document that ends, or begins, in the tail: which does not update, but reads."""
+@EACH_VARIANT
+def test_the_ragged_tail(variant):
+  """A document ends or begins in the tail, which reads but does not update."""
   ids = np.array([[1] * 25 + [2], [1] * 10 + [2] * 16], np.int32)
   for bad in (1, 2):
     case = make_case(tokens=26, segment_ids=ids, decay="learned", state=True)
     where = ids == bad
     law = contract.expected(_cut(case, where))
-    actual = contract.run(_spoiled(case, where, np.nan), shards=None, **how)
+    actual = contract.run(_spoiled(case, where, np.nan), shards=None, **variant)
     _assert_others_unchanged(actual, law, where, last_is_good=np.zeros(2, bool))
 
 
 @pytest.mark.parametrize("shards", [None, 4])
-@EACH_WAY
-def test_behind_the_end_of_a_row(how, shards):
-  """`lengths`: what fills rows up enters nothing, also where it fills up the last chunk."""
+@EACH_VARIANT
+def test_behind_the_end_of_a_row(variant, shards):
+  """With `lengths`, padding enters nothing, also where it fills a part of the last chunk."""
   case = make_case(batch=3, state=True)
   lengths = np.array([24, 10, 3], np.int32)
   behind = np.arange(24)[None] >= lengths[:, None]
@@ -186,7 +188,7 @@ def test_behind_the_end_of_a_row(how, shards):
       arrays = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
       arrays["state"] = ttt_jax.FastWeightState(arrays["state"])
       y, state = ttt_jax.inplace_ttt(
-        **arrays, chunk_size=3, decay=0.75, lengths=lengths, context_axis=context_axis, **how
+        **arrays, chunk_size=3, decay=0.75, lengths=lengths, context_axis=context_axis, **variant
       )
       return y, state.S
 
@@ -217,12 +219,12 @@ def test_behind_the_end_of_a_row(how, shards):
 
 
 @pytest.mark.parametrize("shards", [None, 4])
-@EACH_WAY
-def test_the_future(how, shards):
-  """Without documents: what comes later, also in the same chunk, does not reach an output."""
+@EACH_VARIANT
+def test_the_future(variant, shards):
+  """Without documents, later tokens, also of the same chunk, do not reach an output."""
   case = make_case(clip_norm=2.0, decay=0.75, state=True)
   later = np.broadcast_to(np.arange(24) >= 13, (2, 24))
-  y = contract.run(_spoiled(case, later, np.nan), shards=shards, **how)[0][0]
+  y = contract.run(_spoiled(case, later, np.nan), shards=shards, **variant)[0][0]
   law = contract.expected(_cut(case, later))[0][0]
   np.testing.assert_allclose(y[:, :13], law[:, :13], rtol=1e-4, atol=1e-5)
   assert np.isnan(y[:, 13::2]).any(axis=-1).all()

@@ -1,4 +1,4 @@
-"""Memory of the gradient at a real size, as the compiler plans it: nothing is run."""
+"""The compiler reports the memory of the gradient at a real size; nothing is run."""
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +33,13 @@ def _temp_bytes(chunks, **options):
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_memory_does_not_grow_with_the_number_of_chunks(merge):
-  """Documents, a learned decay and a clip take part: 64 chunks against 8, at most 15 % more."""
+  """With documents, a learned decay and a clip, 64 chunks take at most 15 % more memory than 8."""
   few, many = (_temp_bytes(chunks, clip_norm=1.0, merge=merge) for chunks in (8, 64))
   assert many < 1.15 * few
 
 
 def test_a_million_tokens_take_the_memory_of_a_few_states():
-  """Beside inputs and outputs: values and gradients are written where they stay."""
+  """Temporary memory is small: values and gradients are written straight to the outputs."""
   d, f = 256, 768
 
   def values_and_gradients(z, v, w, cotangent):

@@ -1,4 +1,4 @@
-"""The op over global arrays, inside models that know nothing of ttt_jax's own."""
+"""The op over global arrays works inside models that do not use ttt_jax's modules."""
 
 from functools import partial
 
@@ -40,7 +40,7 @@ def _mesh(name, kind):
 @pytest.mark.parametrize("name", MESHES)
 @pytest.mark.parametrize("implementation", ["sequential", "associative", "dual"])
 def test_equals_the_law(implementation, name, kind):
-  """Values and gradients; a clip needs the norm over all of F, a state is split along it."""
+  """Values and gradients equal the law's; a clip needs the norm over all of F, a state is split along F."""
   case = make_case(
     batch=4,
     f=6,
@@ -117,7 +117,7 @@ def _loss(params, tokens, labels, fast_weight, targets):
 @KINDS
 @pytest.mark.parametrize("name", ["context 8", "data 2 x context 2 x tensor 2"])
 def test_in_a_model_without_a_framework(name, kind):
-  """In somebody's jit, grad, scan and remat: the loss and gradients of one device."""
+  """Under jit, grad, scan and remat, loss and gradients equal those of one device."""
   params = _init(jax.random.key(0))
   tokens = jax.random.randint(jax.random.key(1), (2, 33), 0, 11)
   tokens, labels = tokens[:, :-1], tokens[:, 1:]
@@ -208,18 +208,18 @@ def test_in_a_linen_model(kind):
 
 
 def test_state_and_statistics():
-  """Reading on from a sharded state; statistics with a dimension of shards."""
+  """The op continues from a sharded state; statistics have a dimension of shards."""
   mesh = _mesh("data 2 x context 2 x tensor 2", AxisType.Auto)
   op = ttt_jax.context_parallel(mesh)
   case = make_case(batch=2, tokens=24, f=6)
   z, v, w = (jnp.asarray(case.arrays[name], jnp.float32) for name in ("z", "v", "w_down"))
-  how = {"chunk_size": 3, "inner_lr": 0.25, "clip_norm": 2.0}
+  settings = {"chunk_size": 3, "inner_lr": 0.25, "clip_norm": 2.0}
 
   @jax.jit
   def read(z, v, w):
-    first, middle = op(z[:, :12], v[:, :12], w, **how)
-    rest = op(z[:, 12:], v[:, 12:], w, state=middle, return_stats=True, **how)
-    return ttt_jax.inplace_ttt(z, v, w, return_stats=True, **how), first, rest
+    first, middle = op(z[:, :12], v[:, :12], w, **settings)
+    rest = op(z[:, 12:], v[:, 12:], w, state=middle, return_stats=True, **settings)
+    return ttt_jax.inplace_ttt(z, v, w, return_stats=True, **settings), first, rest
 
   (y, state, stats), first, (second, end, sharded) = read(z, v, w)
   np.testing.assert_allclose(jnp.concatenate([first, second], 1), y, rtol=1e-4, atol=1e-5)
@@ -242,14 +242,14 @@ def test_bad_input(unchecked_types):
     ttt_jax.context_parallel(mesh, batch_axes=("data", "context"))
   op = ttt_jax.context_parallel(mesh)
   z, v, w = jnp.ones((2, 24, 6)), jnp.ones((2, 24, 5)), jnp.ones((6, 5))
-  how = {"chunk_size": 3, "inner_lr": 0.1}
+  settings = {"chunk_size": 3, "inner_lr": 0.1}
   with pytest.raises(ValueError, match=r"2 devices over \('data',\) do not divide B=3"):
-    op(jnp.ones((3, 24, 6)), jnp.ones((3, 24, 5)), w, **how)
+    op(jnp.ones((3, 24, 6)), jnp.ones((3, 24, 5)), w, **settings)
   with pytest.raises(ValueError, match="2 devices over 'tensor' do not divide F=5"):
-    op(z[..., :5], v, w[:5], **how)
+    op(z[..., :5], v, w[:5], **settings)
   with pytest.raises(ValueError, match="2 devices over 'context' do not divide T=23"):
-    op(z[:, :23], v[:, :23], w, **how)
+    op(z[:, :23], v[:, :23], w, **settings)
   with pytest.raises(ValueError, match="chunk_size=5 does not divide the 12 tokens of a shard"):
     op(z, v, w, chunk_size=5, inner_lr=0.1)
   with pytest.raises(ValueError, match="z has no batch dimension"):
-    op(z[0], v[0], w, **how)
+    op(z[0], v[0], w, **settings)

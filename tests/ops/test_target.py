@@ -1,4 +1,4 @@
-"""Targets against their definition, values and gradients."""
+"""Targets equal their definition, in values and gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Ahead of time, for TPUs that are not here: forward and gradient compile, with libtpu installed."""
+"""Forward and gradient compile ahead of time for TPUs, where libtpu is installed."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""The operator's laws, and the exclusive prefix over devices against a plain loop."""
+"""The operator obeys its laws, and the exclusive prefix over devices equals a plain loop."""
 
 from functools import partial, reduce
 
@@ -16,7 +16,7 @@ from ttt_jax.ops.update import apply_update
 
 
 def _draw(seed, *lead, size=(3, 2)):
-  """Keeps among a reset, a decay and the paper's 1."""
+  """Draws keeps: a reset, a decay or the paper's 1."""
   rng = np.random.default_rng(seed)
   keep = rng.choice([0.0, 0.75, 1.0], lead)
   return Update(
@@ -64,7 +64,7 @@ def test_scan_is_the_fold(reverse):
 
 
 def _loop(updates, reverse):
-  """The exclusive prefix of `[P, ...]` updates, one after another, in float64."""
+  """Computes the exclusive prefix of `[P, ...]` updates one after another, in float64."""
   keeps, deltas = (np.asarray(x, np.float64) for x in updates)
   keep, delta = np.ones_like(keeps[0]), np.zeros_like(deltas[0])
   out = []
@@ -75,12 +75,12 @@ def _loop(updates, reverse):
   return [np.stack(x) for x in zip(*(reversed(out) if reverse else out))]
 
 
-def _on_devices(updates, shards, **how):
-  """`exclusive_prefix` of `[P, ...]` updates, one per device; returns `[P, ...]` prefixes."""
+def _on_devices(updates, shards, **settings):
+  """Computes `exclusive_prefix` of `[P, ...]` updates, one per device, as `[P, ...]` prefixes."""
 
   def local(update):
     mine = Update(update.keep[0], update.delta[0])
-    return jax.tree.map(lambda x: x[None], exclusive_prefix(mine, "context", **how))
+    return jax.tree.map(lambda x: x[None], exclusive_prefix(mine, "context", **settings))
 
   spec = PartitionSpec("context")
   mapped = jax.shard_map(local, mesh=mesh_of(shards), in_specs=spec, out_specs=spec)
@@ -107,11 +107,11 @@ def test_exclusive_prefix(collective, shards, reverse, lead, size):
 
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_on_the_wire_in_bfloat16(collective):
-  """What is sent is rounded to 8 bits, each time; what is summed is not."""
+  """Deltas are rounded to 8 bits each time they are sent; sums are not."""
   updates = _draw(3, 8, 2, size=(8, 2))
-  how = {"shards": 8, "collective": collective}
-  wide = jax.jit(partial(_on_devices, **how))(updates)
-  narrow = jax.jit(partial(_on_devices, wire_dtype=jnp.bfloat16, **how))(updates)
+  settings = {"shards": 8, "collective": collective}
+  wide = jax.jit(partial(_on_devices, **settings))(updates)
+  narrow = jax.jit(partial(_on_devices, wire_dtype=jnp.bfloat16, **settings))(updates)
   assert narrow.delta.dtype == jnp.float32
   error = np.max(np.abs(narrow.delta - wide.delta)) / np.max(np.abs(wide.delta))
   assert 2**-12 < error < 7 * 2**-9
@@ -122,7 +122,7 @@ def test_on_the_wire_in_bfloat16(collective):
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_gradient_of_the_prefix(collective, shards, reverse):
-  """In keep and delta, of both outputs, against the loop's derivative by automatic differentiation."""
+  """The derivatives of both outputs in keep and delta equal those of the loop."""
   updates = _draw(9, shards, 2)
   weights = _draw(10, shards, 2)
 

@@ -1,4 +1,4 @@
-"""`ttt-jax convert`: any model this library knows, written as a Hugging Face directory."""
+"""Converts any model that this library opens to a Hugging Face directory (`ttt-jax convert`)."""
 
 import shutil
 import time
@@ -23,12 +23,12 @@ def convert(
   fields: Fields | None = None,
   console: Console | None = None,
 ) -> None:
-  """Writes a model and its tokenizer to a new Hugging Face directory, and prints what it did.
+  """Writes a model and its tokenizer to a new Hugging Face directory, and prints a summary.
 
   Args:
     source: a Hugging Face directory, a hub name, a `.gguf` file, or a run directory of `ttt-jax train`.
     destination: a directory that does not exist yet.
-    dtype: of the tensors written; None: as in the source.
+    dtype: the dtype of the written tensors; None: as in the source.
     fields: as `open_model`.
     console: where to print.
 
@@ -45,7 +45,7 @@ def convert(
     write_model(model, directory, tokenizer)
     if tokenizer is None:
       _copy_tokenizer(path, directory)
-    there = sorted(file.name for file in directory.iterdir())
+    written = sorted(file.name for file in directory.iterdir())
   fast = f", fast weights in {sorted(model.ttt.layers)}" if model.ttt.layers else ""
   console.print(
     f"{source} -> {destination}: {count_parameters(model):,} parameters in "
@@ -53,14 +53,14 @@ def convert(
     highlight=False,
     soft_wrap=True,
   )
-  console.print(f"written: {', '.join(there)}", highlight=False, soft_wrap=True)
-  if not set(there) & set(TOKENIZER_FILES):
-    console.print(f"{source} has no tokenizer, so there is none beside the model", soft_wrap=True)
+  console.print(f"written: {', '.join(written)}", highlight=False, soft_wrap=True)
+  if not set(written) & set(TOKENIZER_FILES):
+    console.print(f"{source} has no tokenizer, so none was written", soft_wrap=True)
 
 
 def _copy_tokenizer(source: Path, directory: Path) -> None:
   if (source / "tokenizer.json").is_file():
-    load_tokenizer(source)  # refuses a vocabulary larger than the model's
+    load_tokenizer(source)  # checks the vocabulary against the model's
   for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
     if (source / name).is_file():
       shutil.copyfile(source / name, directory / name)

@@ -1,7 +1,7 @@
-"""Files of a checkpoint: safetensors tensor by tensor, JSON, directories written whole or not at all.
+"""Reads and writes the files of a checkpoint: safetensors tensor by tensor, JSON, paths and hub names.
 
-The `safetensors` library checks every file, read or written. The bytes are read by seeking, not by its
-memory map, whose pages would count as the process's memory; and written without its list of all tensors.
+The `safetensors` library checks every file. We read bytes by seeking, because the pages of the library's
+memory map count as memory of the process, and write without the library, which needs all tensors at once.
 """
 
 import json
@@ -23,8 +23,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-_OTHER_MODELS = (CONFIG, WEIGHTS, INDEX, "config.yaml")  # the last one is a run's
-SHARD_BYTES = 5_000_000_000  # of a file that is written, as in transformers
+_OTHER_MODELS = (CONFIG, WEIGHTS, INDEX, "config.yaml")  # config.yaml is a run's
+SHARD_BYTES = 5_000_000_000  # largest file that is written, as in transformers
 
 _DTYPES = {
   "F64": np.dtype(np.float64),
@@ -35,11 +35,11 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)  # as llama.cpp names split files
 _HEADER_LENGTH = struct.Struct("<Q")  # the first bytes of a safetensors file
-_ALIGNMENT = 64  # of arrays that JAX takes on a CPU without a copy
+_ALIGNMENT = 64  # bytes; JAX uses arrays aligned like this on a CPU without a copy
 
 
 class StoredTensor(NamedTuple):
-  """A tensor in a file: its kind is known, its numbers are read when asked for."""
+  """Describes a tensor in a file; `read` loads its numbers."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
@@ -47,10 +47,10 @@ class StoredTensor(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """The object in a JSON file; a byte order mark before it does not count.
+  """Loads the object in a JSON file; a byte order mark is ignored.
 
   Raises:
-    UserError: no such file, or not a JSON object.
+    UserError: the file does not exist or holds no JSON object.
   """
   try:
     data = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -64,10 +64,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_tensors(directory: Path) -> dict[str, StoredTensor]:
-  """The tensors of a directory's `model.safetensors`, or of the files that its index names.
+  """Returns the tensors of a directory's `model.safetensors`, or of the files that its index names.
 
   Raises:
-    UserError: there are none, a file is missing or damaged, or the index leads out of the directory.
+    UserError: the directory has no tensors, a file is missing or damaged, or the index names a file
+      outside of the directory.
   """
   if (directory / WEIGHTS).is_file():
     return open_safetensors(directory / WEIGHTS)
@@ -87,26 +88,24 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
   for name in sorted(set(map(str, weight_map.values()))):
     for tensor, stored in open_safetensors(_indexed_file(directory, name)).items():
       if tensor in tensors:
-        raise UserError(f"{directory / INDEX}: {tensor} is in two of its files, {name} is one")
+        raise UserError(f"{directory / INDEX}: {tensor} is in two files, one is {name}: delete one")
       tensors[tensor] = stored
   lost = sorted(set(weight_map) - set(tensors))
   if lost:
     raise UserError(
       f"{directory / INDEX} names {len(lost)} tensors that are in none of its files, "
-      f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}: the download is not complete"
+      f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}: the download is incomplete, repeat it"
     )
   return tensors
 
 
 def _indexed_file(directory: Path, name: str) -> Path:
-  """The file an index names; it must lie in the directory, or in the blobs of a hub cache."""
+  """Returns the file an index names; it must lie in the directory, or in the blobs of a hub cache."""
   path = directory / name
   root = directory.resolve()
   allowed = [root]
-  if root.parent.name == "snapshots":
-    allowed.append(
-      root.parent.parent / "blobs"
-    )  # a hub cache: snapshots/REVISION/NAME -> blobs/HASH
+  if root.parent.name == "snapshots":  # a hub cache: snapshots/REVISION/NAME -> blobs/HASH
+    allowed.append(root.parent.parent / "blobs")
   inside = any(path.resolve().is_relative_to(place) for place in allowed)
   if Path(name).is_absolute() or ".." in Path(name).parts or not inside:
     raise UserError(
@@ -118,11 +117,11 @@ def _indexed_file(directory: Path, name: str) -> Path:
 
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
-  """The tensors of a file.
+  """Returns the tensors of a file.
 
   Raises:
     UserError: the file is cut short or damaged.
-    UnsupportedError: tensors that are no floats.
+    UnsupportedError: a tensor does not hold floats.
   """
   check_safetensors(path)
   with path.open("rb") as file:
@@ -140,7 +139,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def check_safetensors(path: Path) -> None:
-  """Raises UserError unless the file is whole, by the library's checks."""
+  """Raises UserError if the library finds the file cut short or damaged."""
   try:
     with safe_open(path, framework="numpy"):
       pass
@@ -158,19 +157,19 @@ def _stored(path: Path, start: int, entry: dict[str, Any]) -> StoredTensor:
     array = aligned_empty(shape, dtype)
     with path.open("rb", buffering=0) as file:
       file.seek(start + begin)
-      rest = memoryview(array.reshape(-1).view(np.uint8))
-      while rest:
-        count = file.readinto(rest)
+      unread = memoryview(array.reshape(-1).view(np.uint8))
+      while unread:
+        count = file.readinto(unread)
         if not count:
-          raise UserError(f"{path} has been cut short while it was read")
-        rest = rest[count:]
+          raise UserError(f"{path} has been cut short while it was loaded: download it again")
+        unread = unread[count:]
     return array
 
   return StoredTensor(shape, dtype, read)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """An array at an address that JAX on a CPU can use in place."""
+  """Allocates an array at an address that JAX on a CPU can use in place."""
   size = int(np.prod(shape)) * dtype.itemsize
   buffer = np.empty(size + _ALIGNMENT, np.uint8)
   offset = -buffer.ctypes.data % _ALIGNMENT
@@ -185,9 +184,9 @@ def write_safetensors(
   """Writes tensors in files of at most `SHARD_BYTES`, with an index if there are several.
 
   Args:
-    directory: where to.
+    directory: the directory of the files.
     kinds: shape and dtype of every tensor, by name.
-    arrays: the tensors in that order; each is written before the next is asked for.
+    arrays: the tensors in the order of `kinds`; each is written before the next is requested.
   """
   shards = _split(kinds, SHARD_BYTES)
   names = [WEIGHTS]
@@ -225,7 +224,7 @@ def _split(kinds: dict[str, tuple[tuple[int, ...], np.dtype]], limit: int) -> li
 
 
 def _header(kinds: dict[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
   end = 0
   for name, (shape, dtype) in kinds.items():
     begin, end = end, end + _size(shape, dtype)
@@ -236,12 +235,12 @@ def _header(kinds: dict[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
 
 
 def is_gguf(path: Path) -> bool:
-  """Whether a path is named as a GGUF file."""
+  """Tells whether a path has the suffix of a GGUF file."""
   return path.suffix.lower() == ".gguf"
 
 
 def gguf_parts(path: Path) -> list[Path]:
-  """The paths of all parts of a split GGUF file, which need not exist; of any other, the path alone."""
+  """Returns the paths of all parts of a split GGUF file, existing or not; for any other file, its path."""
   named = _PART.search(path.name)
   if named is None:
     return [path]
@@ -251,18 +250,18 @@ def gguf_parts(path: Path) -> list[Path]:
 
 
 def gguf_models(directory: Path) -> list[Path]:
-  """The GGUF files in a directory; of one that is split, its first part."""
+  """Returns the GGUF files in a directory; of a split file, the first part."""
   files = (path for path in directory.iterdir() if is_gguf(path) and path.is_file())
   return sorted({gguf_parts(path)[0] for path in files})
 
 
 def local_path(path: str | Path) -> Path:
-  """The path, or where the hub's package has put the model of that name.
+  """Returns the path, or the download directory of the hub model of that name.
 
-  A directory that is no Hugging Face model and no run but holds one GGUF model stands for that file.
+  If a directory is neither a Hugging Face model nor a run but holds one GGUF model, returns that file.
 
   Raises:
-    UserError: there is no such path, nor a package to ask the hub for a model of that name.
+    UserError: the path does not exist, and no model of that name can be downloaded.
   """
   local = Path(path).expanduser()
   if local.exists():
@@ -280,7 +279,7 @@ def local_path(path: str | Path) -> Path:
     return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
   except (OSError, ValueError) as error:
     raise UserError(
-      f"{str(path)!r} does not exist here, and could not be had from the hub: "
+      f"{str(path)!r} does not exist here, and could not be downloaded from the hub: "
       f"{str(error).splitlines()[0]}"
     ) from error
 

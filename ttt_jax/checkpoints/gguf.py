@@ -1,9 +1,9 @@
-"""GGUF files of Llama architecture: metadata as a config.json, tensors under their Hugging Face names.
+"""Opens GGUF files of Llama architecture: metadata as a config.json, tensors by Hugging Face names.
 
 The package `gguf` parses the file and dequantises. llama.cpp rotates neighbouring channels where Llama's
 published layout rotates channels half a head apart, so its files hold permuted query and key projections.
-`gguf_keys.py` says which metadata is known, `gguf_special.py` which tokens are special; `gguf_tokenizer.py`
-makes the tokenizer inside.
+`gguf_keys.py` lists the known metadata, `gguf_special.py` finds the special tokens, and `gguf_tokenizer.py`
+makes the tokenizer.
 """
 
 from functools import partial
@@ -44,10 +44,10 @@ _ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
-  """Metadata by key, and the tensors as they are stored, of all parts of a split file.
+  """Returns metadata by key and the stored tensors, of all parts of a split file.
 
   Raises:
-    UserError: the file is cut short, damaged or no GGUF, or one of its parts is not there.
+    UserError: the file is cut short, damaged or not GGUF, or one of its parts is missing.
   """
   parts = gguf_parts(path)
   if missing := [part.name for part in parts if not part.is_file()]:
@@ -69,7 +69,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
   if expected != len(tensors) or len({tensor.name for tensor in tensors}) != len(tensors):
     raise UserError(
       f"{path}: the {len(parts)} parts hold {len(tensors)} tensors, and split.tensors.count is {expected}: "
-      "they are not of one model, download it again"
+      "they are parts of different models, download the model again"
     )
   return fields, tensors
 
@@ -86,11 +86,11 @@ def _read_part(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-  """The config.json that the metadata stands for, and the tensors, dequantised when read.
+  """Returns the metadata as a config.json, and the tensors, which are dequantised when they are read.
 
   Raises:
-    UserError: a damaged file, or metadata without a size of the model.
-    UnsupportedError: an architecture or feature that is not there, by name.
+    UserError: the file is damaged, or its metadata lacks a size of the model.
+    UnsupportedError: the architecture or a feature is not supported.
   """
   fields, stored = read_gguf(path)
   architecture = fields.get("general.architecture")
@@ -118,18 +118,18 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
 
 def _config(path: Path, fields: dict[str, Any], tensors: dict[str, ReaderTensor]) -> dict[str, Any]:
   def optional(name: str, default: Any, kind: type = int) -> Any:
-    there = fields.get(f"{ARCHITECTURE}.{name}") is not None
-    return need_number(path, fields, name, kind) if there else default
+    is_given = fields.get(f"{ARCHITECTURE}.{name}") is not None
+    return need_number(path, fields, name, kind) if is_given else default
 
   d, heads = (need_number(path, fields, x) for x in ("embedding_length", "attention.head_count"))
   head_dim = optional("attention.key_length", d // heads)
   check_heads(path, fields, head_dim)
   if "token_embd.weight" not in tensors:
-    raise UserError(f"{path} has no token_embd.weight: it is not a whole model")
+    raise UserError(f"{path} has no token_embd.weight: the model is incomplete, download it again")
   biased = [f"blk.0.attn_{x}.bias" in tensors for x in ("q", "output")]
   special = special_tokens(fields)
   return {
-    # Llama's config knows biases on all four projections only; those on three are Qwen2's.
+    # A Llama config has biases on all four projections or none; biases on three are Qwen2's.
     "model_type": "qwen2" if biased == [True, False] else "llama",
     "vocab_size": int(tensors["token_embd.weight"].shape[1]),
     "hidden_size": d,
@@ -150,9 +150,9 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, ReaderTensor]
 
 
 def _llama3_scaling(path: Path, config: dict[str, Any], tensor: ReaderTensor) -> dict[str, Any]:
-  """The llama3 scaling whose frequencies are the plain ones divided by the tensor.
+  """Returns the llama3 scaling whose frequencies are the plain frequencies divided by the tensor.
 
-  The file holds the divisors, not the parameters they were made of: those of Llama 3.1 are tried.
+  The file holds these divisors, not the parameters behind them; the parameters of Llama 3.1 are tried.
   """
   divisors = dequantize(tensor.data, tensor.tensor_type)
   k, theta = config["head_dim"], config["rope_theta"]
@@ -162,7 +162,7 @@ def _llama3_scaling(path: Path, config: dict[str, Any], tensor: ReaderTensor) ->
   if divisors.shape != plain.shape or not np.allclose(plain / guessed, divisors, rtol=1e-4):
     raise UnsupportedError(
       f"{path}: {_ROPE_FREQUENCIES} is not the rope scaling of Llama 3.1 (low_freq_factor 1, "
-      "high_freq_factor 4, trained on 8192 positions), the only one that can be told from its numbers: "
+      "high_freq_factor 4, trained on 8192 positions), the only scaling that its numbers can identify: "
       "use the Hugging Face checkpoint"
     )
   return {
@@ -175,7 +175,7 @@ def _llama3_scaling(path: Path, config: dict[str, Any], tensor: ReaderTensor) ->
 
 
 def _hf_name(name: str) -> str:
-  """`blk.0.attn_q.weight` -> `model.layers.0.self_attn.q_proj.weight`; an unknown one as it is."""
+  """Translates `blk.0.attn_q.weight` to `model.layers.0.self_attn.q_proj.weight`; keeps unknown names."""
   parts = name.split(".")
   if parts[0] == "blk" and len(parts) == 4 and parts[2] in _LAYER_NAMES:
     return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
@@ -196,6 +196,6 @@ def _dequantize(
 
 
 def unpermute(x: np.ndarray, heads: int) -> np.ndarray:
-  """Rows of a query or key projection from llama.cpp's order: (2 i, 2 i + 1) -> (i, i + K/2) of a head."""
+  """Moves rows 2 i, 2 i + 1 of each head of a query or key projection (llama.cpp) to i, i + K/2."""
   pairs = x.reshape(heads, -1, 2, *x.shape[1:])
   return pairs.swapaxes(1, 2).reshape(x.shape)

@@ -1,8 +1,8 @@
-"""Which metadata of a Llama's GGUF file is known, and which values of it change the numbers.
+"""Lists the known metadata of a Llama's GGUF file, and the values that would change the numbers.
 
-The one list of keys in the architecture's namespace: those that `gguf.py` reads, those that describe the
-file, and those of other models, refused unless they are switched off. A key in no list is refused too:
-llama.cpp gets new ones with every new kind of model.
+Keys in the architecture's namespace are of three kinds: `gguf.py` uses them, they describe the file, or
+they belong to other models and are refused unless they switch a feature off. Unknown keys are refused too,
+since llama.cpp adds keys with every new kind of model.
 """
 
 import math
@@ -13,7 +13,7 @@ from ttt_jax.errors import UnsupportedError, UserError
 
 ARCHITECTURE = "llama"
 
-_READ = {
+_USED = {
   "attention.head_count",
   "attention.head_count_kv",
   "attention.key_length",
@@ -32,7 +32,7 @@ _READ = {
   "rope.scaling.type",
 }
 _DESCRIPTIONS = {"rope.scaling.finetuned", "tensor_data_layout", "vocab_size"}
-# The values with which a feature is switched off, the first one as llama.cpp has it without the key.
+# The values that switch a feature off; the first is llama.cpp's default without the key.
 _SWITCHED_OFF = {
   "attention.causal": (True,),
   "attention.clamp_kqv": (0,),
@@ -71,16 +71,16 @@ _SWITCHED_OFF = {
 
 
 def check_keys(path: Path, fields: dict[str, Any]) -> None:
-  """Raises UnsupportedError for a key that is not known, or whose value changes the numbers."""
+  """Raises UnsupportedError for an unknown key, or for a value that would change the numbers."""
   prefix = f"{ARCHITECTURE}."
   for key, value in fields.items():
     name = key.removeprefix(prefix)
-    if name == key or name in _READ | _DESCRIPTIONS:
+    if name == key or name in _USED | _DESCRIPTIONS:
       continue
     if name not in _SWITCHED_OFF:
       raise UnsupportedError(
-        f"{path}: {key}={value!r} is not known to ttt_jax, and may change what the model computes: use the "
-        "Hugging Face checkpoint, or delete the key if it does not"
+        f"{path}: {key}={value!r} is unknown to ttt_jax and may change what the model computes: use the "
+        "Hugging Face checkpoint, or delete the key if it has no effect"
       )
     if value not in _SWITCHED_OFF[name]:
       raise UnsupportedError(
@@ -89,11 +89,11 @@ def check_keys(path: Path, fields: dict[str, Any]) -> None:
 
 
 def need_number(path: Path, fields: dict[str, Any], name: str, kind: type = int) -> Any:
-  """A number of the architecture; of one per layer, the one that all layers have.
+  """Returns a number of the architecture; in a list per layer, all layers must have the same number.
 
   Raises:
-    UserError: it is not there, or no number.
-    UnsupportedError: layers differ.
+    UserError: the key is missing or its value is not a number.
+    UnsupportedError: the layers differ.
   """
   key = f"{ARCHITECTURE}.{name}"
   value = fields.get(key)
@@ -107,12 +107,12 @@ def need_number(path: Path, fields: dict[str, Any], name: str, kind: type = int)
 
 
 def check_heads(path: Path, fields: dict[str, Any], head_dim: int) -> None:
-  """Raises UnsupportedError for heads that are not rotated whole, or scaled otherwise."""
+  """Raises UnsupportedError unless heads are rotated whole and scaled by 1/sqrt(head_dim)."""
   for name in ("rope.dimension_count", "attention.value_length"):
     size = fields.get(f"{ARCHITECTURE}.{name}", head_dim)
     if size != head_dim:
       raise UnsupportedError(
-        f"{path}: {ARCHITECTURE}.{name}={size} of {head_dim} channels of a head is not supported"
+        f"{path}: {ARCHITECTURE}.{name}={size} is not supported, only all {head_dim} channels of a head"
       )
   scale = fields.get(f"{ARCHITECTURE}.attention.scale", 0.0)
   if scale and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-5):
@@ -122,9 +122,9 @@ def check_heads(path: Path, fields: dict[str, Any], head_dim: int) -> None:
 
 
 def rope_scaling(path: Path, fields: dict[str, Any]) -> dict[str, Any] | None:
-  """The rope scaling as in config.json, by llama.cpp's rules; None: there is none.
+  """Returns the rope scaling as in config.json, by llama.cpp's rules; None means no scaling.
 
-  The type is linear if none is given, a factor of 0 is none, and `rope.scale_linear` is its old name.
+  The default type is linear, a factor of 0 means no scaling, and `rope.scale_linear` is its old name.
   """
 
   def value(name: str, default: Any = None) -> Any:
@@ -133,7 +133,7 @@ def rope_scaling(path: Path, fields: dict[str, Any]) -> dict[str, Any] | None:
   kind = value("scaling.type", "linear")
   if kind not in ("none", "linear", "yarn"):
     raise UnsupportedError(
-      f"{path}: {ARCHITECTURE}.rope.scaling.type={kind!r} is not supported: there are 'none', 'linear' "
+      f"{path}: {ARCHITECTURE}.rope.scaling.type={kind!r} is not supported, only 'none', 'linear' "
       "and 'yarn'"
     )
   factor = value("scaling.factor", value("scale_linear", 0.0))

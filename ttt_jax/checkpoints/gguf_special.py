@@ -1,7 +1,7 @@
-"""The special tokens of a GGUF file, by the rules of llama.cpp (`llama-vocab.cpp`).
+"""Finds the special tokens of a GGUF file by the rules of llama.cpp (`llama-vocab.cpp`).
 
-A file seldom says all: which tokens end a text is known by their spelling, and whether one is put before or
-behind a text by the kind of the tokenizer.
+Files are often incomplete. The spelling of a token then decides whether it ends a text, and the kind of the
+tokenizer decides whether tokens are added before and after a text.
 """
 
 import warnings
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from ttt_jax.errors import UserError
 
 _KEY = "tokenizer.ggml"
-_UNKNOWN, _CONTROL = 2, 3  # of tokenizer.ggml.token_type
-# The names in tokenizer.ggml.pre of the rules of Llama 3; these tokenizers begin a text with its token.
+_UNKNOWN, _CONTROL = 2, 3  # values in tokenizer.ggml.token_type
+# Names of Llama 3's rules in tokenizer.ggml.pre; these tokenizers begin a text with bos.
 LLAMA3_NAMES = (
   "llama-bpe",
   "llama3",
@@ -25,7 +25,7 @@ LLAMA3_NAMES = (
   "jina-v5-nano",
 )
 _BEGIN_WITH_BOS = (*LLAMA3_NAMES, "tekken")
-# SentencePiece's ids. For byte-level BPE llama.cpp falls back to 11, Falcon's, which is not followed here.
+# Default ids of SentencePiece. For byte-level BPE we do not follow llama.cpp, whose default is Falcon's 11.
 _DEFAULTS = {"bos": 1, "eos": 2, "unknown": 0}
 
 _ENDS = (
@@ -52,13 +52,13 @@ _ENDS = (
   "<\uff5cend\u2581of\u2581sentence\uff5c>",
   "[e~[",
 )
-# Models that fill in code: one token of each kind ends a text, by its key or else by its spelling.
+# Code infilling: one token of each kind ends a text, given by its key or else by its spelling.
 _CODE_ENDS = {
   "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
   "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
   "fim_sep": ("<|file_sep|>",),
 }
-# Tokens that llama.cpp holds for special ones however the file types them; they end nothing.
+# Tokens that llama.cpp treats as special whatever their type in the file; they do not end a text.
 _CODE_MARKS = (
   "<|fim_prefix|>",
   "<fim-prefix>",
@@ -88,14 +88,14 @@ _CODE_MARKS = (
 
 
 class SpecialTokens(NamedTuple):
-  """Ids of tokens with a meaning.
+  """Holds the ids of special tokens.
 
   Attributes:
-    bos_id: begins a text, or None.
-    eos_id: ends a text by the file's own word, or None.
-    eos_ids: each ends one, `eos_id` first.
-    unknown_id: stands for what has no token, or None.
-    special: all that are special: no part of a text.
+    bos_id: the token that begins a text, or None.
+    eos_id: the token that ends a text by the file's metadata, or None.
+    eos_ids: all tokens that end a text, `eos_id` first.
+    unknown_id: the token for text that no other token spells, or None.
+    special: all special tokens, which are no part of a text.
     add_bos, add_eos: whether `bos_id` and `eos_id` are put around a text.
   """
 
@@ -109,22 +109,22 @@ class SpecialTokens(NamedTuple):
 
 
 def special_tokens(fields: dict[str, Any]) -> SpecialTokens:
-  """What the metadata says and llama.cpp concludes from it.
+  """Finds the special tokens that llama.cpp finds in the metadata.
 
   Raises:
-    UserError: a token is to be added that is not there.
+    UserError: the metadata adds a token around texts but does not define it.
   """
   tokens = fields.get(f"{_KEY}.tokens") or []
-  place = {token: i for i, token in enumerate(tokens)}
-  bos, eos, unknown = (_id(fields, name, len(tokens)) for name in ("bos", "eos", "unknown"))
-  found = {_id(fields, name, len(tokens)) for name in ("eot", "eom")}
-  found |= {_code_end(fields, name, spellings, place) for name, spellings in _CODE_ENDS.items()}
-  found |= {place[text] for text in _ENDS if text in place}
+  ids = {token: i for i, token in enumerate(tokens)}
+  bos, eos, unknown = (_token_id(fields, name, len(tokens)) for name in ("bos", "eos", "unknown"))
+  found = {_token_id(fields, name, len(tokens)) for name in ("eot", "eom")}
+  found |= {_code_end(fields, name, spellings, ids) for name, spellings in _CODE_ENDS.items()}
+  found |= {ids[text] for text in _ENDS if text in ids}
   ends = [i for i in (eos, *sorted(found - {None, eos})) if i is not None]
-  ends = tuple(i for i in ends if i not in _no_ends(place))
+  ends = tuple(i for i in ends if i not in _not_ends(ids))
   types = fields.get(f"{_KEY}.token_type") or []
   special = {i for i, type_ in enumerate(types) if type_ in (_UNKNOWN, _CONTROL)}
-  special |= {place[text] for text in _CODE_MARKS if text in place} | set(ends)
+  special |= {ids[text] for text in _CODE_MARKS if text in ids} | set(ends)
   begins = fields.get(f"{_KEY}.model") == "llama" or fields.get(f"{_KEY}.pre") in _BEGIN_WITH_BOS
   return SpecialTokens(
     bos_id=bos,
@@ -132,20 +132,21 @@ def special_tokens(fields: dict[str, Any]) -> SpecialTokens:
     eos_ids=ends,
     unknown_id=unknown,
     special=tuple(sorted(special)),
-    add_bos=_adds(fields, "bos", bos, default=begins and bos is not None),
-    add_eos=_adds(fields, "eos", eos, default=False),
+    add_bos=_adds_token(fields, "bos", bos, default=begins and bos is not None),
+    add_eos=_adds_token(fields, "eos", eos, default=False),
   )
 
 
-def _id(fields: dict[str, Any], name: str, size: int) -> int | None:
-  """The token of a name, else the tokenizer's default; a number that is no token counts as not given."""
+def _token_id(fields: dict[str, Any], name: str, size: int) -> int | None:
+  """Returns the token of a name, else the tokenizer's default; ignores an id outside of the vocabulary."""
   default = _DEFAULTS.get(name) if fields.get(f"{_KEY}.model") == "llama" else None
   if default is not None and default >= size:
     default = None
   given = fields.get(f"{_KEY}.{name}_token_id")
   if given is not None and size and not 0 <= given < size:
     warnings.warn(
-      f"{_KEY}.{name}_token_id={given} is no token, there are {size}: {default} is used, as in llama.cpp",
+      f"{_KEY}.{name}_token_id={given} is no token, the file has {size}: "
+      f"{default} is used, as in llama.cpp",
       stacklevel=3,
     )
     given = None
@@ -153,24 +154,24 @@ def _id(fields: dict[str, Any], name: str, size: int) -> int | None:
 
 
 def _code_end(
-  fields: dict[str, Any], name: str, spellings: Iterable[str], place: dict[str, int]
+  fields: dict[str, Any], name: str, spellings: Iterable[str], ids: dict[str, int]
 ) -> int | None:
-  given = _id(fields, name, len(place))
-  return next((place[x] for x in spellings if x in place), None) if given is None else given
+  given = _token_id(fields, name, len(ids))
+  return next((ids[x] for x in spellings if x in ids), None) if given is None else given
 
 
-def _no_ends(place: dict[str, int]) -> set[int]:
-  """Tokens that end no text, although spelled so, in the company of others."""
-  no_ends = set()
-  calls = "<|call|>" in place or "<|calls|>" in place
-  if calls and ("<|return|>" in place or "<|flush|>" in place):
-    no_ends.add(place.get("<|end|>"))
-  if "<|tool_response>" in place:
-    no_ends.add(place.get("</s>"))
-  return no_ends - {None}
+def _not_ends(ids: dict[str, int]) -> set[int]:
+  """Returns tokens that do not end a text, despite their spelling, if certain other tokens exist."""
+  exceptions = set()
+  has_calls = "<|call|>" in ids or "<|calls|>" in ids
+  if has_calls and ("<|return|>" in ids or "<|flush|>" in ids):
+    exceptions.add(ids.get("<|end|>"))
+  if "<|tool_response>" in ids:
+    exceptions.add(ids.get("</s>"))
+  return exceptions - {None}
 
 
-def _adds(fields: dict[str, Any], name: str, token: int | None, *, default: bool) -> bool:
+def _adds_token(fields: dict[str, Any], name: str, token: int | None, *, default: bool) -> bool:
   adds = fields.get(f"{_KEY}.add_{name}_token", default)
   if adds and token is None:
     raise UserError(

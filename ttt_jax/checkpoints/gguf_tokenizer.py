@@ -1,11 +1,11 @@
-"""The tokenizer inside a GGUF file, made into one of the `tokenizers` library.
+"""Builds a tokenizer of the `tokenizers` library from the vocabulary inside a GGUF file.
 
-A byte-level BPE ("gpt2" in the file) stores tokens and merges, and only the name of the rule that cuts text
-into words; SentencePiece ("llama") stores tokens and scores, from which the merges follow.
+A byte-level BPE ("gpt2" in the file) stores tokens, merges and the name of the rule that splits text into
+words; SentencePiece ("llama") stores tokens and scores, from which the merges follow.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import (
@@ -20,11 +20,10 @@ from tokenizers import (
 
 from ttt_jax.checkpoints.gguf import read_gguf
 from ttt_jax.checkpoints.gguf_special import LLAMA3_NAMES, SpecialTokens, special_tokens
-from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.errors import UnsupportedError, UserError
 
-_USER_DEFINED = 4  # of tokenizer.ggml.token_type
-_SPACE = "\u2581"  # how SentencePiece writes one
+_USER_DEFINED = 4  # a value in tokenizer.ggml.token_type
+_SPACE = "\u2581"  # SentencePiece's character for a space
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -32,13 +31,14 @@ _LLAMA3 = (
   r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_DIGITS = (r"\p{N}", _GPT2)  # one by one
+_DIGITS = (r"\p{N}", _GPT2)  # splits off every digit
 _TEKKEN = (
   r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
   r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
   r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# How text is cut, by tokenizer.ggml.pre: each rule cuts the pieces of the one before. As in llama.cpp.
+# Patterns that split text into words, by tokenizer.ggml.pre, each applied to the pieces of the one before;
+# as in llama.cpp.
 _RULES = {
   **dict.fromkeys(LLAMA3_NAMES, (_LLAMA3,)),
   **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), (_LLAMA3,)),
@@ -51,26 +51,34 @@ _RULES = {
   "tekken": (_TEKKEN,),
   "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
-_IGNORE_MERGES = (*LLAMA3_NAMES, "tekken")  # a word that is a token is that token
+_IGNORE_MERGES = (*LLAMA3_NAMES, "tekken")  # rules by which a word that is a token is not split
 
 
-def gguf_tokenizer(path: Path) -> Tokenizer:
-  """The tokenizer of a GGUF file.
+class GgufTokenizer(NamedTuple):
+  """A GGUF file holds these parts of a tokenizer."""
+
+  backend: tokenizers.Tokenizer
+  special: SpecialTokens
+  chat_template: str | None
+
+
+def gguf_tokenizer(path: Path) -> GgufTokenizer:
+  """Loads the tokenizer of a GGUF file.
 
   Raises:
-    UserError: there is none, or its tokens are damaged.
-    UnsupportedError: a model or a rule for words that is not there, by name.
+    UserError: the file has no tokenizer, or its tokens are damaged.
+    UnsupportedError: the tokenizer's model or its rule for words is not supported.
   """
   fields, _ = read_gguf(path)
   kind, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
   if not tokens:
-    raise UserError(f"{path} has no tokenizer: give the path of another one")
-  # As llama.cpp names tokens that are spelled by nothing.
+    raise UserError(f"{path} has no tokenizer: give the path of a tokenizer")
+  # llama.cpp's names for tokens with an empty spelling.
   tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
   fields["tokenizer.ggml.tokens"] = tokens
   if len(set(tokens)) != len(tokens):
     raise UserError(
-      f"{path}: tokenizer.ggml.tokens names {len(tokens) - len(set(tokens))} tokens twice"
+      f"{path}: tokenizer.ggml.tokens repeats {len(tokens) - len(set(tokens))} tokens: the file is damaged"
     )
   if kind == "gpt2":
     backend = _byte_level(path, fields)
@@ -78,13 +86,15 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
     backend = _sentence_piece(path, fields)
   else:
     raise UnsupportedError(
-      f"{path}: tokenizer.ggml.model={kind!r} is not supported: there are 'gpt2' and 'llama'"
+      f"{path}: tokenizer.ggml.model={kind!r} is not supported, only 'gpt2' and 'llama'"
     )
   types = fields.get("tokenizer.ggml.token_type", [])
   special = special_tokens(fields)
-  marks = [AddedToken(tokens[i], normalized=False, special=True) for i in special.special]
+  special_tokens_list = [
+    AddedToken(tokens[i], normalized=False, special=True) for i in special.special
+  ]
   defined = [i for i, type_ in enumerate(types) if type_ == _USER_DEFINED]
-  backend.add_special_tokens(marks)
+  backend.add_special_tokens(special_tokens_list)
   backend.add_tokens(
     [
       AddedToken(tokens[i], normalized=False, special=False)
@@ -92,18 +102,13 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
       if i not in special.special
     ]
   )
-  backend.post_processor = _around(tokens, special)
-  return Tokenizer(
-    backend,
-    bos_id=special.bos_id,
-    eos_ids=special.eos_ids,
-    chat_template=fields.get("tokenizer.chat_template"),
-  )
+  backend.post_processor = _post_processor(tokens, special)
+  return GgufTokenizer(backend, special, fields.get("tokenizer.chat_template"))
 
 
-def _around(tokens: list[str], special: SpecialTokens) -> processors.TemplateProcessing:
-  """Puts the tokens around a text that belong there."""
-  names = {}  # a token's spelling may hold what a template splits at
+def _post_processor(tokens: list[str], special: SpecialTokens) -> processors.TemplateProcessing:
+  """Returns the post-processor that puts bos and eos around a text, where the file asks for them."""
+  names = {}  # names for the template, since a token's spelling may hold a space or a colon
   if special.add_bos:
     names["BOS"] = special.bos_id
   if special.add_eos:
@@ -126,7 +131,7 @@ def _byte_level(path: Path, fields: dict[str, Any]) -> tokenizers.Tokenizer:
   rule = fields.get("tokenizer.ggml.pre", "default")
   if rule not in _RULES:
     raise UnsupportedError(
-      f"{path}: tokenizer.ggml.pre={rule!r} is not supported: there are {', '.join(_RULES)}"
+      f"{path}: tokenizer.ggml.pre={rule!r} is not supported, only {', '.join(_RULES)}"
     )
   vocabulary = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
   # A merge is "left right"; neither has a space, which byte-level BPE writes as another character.
@@ -147,11 +152,12 @@ def _byte_level(path: Path, fields: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _sentence_piece(path: Path, fields: dict[str, Any]) -> tokenizers.Tokenizer:
-  """BPE that merges the pair whose token has the highest score, with a fallback to bytes."""
+  """Makes a BPE that merges the pair whose token has the highest score, with a fallback to bytes."""
   tokens, scores = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.scores") or []
   if len(scores) < len(tokens):
     raise UserError(
-      f"{path}: tokenizer.ggml.scores has {len(scores)} numbers for {len(tokens)} tokens: it is damaged"
+      f"{path}: tokenizer.ggml.scores has {len(scores)} numbers for {len(tokens)} tokens: the file is "
+      "damaged"
     )
   vocabulary = {token: i for i, token in enumerate(tokens)}
   merges = [

@@ -1,7 +1,7 @@
-"""Pretrained weights into a model, tensor by tensor, straight to where they belong.
+"""Loads pretrained weights into a model, tensor by tensor, straight onto their shardings.
 
 The model is never initialised: its shapes come from `jax.eval_shape`, each parameter is made as zeros on
-its sharding, and every tensor is written into it by a donated update. The host holds one at a time.
+its sharding, and a donated update writes every tensor into it. The host holds one tensor at a time.
 """
 
 import dataclasses
@@ -29,29 +29,35 @@ from ttt_jax.checkpoints.files import (
   read_json,
 )
 from ttt_jax.checkpoints.hf_config import need_integer, read_config
-from ttt_jax.checkpoints.sections import Fields, Sections, agreed
-from ttt_jax.checkpoints.tensors import EMBEDDING, HEAD, Row, named_parameters, tensor_table
+from ttt_jax.checkpoints.sections import Fields, Sections, with_given_fields
+from ttt_jax.checkpoints.tensors import (
+  EMBEDDING,
+  HEAD,
+  TensorMapping,
+  named_parameters,
+  tensor_table,
+)
 from ttt_jax.checkpoints.ttt_config import read_published, read_section
 from ttt_jax.config import DTYPES, TTTConfig, check_layers
 from ttt_jax.errors import UserError
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.parallel.parameters import shardings
 
-_MAX_NAMED = 20  # how many misfits an error spells out
+_MAX_NAMED = 20  # mismatches that an error lists
 _TTT_TENSORS = tuple(
   f".mlp.{name}"
   for name in ("ttt_conv.weight", "ttt_proj.weight", "ttt_log_rate", "ttt_log_half_life")
 )
 # Constants of the rotary embedding that some checkpoints store; the model forms them itself.
-_DERIVED = tuple(
+_ROTARY_CONSTANTS = tuple(
   f".rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
 )
 
 
 class Checkpoint(NamedTuple):
-  """A checkpoint as it lies on the disk, of whatever format."""
+  """Describes a checkpoint on disk, whatever its format; tensors are loaded when they are used."""
 
-  where: str  # in messages
+  name: str  # its path, for messages
   config: dict[str, Any]
   generation: dict[str, Any]
   tensors: dict[str, StoredTensor]
@@ -65,54 +71,57 @@ def load_pretrained(
   mesh: Mesh | None = None,
   ttt: TTTConfig | Mapping[str, Any] | None = None,
 ) -> Transformer:
-  """The model of a Hugging Face directory, a GGUF file or a hub name, with its weights.
+  """Loads the model of a Hugging Face directory, a GGUF file or a hub name.
 
   Args:
     path: a directory with config.json and safetensors of a Llama, Mistral, Qwen2 or Qwen3 model, with or
-      without fast weights in the published format; a `.gguf` file of a Llama, any part of a split one, or
-      the directory of one alone; or the name of a model on the hub, asked only if there is no such path.
-    dtype: of the computation, "float32", "bfloat16" or "float64". None: the widest that the tensors are
-      stored in, so that nothing is lost (float32 for float16 and GGUF).
-    param_dtype: of the parameters; None: `dtype`.
-    mesh: where the parameters live, split as `ttt_jax.parallel.parameters` says; None: on one device.
-    ttt: which MLPs get fast weights. A `TTTConfig` takes the place of what the checkpoint says, a mapping
-      of its fields, as `{"chunk_size": 256}`, counts over it. Tensors of the TTT layers are used where the
-      checkpoint has them; others start as `ttt.init` says, by default so that the logits are bit for
-      bit those of the plain model.
+      without fast weights in the published format; a `.gguf` file of a Llama, any part of a split file, or
+      a directory with just one GGUF model; or the name of a model on the hub, if there is no such path.
+    dtype: the dtype of the computation, "float32", "bfloat16" or "float64". None: the widest dtype of the
+      stored tensors, so that nothing is lost (float32 for float16 and GGUF).
+    param_dtype: the dtype of the parameters; None: `dtype`.
+    mesh: the mesh over which `ttt_jax.parallel.parameters` splits the parameters; None: one device.
+    ttt: which MLPs get fast weights. A `TTTConfig` replaces the checkpoint's section; a mapping of fields,
+      as `{"chunk_size": 256}`, overrides single fields. Tensors of TTT layers are loaded if the checkpoint
+      has them; others start as `ttt.init` says, by default so that the logits equal those of the plain
+      model bit for bit.
 
   Raises:
-    UnsupportedError: an architecture, a rope type, a quantisation or a feature that is not there.
-    UserError: damaged files; tensors that are missing, unknown, of another shape (all are listed) or
-      not finite; fast weights in the checkpoint that its config does not say how to use; an unknown
-      field of `ttt`.
+    UnsupportedError: an architecture, rope type, quantisation or feature is not supported.
+    UserError: a file is damaged; tensors are missing, unknown, of another shape (all are listed) or not
+      finite; the checkpoint has fast weights but its config does not say how they learn; `ttt` has an
+      unknown field.
   """
   checkpoint = open_checkpoint(local_path(path))
   given: dict[str, Any] = {"model": {"dtype": dtype, "param_dtype": param_dtype}}
-  whole = ttt if isinstance(ttt, TTTConfig) else None
-  if whole is None and ttt is not None:
+  section = ttt if isinstance(ttt, TTTConfig) else None
+  if section is None and ttt is not None:
     given["ttt"] = ttt
-  sections = resolve_sections(checkpoint, given, ttt=whole)
-  return load_checkpoint(checkpoint, sections, mesh=mesh, fresh_allowed=ttt is not None)
+  sections = resolve_sections(checkpoint, given, ttt=section)
+  return load_checkpoint(checkpoint, sections, mesh=mesh, allow_new_ttt=ttt is not None)
 
 
 def resolve_sections(
   checkpoint: Checkpoint, given: Fields, *, source: str | None = None, ttt: TTTConfig | None = None
 ) -> Sections:
-  """What the model of a checkpoint is, with the given fields over it (`ttt_jax.checkpoints.sections`).
+  """Returns a checkpoint's sections with the given fields over them (`ttt_jax.checkpoints.sections`).
 
   Args:
     given: fields by section; `dtype` and `param_dtype` of `model` may be None, as in `load_pretrained`.
     source: the checkpoint in messages.
-    ttt: takes the place of what the checkpoint says of its fast weights.
+    ttt: replaces the checkpoint's own section.
 
   Raises:
-    UserError: as `agreed`; fast weights in the checkpoint that its config does not say how to use.
+    UserError: as `with_given_fields`; the checkpoint has fast weights but its config does not say how they
+      learn.
   """
-  source = checkpoint.where if source is None else source
+  source = checkpoint.name if source is None else source
   model = dict(given.get("model", {}))
   if model.get("dtype") is None:
-    model["dtype"] = _widest(
-      stored.dtype for name, stored in checkpoint.tensors.items() if not name.endswith(_DERIVED)
+    model["dtype"] = _widest_dtype(
+      stored.dtype
+      for name, stored in checkpoint.tensors.items()
+      if not name.endswith(_ROTARY_CONSTANTS)
     )
   if model.get("param_dtype") is None:
     model["param_dtype"] = model["dtype"]
@@ -123,13 +132,13 @@ def resolve_sections(
       raise UserError(f"{name}='float64' needs jax_enable_x64: set it, or give {name}='float32'")
   architecture = read_config(checkpoint.config, generation=checkpoint.generation)
   if ttt is not None:
-    own = ttt
+    base = ttt
   elif "layers" in given.get("ttt", {}):
-    own = stated_ttt(checkpoint) or TTTConfig()
+    base = _ttt_from_config(checkpoint) or TTTConfig()
   else:
-    own = own_ttt(checkpoint)
-  sections = Sections(architecture.model, architecture.attention, own)
-  sections = agreed(sections, {**given, "model": model}, source=source)
+    base = _ttt_or_default(checkpoint)
+  sections = Sections(architecture.model, architecture.attention, base)
+  sections = with_given_fields(sections, {**given, "model": model}, source=source)
   check_layers(*sections)
   is_given = ttt is not None or bool(given.get("ttt"))
   if sections.ttt.layers and sections.ttt.init is None and is_given:
@@ -142,43 +151,43 @@ def load_checkpoint(
   sections: Sections,
   *,
   mesh: Mesh | None = None,
-  fresh_allowed: bool = True,
+  allow_new_ttt: bool = True,
 ) -> Transformer:
-  """The model of a checkpoint as resolved sections say, with its weights.
+  """Loads the weights of a checkpoint into the model of resolved sections.
 
   Args:
     mesh: as in `load_pretrained`.
-    fresh_allowed: whether parameters of fast weights that the checkpoint does not speak of are new.
+    allow_new_ttt: whether parameters of TTT layers that the checkpoint lacks are initialised.
 
   Raises:
     UserError: as `load_pretrained`.
   """
   if sections.model.tie_embeddings:
-    checkpoint = checkpoint._replace(tensors=_with_embedding(checkpoint.tensors))
+    checkpoint = checkpoint._replace(tensors=_with_tied_embedding(checkpoint.tensors))
 
   def make() -> Transformer:
     return Transformer(*sections, rngs=nnx.Rngs(0))
 
   abstract = jax.eval_shape(make)
-  rows = tensor_table(abstract)
-  _check_tensors(checkpoint, rows, fresh_allowed=fresh_allowed)
-  where = dict.fromkeys(named_parameters(abstract))
+  mappings = tensor_table(abstract)
+  _check_tensors(checkpoint, mappings, allow_new_ttt=allow_new_ttt)
+  placement = dict.fromkeys(named_parameters(abstract))
   if mesh is not None:
-    where = named_parameters(shardings(abstract, mesh))
-  fresh = {row.parameter for row in rows if row.name not in checkpoint.tensors}
-  values = _initial(make, fresh, where)
-  _fill(values, abstract, checkpoint, rows, where)
+    placement = named_parameters(shardings(abstract, mesh))
+  fresh = {mapping.parameter for mapping in mappings if mapping.name not in checkpoint.tensors}
+  values = _new_parameters(make, fresh, placement)
+  _load_tensors(values, abstract, checkpoint, mappings, placement)
   leaves = [values[name] for name in named_parameters(abstract)]
   return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-  """The checkpoint at a path, its weights not yet read."""
+  """Opens the checkpoint at a path without loading its weights."""
   if path.is_dir():
     if not (path / CONFIG).is_file() and (models := gguf_models(path)):
       raise UserError(
         f"{path} has no {CONFIG} but {len(models)} GGUF files, {', '.join(x.name for x in models[:5])}"
-        f"{', ...' if len(models) > 5 else ''}: give the path of the one to read"
+        f"{', ...' if len(models) > 5 else ''}: give the path of one"
       )
     generation = path / GENERATION_CONFIG
     return Checkpoint(
@@ -198,23 +207,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
   )
 
 
-def _widest(dtypes: Iterable[np.dtype]) -> str:
-  """float64 over float32 over bfloat16; float16 needs float32 to keep its bits."""
+def _widest_dtype(dtypes: Iterable[np.dtype]) -> str:
+  """Returns the widest of float64, float32 and bfloat16; float16 needs float32 to keep its bits."""
   names = {np.dtype(dtype).name for dtype in dtypes}
   if "float64" in names:
     return "float64"
   return "bfloat16" if names == {"bfloat16"} else "float32"
 
 
-def _with_embedding(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-  """The tensors of a tied model, whose one table may be stored under the head's name alone."""
+def _with_tied_embedding(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+  """Names the table of a tied model as the embedding, if it is stored only under the head's name."""
   if EMBEDDING in tensors or HEAD not in tensors:
     return tensors
   return {EMBEDDING if name == HEAD else name: stored for name, stored in tensors.items()}
 
 
-def stated_ttt(checkpoint: Checkpoint) -> TTTConfig | None:
-  """How the checkpoint's config says that fast weights learn; None if it does not speak of any."""
+def _ttt_from_config(checkpoint: Checkpoint) -> TTTConfig | None:
+  """Returns the section ttt that the checkpoint's config.json describes; None if it describes none."""
   ttt = read_section(checkpoint.config)
   if ttt is not None:
     return ttt
@@ -222,125 +231,136 @@ def stated_ttt(checkpoint: Checkpoint) -> TTTConfig | None:
   ttt, beyond = read_published(checkpoint.config, num_layers)
   if beyond:
     warnings.warn(
-      f"{checkpoint.where}: ttt_layers names {beyond}, beyond num_hidden_layers={num_layers}: "
+      f"{checkpoint.name}: ttt_layers names {beyond}, beyond num_hidden_layers={num_layers}: "
       "ignored, as the published code does",
       stacklevel=4,
     )
   return ttt
 
 
-def own_ttt(checkpoint: Checkpoint) -> TTTConfig:
-  """The fast weights a checkpoint comes with.
+def _ttt_or_default(checkpoint: Checkpoint) -> TTTConfig:
+  """Returns the section ttt of a checkpoint; the default if it has no fast weights.
 
   Raises:
-    UserError: its config does not speak of any, but their tensors are there.
+    UserError: the checkpoint has tensors of fast weights, but its config does not describe them.
   """
-  ttt = stated_ttt(checkpoint)
+  ttt = _ttt_from_config(checkpoint)
   stored = [name for name in checkpoint.tensors if name.endswith(_TTT_TENSORS)]
   if ttt is None and stored:
     layers = sorted({int(name.split(".")[2]) for name in stored})
     raise UserError(
-      f"{checkpoint.where} has fast weights ({stored[0]} and {len(stored) - 1} more) but its "
+      f"{checkpoint.name} has fast weights ({stored[0]} and {len(stored) - 1} more) but its "
       "config.json does not say how they learn (no ttt_mode): pass ttt=TTTConfig(layers="
       f"{tuple(layers)}, chunk_size=..., inner_lr=..., ...), in a config file the section ttt, or "
-      "ttt=TTTConfig() to leave them out"
+      "ttt=TTTConfig() to ignore them"
     )
   return TTTConfig() if ttt is None else ttt
 
 
-def _check_tensors(checkpoint: Checkpoint, rows: tuple[Row, ...], *, fresh_allowed: bool) -> None:
+def _check_tensors(
+  checkpoint: Checkpoint, mappings: tuple[TensorMapping, ...], *, allow_new_ttt: bool
+) -> None:
   """Raises UserError with a line for every tensor that is missing, unknown or of another shape."""
   stored = checkpoint.tensors
   lines = []
-  for row in rows:
-    if row.name not in stored:
-      if not (fresh_allowed and row.is_ttt):
-        lines.append(f"{row.name}: {list(row.shape)} expected, missing in the checkpoint")
-    elif stored[row.name].shape != row.shape:
-      there = list(stored[row.name].shape)
-      lines.append(f"{row.name}: {list(row.shape)} expected, {there} in the checkpoint")
-  expected = {row.name for row in rows}
-  unused = [name for name in stored if name not in expected and not name.endswith(_DERIVED)]
+  for mapping in mappings:
+    if mapping.name not in stored:
+      if not (allow_new_ttt and mapping.is_ttt):
+        lines.append(f"{mapping.name}: {list(mapping.shape)} expected, missing in the checkpoint")
+    elif stored[mapping.name].shape != mapping.shape:
+      found = list(stored[mapping.name].shape)
+      lines.append(f"{mapping.name}: {list(mapping.shape)} expected, {found} in the checkpoint")
+  expected = {mapping.name for mapping in mappings}
+  unused = [
+    name for name in stored if name not in expected and not name.endswith(_ROTARY_CONSTANTS)
+  ]
   if HEAD in unused and EMBEDDING in stored:
     _check_tied(checkpoint)
     unused.remove(HEAD)
-  left_out = [name for name in unused if fresh_allowed and name.endswith(_TTT_TENSORS)]
-  if left_out:
-    warnings.warn(f"{checkpoint.where}: left out, as ttt says: {', '.join(left_out)}", stacklevel=3)
+  ignored = [name for name in unused if allow_new_ttt and name.endswith(_TTT_TENSORS)]
+  if ignored:
+    warnings.warn(
+      f"{checkpoint.name}: left out, because ttt does not use them: {', '.join(ignored)}",
+      stacklevel=3,
+    )
   lines += [
     f"{name}: {list(stored[name].shape)} in the checkpoint, not expected"
     for name in unused
-    if name not in left_out
+    if name not in ignored
   ]
   if lines:
     rest = len(lines) - _MAX_NAMED
     shown = lines[:_MAX_NAMED] + ([f"and {rest} more"] if rest > 0 else [])
     raise UserError(
-      f"{checkpoint.where}: {len(lines)} tensor{'s do' if len(lines) > 1 else ' does'} not fit the model "
+      f"{checkpoint.name}: {len(lines)} tensor{'s do' if len(lines) > 1 else ' does'} not fit the model "
       "of its config.json\n  " + "\n  ".join(shown)
     )
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:
-  """Raises UserError unless the head stored beside a tied embedding is that embedding."""
+  """Raises UserError unless a head stored beside a tied embedding equals the embedding."""
   head, table = (checkpoint.tensors[name] for name in (HEAD, EMBEDDING))
   if head.shape != table.shape or not np.array_equal(head.read(), table.read()):
     raise UserError(
-      f"{checkpoint.where} stores a {HEAD} that is not its {EMBEDDING}, but tie_word_embeddings is true: "
+      f"{checkpoint.name} stores a {HEAD} that differs from {EMBEDDING}, but tie_word_embeddings is true: "
       "set it to false in config.json to use the head, or delete the tensor"
     )
 
 
-def _initial(make, names: set[str], where: dict[str, Any]) -> dict[str, Array]:
-  """The parameters `names` of a new model; the others are not computed."""
+def _new_parameters(make, names: set[str], placement: dict[str, Any]) -> dict[str, Array]:
+  """Initialises the parameters `names` of a new model; the others are not computed."""
   if not names:
     return {}
 
   def chosen() -> dict[str, Array]:
     return {name: x for name, x in named_parameters(make()).items() if name in names}
 
-  shared = {name: where[name] for name in names}
+  shared = {name: placement[name] for name in names}
   return jax.jit(chosen, out_shardings=None if None in shared.values() else shared)()
 
 
-def _fill(
+def _load_tensors(
   values: dict[str, Array],
   abstract: Transformer,
   checkpoint: Checkpoint,
-  rows: tuple[Row, ...],
-  where: dict[str, Any],
+  mappings: tuple[TensorMapping, ...],
+  placement: dict[str, Any],
 ) -> None:
-  """Reads every tensor into its place in `values`, the largest first, while there is most room."""
+  """Loads every tensor into its place in `values`, the largest first, while most memory is free."""
   shapes = named_parameters(abstract)
-  present = [row for row in rows if row.name in checkpoint.tensors]
+  present = [mapping for mapping in mappings if mapping.name in checkpoint.tensors]
   finite = {}
-  for row in sorted(present, key=lambda row: -np.prod(row.shape)):
-    if row.parameter not in values:
-      kind = shapes[row.parameter]
-      values[row.parameter] = jnp.zeros(kind.shape, kind.dtype, device=where[row.parameter])
-    value = row.to_parameter(checkpoint.tensors[row.name].read())
-    there = _unstacked(where[row.parameter], stacked=row.repeat is not None)
-    value = jax.device_put(value, there, may_alias=True)
-    values[row.parameter], finite[row.name] = _place(values[row.parameter], value, row.repeat)
-    jax.block_until_ready(values[row.parameter])  # else the next tensor is read beside this one
+  for mapping in sorted(present, key=lambda mapping: -np.prod(mapping.shape)):
+    if mapping.parameter not in values:
+      kind = shapes[mapping.parameter]
+      values[mapping.parameter] = jnp.zeros(
+        kind.shape, kind.dtype, device=placement[mapping.parameter]
+      )
+    value = mapping.to_parameter(checkpoint.tensors[mapping.name].read())
+    sharding = _layer_sharding(placement[mapping.parameter], stacked=mapping.repeat is not None)
+    value = jax.device_put(value, sharding, may_alias=True)
+    values[mapping.parameter], finite[mapping.name] = _write_layer(
+      values[mapping.parameter], value, mapping.repeat
+    )
+    jax.block_until_ready(values[mapping.parameter])  # so that the host never holds two tensors
   broken = [name for name, ok in finite.items() if not ok]
   if broken:
     raise UserError(
-      f"{checkpoint.where}: {len(broken)} tensors hold NaN or infinities: {', '.join(broken[:_MAX_NAMED])}"
-      f"{', ...' if len(broken) > _MAX_NAMED else ''}: the checkpoint is damaged or of a diverged run"
+      f"{checkpoint.name}: {len(broken)} tensors hold NaN or infinities: {', '.join(broken[:_MAX_NAMED])}"
+      f"{', ...' if len(broken) > _MAX_NAMED else ''}: the checkpoint is damaged or from a diverged run"
     )
 
 
-def _unstacked(where: NamedSharding | None, *, stacked: bool) -> NamedSharding | None:
-  """Where a layer of a parameter lies, so that every device is sent its own part of it alone."""
-  if where is None or not stacked:
-    return where
-  return NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
+def _layer_sharding(sharding: NamedSharding | None, *, stacked: bool) -> NamedSharding | None:
+  """Returns the sharding of one layer of a parameter, so that each device receives only its part."""
+  if sharding is None or not stacked:
+    return sharding
+  return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 @partial(jax.jit, donate_argnums=0)
-def _place(parameter: Array, value: Array, repeat: Int[Array, ""] | None):
-  """The parameter with a layer's value in it, and whether all of that is finite."""
+def _write_layer(parameter: Array, value: Array, repeat: Int[Array, ""] | None):
+  """Returns the parameter with a layer's value written into it, and whether all its numbers are finite."""
   finite = jnp.all(jnp.isfinite(value))
   value = value.astype(parameter.dtype)
   if repeat is not None:

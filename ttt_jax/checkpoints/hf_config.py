@@ -1,18 +1,18 @@
-"""config.json of a Hugging Face directory, to our configs and back.
+"""Translates config.json of a Hugging Face directory to our configs and back.
 
-What `transformers` 5 does with a key is done here or refused by name; the defaults of absent keys are its
-config classes'. Where versions 4 and 5 differ, as in the trained length of YaRN, the newer one counts.
-`hf_rope.py` reads the rotary embedding.
+Each key has the effect that it has in `transformers` 5, or is refused by name; absent keys have the
+defaults of its config classes. Where versions 4 and 5 differ, as in YaRN's trained length, 5 counts.
+`hf_rope.py` translates the rotary embedding.
 """
 
 import warnings
 from typing import Any, NamedTuple
 
-from ttt_jax.checkpoints.hf_rope import number, read_rope, write_rope
+from ttt_jax.checkpoints.hf_rope import need_float, read_rope, write_rope
 from ttt_jax.config import AttentionConfig, ModelConfig
 from ttt_jax.errors import UnsupportedError, UserError
 
-# The architectures, by their model_type.
+# The supported architectures by model_type.
 ARCHITECTURES = {
   "llama": "LlamaForCausalLM",
   "mistral": "MistralForCausalLM",
@@ -21,9 +21,9 @@ ARCHITECTURES = {
 }
 _QWEN = ("qwen2", "qwen3")
 
-# Keys that change what a model computes in some architecture, and their values that change nothing.
-# `transformers` drops those that the four architectures do not have, so that a model trained with them
-# comes out as another one: they are refused by name. Other unknown keys pass.
+# Keys that change what a model computes in some architecture, with the values that change nothing.
+# `transformers` ignores the keys that the four architectures lack, and so computes another model; here
+# other values are refused by name. Further unknown keys are ignored.
 _NEUTRAL = {
   "add_cross_attention": (False,),
   "alibi": (False,),
@@ -68,7 +68,7 @@ _NEUTRAL = {
   "use_parallel_residual": (False,),
   "use_qk_norm": (False,),
 }
-# Keys of a window that an architecture does not have, nor does `transformers` use there.
+# Keys of a window that have no effect on an architecture, in `transformers` neither.
 _NO_WINDOW = {
   "llama": ("sliding_window", "layer_types", "use_sliding_window"),
   "mistral": ("use_sliding_window",),
@@ -76,7 +76,7 @@ _NO_WINDOW = {
 
 
 class Architecture(NamedTuple):
-  """What config.json says of a model, apart from its fast weights."""
+  """Holds the sections that config.json describes, apart from fast weights."""
 
   model: ModelConfig
   attention: AttentionConfig
@@ -85,15 +85,15 @@ class Architecture(NamedTuple):
 def read_config(
   config: dict[str, Any], *, generation: dict[str, Any] | None = None
 ) -> Architecture:
-  """The model that `transformers` would build from config.json; dtypes are the defaults.
+  """Returns the model that `transformers` would build from config.json; dtypes are the defaults.
 
   Args:
     config: config.json.
-    generation: generation_config.json, whose special tokens count where it names some.
+    generation: generation_config.json, whose special tokens override those of config.json.
 
   Raises:
-    UnsupportedError: an architecture, rope type or feature that is not there, by name.
-    UserError: a key that is missing or contradicts another.
+    UnsupportedError: the architecture, the rope type or a feature is not supported.
+    UserError: a key is missing or contradicts another.
   """
   kind = _model_type(config)
   _refuse_features(config, kind)
@@ -110,18 +110,18 @@ def read_config(
     rope_theta=theta,
     rope_scaling=scaling,
     max_positions=_optional_integer(config, "max_position_embeddings"),
-    norm_eps=number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
+    norm_eps=need_float(config.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
     qk_norm=kind == "qwen3",
     attention_bias=_attention_bias(config, kind),
     tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-    bos_id=next(iter(model_tokens(config, generation, "bos_token_id")), None),
-    eos_ids=model_tokens(config, generation, "eos_token_id"),
+    bos_id=next(iter(special_token_ids(config, generation, "bos_token_id")), None),
+    eos_ids=special_token_ids(config, generation, "eos_token_id"),
   )
   return Architecture(model, _read_windows(config, kind, num_layers))
 
 
 def write_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
-  """The config.json that `transformers` builds this model from; `read_config` reads it back.
+  """Returns the config.json from which `transformers` and `read_config` build this model.
 
   Raises:
     UnsupportedError: no architecture of `transformers` has these features together.
@@ -171,10 +171,10 @@ def write_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, An
 
 
 def need_integer(config: dict[str, Any], key: str) -> int:
-  """A size in config.json; ValueError if it is not there."""
+  """Returns an integer of config.json; raises UserError if it is missing."""
   value = config.get(key)
   if value is None:
-    raise UserError(f"config.json has no {key}: it is not the config of a whole model")
+    raise UserError(f"config.json has no {key}: give the config of a complete model")
   if isinstance(value, bool) or not isinstance(value, int):
     raise UserError(f"config.json: {key}={value!r} must be an integer")
   return value
@@ -187,24 +187,24 @@ def _optional_integer(config: dict[str, Any], key: str, default: int | None = No
 
 
 def _model_type(config: dict[str, Any]) -> str:
-  stated = config.get("model_type")
-  named = config.get("architectures") or [ARCHITECTURES.get(stated)]
+  model_type = config.get("model_type")
+  named = config.get("architectures") or [ARCHITECTURES.get(model_type)]
   for kind, architecture in ARCHITECTURES.items():
     if named == [architecture]:
-      if stated in ARCHITECTURES and stated != kind:
+      if model_type in ARCHITECTURES and model_type != kind:
         raise UserError(
-          f"config.json says architectures={named} and model_type={stated!r}: transformers goes by "
+          f"config.json says architectures={named} and model_type={model_type!r}: transformers goes by "
           "model_type; correct one of the two"
         )
       return kind
   raise UnsupportedError(
     f"config.json: architectures={config.get('architectures')}, "
-    f"model_type={stated!r} is not supported: there are " + ", ".join(ARCHITECTURES.values())
+    f"model_type={model_type!r} is not supported, only " + ", ".join(ARCHITECTURES.values())
   )
 
 
 def _refuse_features(config: dict[str, Any], kind: str) -> None:
-  """Raises UnsupportedError for what would change the numbers and is not there."""
+  """Raises UnsupportedError for features that would change the numbers and are not supported."""
   for key, neutral in _NEUTRAL.items():
     value = config.get(key)
     if value is not None and value not in neutral:
@@ -213,16 +213,16 @@ def _refuse_features(config: dict[str, Any], kind: str) -> None:
       )
   ignored = [key for key in _NO_WINDOW.get(kind, ()) if config.get(key)]
   if ignored:
-    rest = "full attention" if kind == "llama" else "sliding_window in every layer"
+    effect = "full attention" if kind == "llama" else "sliding_window in every layer"
     warnings.warn(
-      f"config.json: {', '.join(ignored)} has no effect on {ARCHITECTURES[kind]}: {rest}, as in "
+      f"config.json: {', '.join(ignored)} has no effect on {ARCHITECTURES[kind]}: {effect}, as in "
       "transformers",
       stacklevel=4,
     )
 
 
 def _num_kv_heads(config: dict[str, Any], kind: str) -> int:
-  # Llama's default is one per head; the others' is a number that fits one size of the model.
+  # Llama's default is num_attention_heads; the default of the others fits only one size of the model.
   if kind == "llama" and config.get("num_key_value_heads") is None:
     return need_integer(config, "num_attention_heads")
   return need_integer(config, "num_key_value_heads")
@@ -234,13 +234,13 @@ def _attention_bias(config: dict[str, Any], kind: str) -> str | None:
   return "qkvo" if config.get("attention_bias") and kind != "mistral" else None
 
 
-def model_tokens(
+def special_token_ids(
   config: dict[str, Any], generation: dict[str, Any] | None, key: str
 ) -> tuple[int, ...]:
-  """The ids under a key like `eos_token_id`, of generation_config.json where it has some, else config.json.
+  """Returns the ids of a key like `eos_token_id`, from generation_config.json if it has the key.
 
   Raises:
-    UserError: one that is no id, or beyond the model's vocabulary.
+    UserError: a value is not an id, or is beyond the model's vocabulary.
   """
   name, value = "generation_config.json", (generation or {}).get(key)
   if value is None:
@@ -264,7 +264,7 @@ def model_tokens(
 def _read_windows(config: dict[str, Any], kind: str, num_layers: int) -> AttentionConfig:
   if kind == "llama":
     return AttentionConfig()
-  # Mistral's window is in use wherever there is one; with layer_types transformers reads it as Ministral.
+  # Mistral always uses its window; with layer_types transformers treats the model as Ministral.
   uses = kind == "mistral" or config.get("use_sliding_window")
   window = _optional_integer(config, "sliding_window", 4096) if uses else None
   types = config.get("layer_types")
@@ -297,8 +297,8 @@ def _is_windowed(attention: AttentionConfig, layer: int) -> bool:
 def _architecture_for(model: ModelConfig, attention: AttentionConfig) -> str:
   if attention.mixer != "attention":
     raise UnsupportedError(
-      f"attention.mixer={attention.mixer!r} is in no architecture of transformers that is written here: "
-      "only models with attention in every layer are saved or converted; a run's own checkpoints hold any"
+      f"attention.mixer={attention.mixer!r} cannot be saved in a format of transformers: only models with "
+      "attention in every layer can be saved or converted; a run's own checkpoints hold any mixer"
     )
   windowed = [_is_windowed(attention, layer) for layer in range(model.num_layers)]
   if model.qk_norm and model.attention_bias != "qkv":

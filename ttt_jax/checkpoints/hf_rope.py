@@ -1,4 +1,4 @@
-"""The rotary embedding in config.json: its base and how it is stretched, as `transformers` 5 reads it."""
+"""Translates the rotary embedding of config.json, its base and its scaling, as `transformers` 5 does."""
 
 import warnings
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from ttt_jax.config import RopeScaling
 from ttt_jax.errors import UnsupportedError, UserError
 
-# Fields of RopeScaling under their names in `rope_scaling`.
+# Fields of RopeScaling by their names in `rope_scaling`.
 _ROPE_FIELDS = {
   "factor": "factor",
   "original_max_position_embeddings": "original_max_positions",
@@ -41,60 +41,60 @@ _ROPE_KINDS = {
 _TRAINED = "original_max_position_embeddings"
 
 
-def number(value: Any, key: str) -> float:
-  """A number in config.json; ValueError if it is none."""
+def need_float(value: Any, key: str) -> float:
+  """Returns a number of config.json as a float; raises UserError if it is not a number."""
   if isinstance(value, bool) or not isinstance(value, int | float):
     raise UserError(f"config.json: {key}={value!r} must be a number")
-  return float(value)  # JSON has 32 for 32.0
+  return float(value)  # JSON may write 32 for 32.0
 
 
 def read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-  """The base and the scaling.
+  """Returns the base and the scaling of the rotary frequencies.
 
-  Both are in `rope_parameters`, or in `rope_theta` and `rope_scaling` as before transformers 5; of both
-  dictionaries the older one counts. The length that a model was trained on is
-  `original_max_position_embeddings` of config.json before that of the dictionary, and else
+  Both are in `rope_parameters`, or in `rope_theta` and `rope_scaling` as before transformers 5; if
+  config.json has both dictionaries, `rope_scaling` counts. The trained length is
+  `original_max_position_embeddings` of config.json, else of the dictionary, else
   `max_position_embeddings`.
 
   Raises:
-    UnsupportedError: a scaling that is not there, by name.
-    UserError: a key is missing, no number, or contradicts another.
+    UnsupportedError: the scaling is not supported.
+    UserError: a key is missing, is not a number, or contradicts another.
   """
   scaling = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
   theta = _theta(config, scaling)
   if any(isinstance(value, dict) for value in scaling.values()):
     raise UnsupportedError(
-      f"config.json: rope_parameters of {', '.join(scaling)}: one for all layers is supported"
+      f"config.json: rope_parameters of {', '.join(scaling)}: only one for all layers is supported"
     )
   kind = _kind(scaling)
   if kind == "default":
     return theta, None
-  known = _ROPE_KINDS[kind]
-  if unknown := [key for key in scaling if key not in known]:
+  keys = _ROPE_KINDS[kind]
+  if unknown := [key for key in scaling if key not in keys]:
     warnings.warn(
       f"config.json: {', '.join(unknown)} has no effect on rope_type={kind!r}, as in transformers",
       stacklevel=4,
     )
-  if _TRAINED in known and config.get(_TRAINED) is not None:
+  if _TRAINED in keys and config.get(_TRAINED) is not None:
     scaling[_TRAINED] = config[_TRAINED]
   if kind == "yarn":
     _complete_yarn(config, scaling)
-  required = ("factor",) if kind == "yarn" else known
+  required = ("factor",) if kind == "yarn" else keys
   missing = [key for key in required if scaling.get(key) is None]
   if missing == [_TRAINED] or kind == "yarn":
     scaling.setdefault(_TRAINED, config.get("max_position_embeddings"))
     missing = [key for key in missing if scaling.get(key) is None]
   if missing:
     raise UserError(f"config.json: rope_type={kind!r} needs {', '.join(missing)}")
-  given = {_ROPE_FIELDS[key]: scaling[key] for key in known if scaling.get(key) is not None}
-  for name, value in given.items():
+  fields = {_ROPE_FIELDS[key]: scaling[key] for key in keys if scaling.get(key) is not None}
+  for name, value in fields.items():
     if name not in ("original_max_positions", "truncate"):
-      given[name] = number(value, name)
-  return theta, RopeScaling(kind=kind, **given)
+      fields[name] = need_float(value, name)
+  return theta, RopeScaling(kind=kind, **fields)
 
 
 def write_rope(scaling: RopeScaling | None) -> dict[str, Any] | None:
-  """`rope_scaling` as `read_rope` and `transformers` read it."""
+  """Returns the `rope_scaling` of config.json for `read_rope` and `transformers`."""
   if scaling is None:
     return None
   written = {key: getattr(scaling, _ROPE_FIELDS[key]) for key in _ROPE_KINDS[scaling.kind]}
@@ -102,32 +102,31 @@ def write_rope(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 def _theta(config: dict[str, Any], scaling: dict[str, Any]) -> float:
-  """Takes the base out of `scaling`."""
+  """Removes the base from `scaling` and returns it."""
   outer, inner = config.get("rope_theta"), scaling.pop("rope_theta", None)
   if outer is not None and inner is not None and outer != inner:
     raise UserError(
       f"config.json says rope_theta={outer} and rope_parameters.rope_theta={inner}: delete one"
     )
-  stated = [theta for theta in (inner, outer, 10000.0) if theta is not None]
-  return number(stated[0], "rope_theta")
+  bases = [theta for theta in (inner, outer, 10000.0) if theta is not None]
+  return need_float(bases[0], "rope_theta")
 
 
 def _kind(scaling: dict[str, Any]) -> str:
-  """Takes the type out of `scaling`, and what must be neutral."""
+  """Removes the type from `scaling` and returns it; also removes keys that must have no effect."""
   names = [scaling.pop(key, None) for key in ("rope_type", "type")]
   kind = names[0] or names[1] or "default"
   if scaling.pop("partial_rotary_factor", None) not in (None, 1.0):
     raise UnsupportedError("config.json: partial_rotary_factor is not supported, only 1.0")
   if kind != "default" and kind not in _ROPE_KINDS:
     raise UnsupportedError(
-      f"config.json: rope_type={kind!r} is not supported: there are default, "
-      + ", ".join(_ROPE_KINDS)
+      f"config.json: rope_type={kind!r} is not supported, only default, " + ", ".join(_ROPE_KINDS)
     )
   return kind
 
 
 def _complete_yarn(config: dict[str, Any], scaling: dict[str, Any]) -> None:
-  """A factor of null is the ratio of the two lengths; a beta of 0 or null is the default."""
+  """Replaces a factor of null by the ratio of the two lengths, a beta of 0 or null by the default."""
   for key in ("beta_fast", "beta_slow"):
     if not scaling.get(key):
       scaling.pop(key, None)

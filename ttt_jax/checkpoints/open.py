@@ -1,4 +1,4 @@
-"""Any model this library knows, by its path: a Hugging Face directory, a `.gguf` file, a run directory."""
+"""Opens a model by its path: a Hugging Face directory, a `.gguf` file or a run directory."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,36 +20,36 @@ from ttt_jax.parallel.mesh import make_mesh
 
 
 def is_run(path: Path) -> bool:
-  """Whether a path is a run directory of `ttt-jax train`."""
+  """Tells whether a path is a run directory of `ttt-jax train`."""
   return (path / CONFIG_FILE).is_file()
 
 
 def open_model(
   source: str | Path, *, dtype: str | None = None, fields: Fields | None = None
 ) -> Transformer:
-  """The model at a path or of a hub name, on one device.
+  """Loads the model at a path or of a hub name, on one device.
 
   Args:
-    dtype: of parameters and computation; None: as in the source.
-    fields: by section, fields of `model`, `attention` and `ttt` that count over what the source says, as
+    dtype: the dtype of parameters and computation; None: as in the source.
+    fields: fields of `model`, `attention` and `ttt` by section, which override the source, as
       `{"ttt": {"layers": (2,)}}` (`ttt_jax.checkpoints.sections`).
 
   Raises:
-    UserError, UnsupportedError: a field that contradicts the source; as `load_pretrained`.
+    UserError, UnsupportedError: a field contradicts the source; as `load_pretrained`.
   """
   path = local_path(source)
-  fields = {} if fields is None else {name: dict(given) for name, given in fields.items()}
+  fields = {} if fields is None else {name: dict(section) for name, section in fields.items()}
   if is_run(path):
     return _from_run(path, dtype, fields)
   if dtype is not None:
     fields["model"] = _with_dtype(fields.get("model", {}), dtype)
   checkpoint = open_checkpoint(path)
   sections = resolve_sections(checkpoint, fields, source=str(source))
-  return load_checkpoint(checkpoint, sections, fresh_allowed=bool(fields.get("ttt")))
+  return load_checkpoint(checkpoint, sections, allow_new_ttt=bool(fields.get("ttt")))
 
 
 def open_tokenizer(source: str | Path) -> Tokenizer:
-  """The tokenizer of the model there."""
+  """Loads the tokenizer of the model at a path or of a hub name."""
   path = local_path(source)
   if is_run(path):
     path = recorded_config(path).tokenizer or BYTES
@@ -57,13 +57,13 @@ def open_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def _from_run(run_dir: Path, dtype: str | None, fields: dict[str, dict[str, Any]]) -> Transformer:
-  from ttt_jax.checkpoints.runs import load_model  # with Orbax, which no other source needs
+  from ttt_jax.checkpoints.runs import load_model  # loads Orbax, which no other source needs
 
   recorded = recorded_config(run_dir)
   dtypes = {"dtype": recorded.model.dtype, "param_dtype": recorded.model.param_dtype}
-  stored = {**fields, "model": {**fields.get("model", {}), **dtypes}}
+  loadable = {**fields, "model": {**fields.get("model", {}), **dtypes}}
   config = dataclasses.replace(
-    recorded, mesh=MeshConfig(), **run_sections(run_dir, stored)._asdict()
+    recorded, mesh=MeshConfig(), **run_sections(run_dir, loadable)._asdict()
   )
   model = load_model(config, make_mesh(config.mesh), run_dir)
   wanted = dict(fields.get("model", {}))
@@ -72,12 +72,12 @@ def _from_run(run_dir: Path, dtype: str | None, fields: dict[str, dict[str, Any]
   return _cast(model, wanted.get("dtype"), wanted.get("param_dtype"))
 
 
-def _with_dtype(given: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-  return {"dtype": dtype, "param_dtype": dtype, **given}
+def _with_dtype(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+  return {"dtype": dtype, "param_dtype": dtype, **fields}
 
 
 def _cast(model: Transformer, dtype: str | None, param_dtype: str | None) -> Transformer:
-  """The model with computation and parameters in other dtypes; None: as they are."""
+  """Casts the model to a computation dtype and a parameter dtype; None keeps a dtype."""
   config = dataclasses.replace(
     model.model,
     dtype=model.model.dtype if dtype is None else dtype,

@@ -1,13 +1,13 @@
-"""Checkpoints of a run: one directory per step, written by Orbax in the background.
+"""Saves and restores the checkpoints of a run: one directory per step, written by Orbax in the background.
 
-Arrays are stored under their path in the pytree, `model/blocks/0/w/value`, so that a checkpoint
-depends on no Python class and can be restored onto any mesh. When to save is the trainer's business.
+Arrays are stored under their path in the pytree, `model/blocks/0/w/value`, so that a checkpoint depends on
+no Python class and can be restored onto any mesh. The trainer decides when to save.
 
-A restore first asks whether the files are those that were written. Sizes are always compared, which finds
-files that are missing, cut short or of another save, and costs nothing. Checksums, `verify="checksums"`,
-also find bits that changed on the disk; every process then reads what it wrote once more after each save,
-and its share of all files before each restore. Without them most changed bits are still found: TensorStore
-keeps a checksum of its own with its index and its chunks.
+A restore first verifies the files. It always compares sizes, which costs nothing and finds files that are
+missing, cut short or of another save. With `verify="checksums"` it also finds changed bits;
+for that, every process loads the files that it wrote again after each save, and its share of all files
+before each restore. Without checksums most changed bits are still found, because TensorStore stores
+checksums with its index and its chunks.
 """
 
 import base64
@@ -26,34 +26,32 @@ from ttt_jax.config import CheckpointConfig
 from ttt_jax.config.training import VERIFY
 from ttt_jax.errors import UserError
 from ttt_jax.files import write_text
-from ttt_jax.parallel.processes import is_main, together
+from ttt_jax.parallel.processes import is_main, on_every_process
 from ttt_jax.parallel.trees import named_leaves
 
-# 2: a file's checksum may be null, or stand in the file of the process that wrote it.
+# Since format 2 a file's checksum may be null, or be in the file of the process that wrote it.
 _FORMAT, _READABLE = "ttt_jax/2", ("ttt_jax/1", "ttt_jax/2")
 _ARRAYS = "arrays"  # Orbax's directory in a checkpoint
-_RECORD = (
-  "ttt_jax.json"  # ours: the data state, the arrays' kinds, every file with size and checksum
-)
-_CHECKSUMS = "ttt_jax.checksums.{}.json"  # of the files of a process but the first
-_WRITER = re.compile(r"ocdbt\.process_(\d+)/")  # in the path of a file: the process that wrote it
+# Our record: the data state, dtype and shape of the arrays, size and checksum of every file.
+_RECORD = "ttt_jax.json"
+_CHECKSUMS = "ttt_jax.checksums.{}.json"  # written by each process except the first
+_WRITER = re.compile(r"ocdbt\.process_(\d+)/")  # in a file's path: the process that wrote it
 _TMP_SUFFIX = ".orbax-checkpoint-tmp"
-_MAX_NAMED = 10  # how many misfits an error spells out
+_MAX_NAMED = 10  # mismatches that an error lists
 
 
 class Checkpoints:
-  """The checkpoints in a directory: the newest `keep` and those of every `keep_every` steps stay.
+  """Manages the checkpoints in a directory: keeps the newest `keep` and those of every `keep_every` steps.
 
-  A context manager. Orbax, by the successor of its `CheckpointManager`, writes a step beside the others
-  and renames it when it is complete, then deletes those too many: a killed process or a full disk leaves
-  the older ones as they were. Until the first `save` nothing in the directory is created, changed or
-  deleted. Of many processes, which share the directory, all call every method, and each writes and reads
-  its own parts of the arrays.
+  This class is a context manager. Orbax writes a checkpoint beside the others, renames it when complete and
+  then deletes old ones, so a killed process or a full disk leaves the older checkpoints intact. Until the
+  first `save` nothing in the directory is created, changed or deleted. If several processes share the
+  directory, all must call every method, and each saves and restores its own parts of the arrays.
 
   Args:
-    directory: of the checkpoints.
-    keep, keep_every: which of them stay.
-    verify: "sizes" or "checksums", what is written of the files and what a restore compares.
+    directory: the directory of the checkpoints.
+    keep, keep_every: which checkpoints are kept, as in `CheckpointConfig`.
+    verify: "sizes" or "checksums": what a save records of the files, and what a restore compares.
   """
 
   def __init__(
@@ -68,15 +66,15 @@ class Checkpoints:
       raise UserError(f"verify={verify!r} is not one of {', '.join(map(repr, VERIFY))}")
     self._with_checksums = verify == "checksums"
     self._directory = Path(directory).resolve()
-    self._shown = Path(directory)  # in messages: as the user wrote it
+    self._shown_path = Path(directory)  # for messages, as the user wrote it
     policies = ocp.training.preservation_policies
     kept = [policies.LatestN(keep)]
     if keep_every is not None:
       kept.append(policies.EveryNSteps(keep_every))
-    self._kept = policies.AnyPreservationPolicy(kept)
+    self._preservation = policies.AnyPreservationPolicy(kept)
     self._writer: ocp.training.Checkpointer | None = None
     self._saving: tuple[int, dict[str, Any]] | None = None  # the last save's step and record
-    self._owes_checksums = False  # of this process's files in the last save
+    self._checksums_pending = False  # for this process's files of the last save
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -86,7 +84,7 @@ class Checkpoints:
 
   @property
   def steps(self) -> list[int]:
-    """The steps of the complete checkpoints, ascending; waits for a save under way."""
+    """Returns the steps of the complete checkpoints, ascending, after a running save has ended."""
     self.wait()
     if not self._directory.is_dir():
       return []
@@ -95,7 +93,7 @@ class Checkpoints:
 
   @property
   def latest_step(self) -> int | None:
-    """The newest complete checkpoint; waits for a save under way."""
+    """Returns the step of the newest complete checkpoint, after a running save has ended."""
     steps = self.steps
     return steps[-1] if steps else None
 
@@ -109,13 +107,13 @@ class Checkpoints:
   ) -> None:
     """Starts to write a checkpoint and returns once the arrays may be donated; see `wait`.
 
-    A step that is there already is left as it is.
+    An existing checkpoint of the step is not overwritten.
 
     Args:
-      step: the number of steps done, which names the checkpoint.
-      arrays: any pytree of arrays, none of them empty.
-      data_state: where the data iterator stands: what its `get_state` gives, JSON-able or bytes.
-      config: of the run, for whoever finds the checkpoint alone.
+      step: the number of completed steps, which names the checkpoint.
+      arrays: a pytree of arrays, none of them empty.
+      data_state: the state of the data iterator (`get_state`), JSON-able or bytes.
+      config: the run's config, stored as information.
     """
     if step in self.steps:
       return
@@ -124,11 +122,11 @@ class Checkpoints:
       "format": _FORMAT,
       "data_state": _to_json(data_state),
       "config": config,
-      "arrays": {name: _kind(leaf) for name, leaf in named.items()},
+      "arrays": {name: _dtype_and_shape(leaf) for name, leaf in named.items()},
     }
     json.dumps(record)  # a data state that is not JSON-able fails here, not in the background
     self._saving = (step, record)
-    self._owes_checksums = self._with_checksums and not is_main()
+    self._checksums_pending = self._with_checksums and not is_main()
     if self._writer is None:
       self._writer = self._open_writer()
     self._writer.save_checkpointables_async(step, {_ARRAYS: named}, force=True)
@@ -136,75 +134,75 @@ class Checkpoints:
   def restore(
     self, abstract_arrays: Any, step: int | None = None, *, partial: bool = False
   ) -> tuple[int, Any, dict[str, Any] | bytes]:
-    """The step, the arrays and the data state of a checkpoint, by default the newest.
+    """Returns the step, the arrays and the data state of a checkpoint, by default the newest.
 
     Args:
-      abstract_arrays: the pytree to fill, of `jax.ShapeDtypeStruct` or arrays. Each array is read
-        onto the sharding of its leaf; without one, onto the first device.
-      step: which checkpoint.
-      partial: allow arrays in the checkpoint that `abstract_arrays` does not have, and leave them.
+      abstract_arrays: the pytree to fill, of `jax.ShapeDtypeStruct` or arrays. Each array is restored
+        onto the sharding of its leaf; without a sharding, onto the first device.
+      step: the step of the checkpoint.
+      partial: ignore arrays of the checkpoint that `abstract_arrays` does not have.
 
     Raises:
-      UserError: there is no such checkpoint, it is damaged or not ours, or its arrays are not
-        those of `abstract_arrays`; on all processes, if one of them finds it so. Nothing has been changed.
+      UserError: there is no such checkpoint, it is damaged or not ours, or its arrays do not match
+        `abstract_arrays`. If one process finds this, all raise. Nothing has been changed.
     """
     steps = self.steps
     if not steps:
-      raise UserError(f"there is no checkpoint in {self._shown}")
+      raise UserError(f"there is no checkpoint in {self._shown_path}")
     step = steps[-1] if step is None else step
     if step not in steps:
       raise UserError(
-        f"there is no checkpoint of step {step} in {self._shown}, only of {', '.join(map(str, steps))}"
+        f"there is no checkpoint of step {step} in {self._shown_path}, only of {', '.join(map(str, steps))}"
       )
     path = self._directory / str(step)
     try:
-      record = together(lambda: _read_record(path))
-      together(lambda: self._verify(path, record["files"]))
+      record = on_every_process(lambda: _read_record(path))
+      on_every_process(lambda: self._verify(path, record["files"]))
     except UserError as error:
-      raise self._unreadable(step, steps, error) from error
+      raise self._damaged(step, steps, error) from error
 
     wanted = named_leaves(abstract_arrays)
-    misfits = _misfits(record["arrays"], wanted, partial=partial)
-    if misfits:
-      rest = len(misfits) - _MAX_NAMED
-      lines = misfits[:_MAX_NAMED] + ([f"and {rest} more"] if rest > 0 else [])
+    mismatches = _mismatches(record["arrays"], wanted, partial=partial)
+    if mismatches:
+      rest = len(mismatches) - _MAX_NAMED
+      lines = mismatches[:_MAX_NAMED] + ([f"and {rest} more"] if rest > 0 else [])
       raise UserError(
-        f"checkpoint {step} in {self._shown} is of another model or optimizer: {len(misfits)} "
-        f"array{'s do' if len(misfits) > 1 else ' does'} not fit\n  "
+        f"checkpoint {step} in {self._shown_path} is of another model or optimizer: {len(mismatches)} "
+        f"array{'s do' if len(mismatches) > 1 else ' does'} not fit\n  "
         + "\n  ".join(lines)
         + "\nuse the config it was trained with, or another run_dir"
       )
     targets = {
-      name: _abstract(wanted[name]) if name in wanted else ocp.PLACEHOLDER
+      name: _abstract_leaf(wanted[name]) if name in wanted else ocp.PLACEHOLDER
       for name in record["arrays"]
     }
     try:
       arrays = ocp.load_checkpointables(path, {_ARRAYS: targets})[_ARRAYS]
     except (jax.errors.JaxRuntimeError, MemoryError):
-      raise  # no room for it, say: not the checkpoint's fault
+      raise  # for example out of memory: not the checkpoint's fault
     except Exception as error:
-      raise self._unreadable(step, steps, error) from error
+      raise self._damaged(step, steps, error) from error
     restored = jax.tree.unflatten(
       jax.tree.structure(abstract_arrays), [arrays[name] for name in wanted]
     )
     return step, restored, _from_json(record["data_state"])
 
   def wait(self) -> None:
-    """Returns when the last `save` is complete.
+    """Waits until the last `save` is complete.
 
     Raises:
-      UserError: it could not be written, say because the disk is full.
+      UserError: the checkpoint could not be written, for example because the disk is full.
     """
     if self._writer is not None:
       try:
         self._writer.wait()
       except (OSError, ValueError) as error:
         raise UserError(
-          f"checkpoint {self._saving[0]} could not be written to {self._shown}, the earlier ones are "
-          f"as they were: {_reason(error)}"
+          f"checkpoint {self._saving[0]} could not be written to {self._shown_path}, the "
+          f"earlier ones are intact: {_reason(error)}"
         ) from error
-      if self._owes_checksums:
-        self._owes_checksums = False
+      if self._checksums_pending:
+        self._checksums_pending = False
         self._write_checksums(self._directory / str(self._saving[0]))
 
   def close(self) -> None:
@@ -223,49 +221,51 @@ class Checkpoints:
     return ocp.training.Checkpointer(
       self._directory,
       context=context,
-      preservation_policy=self._kept,
+      preservation_policy=self._preservation,
       cleanup_tmp_directories=True,
     )
 
   def _write_record(self) -> None:
-    """Orbax's call on the first process when all arrays are written, before it renames the directory.
+    """Writes our record; Orbax calls this on the first process before it renames the complete directory.
 
-    The checksums of what the first process wrote itself are part of it, those of the others follow
-    (`_write_checksums`).
+    The record has the checksums of the files that the first process wrote; the other processes write
+    theirs later (`_write_checksums`).
     """
     step, record = self._saving
     path = self._directory / f"{step}{_TMP_SUFFIX}"
     files = {}
-    for name, file in _files(path).items():
-      crc = _crc(file) if self._with_checksums and _writer_of(name) == 0 else None
+    for name, file in _array_files(path).items():
+      crc = _crc(file) if self._with_checksums and _writing_process(name) == 0 else None
       files[name] = [file.stat().st_size, crc]
     (path / _RECORD).write_text(json.dumps({**record, "files": files}, indent=1))
 
   def _write_checksums(self, path: Path) -> None:
-    """Those of the files that this process wrote; a checkpoint that was deleted meanwhile has none."""
+    """Writes the checksums of the files that this process wrote, unless the checkpoint is deleted."""
     if not path.is_dir():
       return
-    mine = jax.process_index()
+    process = jax.process_index()
     checksums = {
-      name: _crc(file) for name, file in _files(path).items() if _writer_of(name) == mine
+      name: _crc(file)
+      for name, file in _array_files(path).items()
+      if _writing_process(name) == process
     }
-    write_text(path / _CHECKSUMS.format(mine), json.dumps(checksums))
+    write_text(path / _CHECKSUMS.format(process), json.dumps(checksums))
 
   def _verify(self, path: Path, files: dict[str, tuple[int, int | None]]) -> None:
     """Compares this process's share of a checkpoint's files with its record.
 
     Raises:
-      UserError: a file is not as it was written, or cannot be read.
+      UserError: a file has changed, is missing or cannot be read.
     """
-    unknown = [name for name, (_, crc) in files.items() if crc is None]
-    if self._with_checksums and unknown and is_main():
+    unchecked = [name for name, (_, crc) in files.items() if crc is None]
+    if self._with_checksums and unchecked and is_main():
       warnings.warn(
-        f"{len(unknown)} of the {len(files)} files of {path} have no checksum "
+        f"{len(unchecked)} of the {len(files)} files of {path} have no checksum "
         "(checkpoint.verify was 'sizes' when they were written, or the run was killed): only their "
         "sizes are compared",
         stacklevel=5,
       )
-    # Dealt out from the largest on, so that all processes read about as much.
+    # Dealt out from the largest file on, so that all processes load about as many bytes.
     by_size = sorted(files.items(), key=lambda item: (-item[1][0], item[0]))
     for name, (size, crc) in by_size[jax.process_index() :: jax.process_count()]:
       file = path / name
@@ -279,37 +279,37 @@ class Checkpoints:
       except OSError as error:
         raise UserError(f"{name} cannot be read: {_reason(error)}") from error
 
-  def _unreadable(self, step: int, steps: list[int], error: Exception) -> ValueError:
+  def _damaged(self, step: int, steps: list[int], error: Exception) -> ValueError:
     earlier = [s for s in steps if s < step]
-    then = f"to go on from step {earlier[-1]}" if earlier else "to start from step 0"
+    consequence = f"to go on from step {earlier[-1]}" if earlier else "to start from step 0"
     return UserError(
-      f"checkpoint {step} in {self._shown} is damaged or was not written by this version of ttt_jax "
-      f"({_reason(error)}): delete {self._shown / str(step)} {then}, or choose another run_dir"
+      f"checkpoint {step} in {self._shown_path} is damaged or was not written by this version of ttt_jax "
+      f"({_reason(error)}): delete {self._shown_path / str(step)} {consequence}, or choose another run_dir"
     )
 
 
 def open_checkpoints(config: CheckpointConfig, run_dir: Path) -> Checkpoints:
-  """Those of a run."""
+  """Opens the checkpoints of a run."""
   return Checkpoints(
     run_dir / "checkpoints", keep=config.keep, keep_every=config.keep_every, verify=config.verify
   )
 
 
 def _reason(error: Exception) -> str:
-  """The first line of a message; Orbax's and TensorStore's go on for pages."""
+  """Returns the first line of a message; messages of Orbax and TensorStore fill pages."""
   return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-  """The record of a checkpoint; its `files` are the size and checksum of every file by name.
+  """Loads the record of a checkpoint; `files` maps each file name to size and checksum.
 
   Raises:
-    UserError: there is none of ours.
+    UserError: the checkpoint has no record of this library.
   """
   record = _read_json(path / _RECORD)
   if record.get("format") not in _READABLE:
     raise UserError(f"{_RECORD} is not of the format {_FORMAT}")
-  files = {name: tuple(known) for name, known in record["files"].items()}
+  files = {name: tuple(size_and_crc) for name, size_and_crc in record["files"].items()}
   for others in sorted(path.glob(_CHECKSUMS.format("*"))):
     for name, crc in _read_json(others).items():
       if name in files:
@@ -331,8 +331,8 @@ def _read_json(file: Path) -> dict[str, Any]:
   return value
 
 
-def _files(path: Path) -> dict[str, Path]:
-  """The files of the arrays by their name in the record."""
+def _array_files(path: Path) -> dict[str, Path]:
+  """Returns the files of the arrays by their name in the record."""
   return {
     file.relative_to(path).as_posix(): file
     for file in sorted((path / _ARRAYS).rglob("*"))
@@ -340,8 +340,8 @@ def _files(path: Path) -> dict[str, Path]:
   }
 
 
-def _writer_of(name: str) -> int:
-  """The process that wrote a file and checks it; what many wrote is the first one's."""
+def _writing_process(name: str) -> int:
+  """Returns the process that wrote a file and checks it; for a file of several, the first process."""
   found = _WRITER.search(name)
   process = int(found[1]) if found else 0
   return process if process < jax.process_count() else 0
@@ -355,23 +355,23 @@ def _crc(file: Path) -> int:
   return crc
 
 
-def _kind(x: Any) -> str:
+def _dtype_and_shape(x: Any) -> str:
   return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
   sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _misfits(saved: dict[str, str], wanted: dict[str, Any], *, partial: bool) -> list[str]:
-  """A line for every array that is missing, too many, or of another shape or dtype."""
+def _mismatches(saved: dict[str, str], wanted: dict[str, Any], *, partial: bool) -> list[str]:
+  """Returns a line for every array that is missing, unexpected, or of another shape or dtype."""
   lines = []
   for name, leaf in wanted.items():
     if name not in saved:
-      lines.append(f"{name}: {_kind(leaf)} expected, missing in the checkpoint")
-    elif saved[name] != _kind(leaf):
-      lines.append(f"{name}: {_kind(leaf)} expected, {saved[name]} in the checkpoint")
+      lines.append(f"{name}: {_dtype_and_shape(leaf)} expected, missing in the checkpoint")
+    elif saved[name] != _dtype_and_shape(leaf):
+      lines.append(f"{name}: {_dtype_and_shape(leaf)} expected, {saved[name]} in the checkpoint")
   if not partial:
     lines += [
       f"{name}: {kind} in the checkpoint, not expected"

@@ -1,8 +1,8 @@
-"""Where a run starts: new parameters from a seed, or those of a pretrained model (`init_from`).
+"""Completes a config and makes the model that a run starts from: new, or pretrained (`init_from`).
 
-With `init_from` the checkpoint decides what the model is, and an evaluated run decides what its own is.
-`resolve` fills that into the config, so that everything after it, the recorded config included, sees one
-whole config of either kind.
+A checkpoint sets the model's sections with `init_from`, and a recorded config sets them when a run is
+evaluated. `resolve` and `resolve_run` fill these into the config, so that all later code, and the recorded
+config, see a complete config.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ttt_jax.checkpoints.files import is_gguf, local_path
 from ttt_jax.checkpoints.hf import load_checkpoint, open_checkpoint, resolve_sections
-from ttt_jax.checkpoints.sections import Fields, Sections, agreed, given_sections
+from ttt_jax.checkpoints.sections import Fields, Sections, given_sections, with_given_fields
 from ttt_jax.config import Config, check_layers, check_mesh, check_trainable
 from ttt_jax.config.recorded import recorded_config
 from ttt_jax.errors import UserError
@@ -23,29 +23,30 @@ from ttt_jax.parallel.parameters import shardings
 from ttt_jax.parallel.trees import named_leaves
 
 
-def resolve(config: Config) -> Config:
-  """The config with the model that `init_from` names in its sections, and the mesh of all devices.
+def resolve(config: Config, devices: int | None = None) -> Config:
+  """Fills in the sections of the model that `init_from` names, and the -1 of the mesh.
 
-  A field of `model`, `attention` or `ttt` that was given counts (`ttt_jax.checkpoints.sections`); all
-  others are the checkpoint's.
+  Given fields of `model`, `attention` and `ttt` count (`ttt_jax.checkpoints.sections`); all other fields
+  are the checkpoint's.
+
+  Args:
+    config: the config to complete.
+    devices: the number of devices to use, which this machine need not have; None: all of this machine.
 
   Raises:
-    UserError: a given field of `model` or `attention` is not the checkpoint's value, and none that
-      stretches its positions (`model.rope_scaling`, `rope_theta`, `max_positions`) or says how it is
-      computed; layers that do not exist; a mesh that does not fit the devices, the rows or the model; as
-      `load_pretrained` for what cannot be read.
+    UserError: a given field of `model` or `attention` contradicts the checkpoint and neither stretches its
+      positions (`model.rope_scaling`, `rope_theta`, `max_positions`) nor sets how it is computed; a layer
+      does not exist; the mesh does not fit the devices, the rows or the model; the checkpoint cannot be
+      loaded, as in `load_pretrained`.
   """
-  return resolve_for(config, jax.device_count())
-
-
-def resolve_for(config: Config, devices: int) -> Config:
-  """`resolve` for so many devices, which need not be here."""
-  config = _with_mesh(config, devices)
+  config = _with_mesh(config, jax.device_count() if devices is None else devices)
   if config.init_from is None:
     return config
   path = Path(config.init_from).expanduser()
   if is_gguf(path) and not path.is_file():
-    raise UserError(f"init_from={config.init_from!r} does not exist")  # nor is it a hub name
+    raise UserError(  # a name with this suffix is not a hub name
+      f"init_from={config.init_from!r} does not exist: give the path of a GGUF file"
+    )
   checkpoint = open_checkpoint(local_path(config.init_from))
   given = given_sections(config)
   given["model"] = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype} | given[
@@ -56,7 +57,7 @@ def resolve_for(config: Config, devices: int) -> Config:
 
 
 def resolve_run(config: Config) -> Config:
-  """The config by which the run in `run_dir` is evaluated: its model is what the run recorded.
+  """Returns the config that evaluates the run in `run_dir`: the model's sections are the recorded ones.
 
   Raises:
     UserError: there is no run; as `resolve`.
@@ -66,31 +67,31 @@ def resolve_run(config: Config) -> Config:
 
 
 def run_sections(run_dir: str | Path, given: Fields) -> Sections:
-  """What the model of a run is, with the given fields over it (`ttt_jax.checkpoints.sections`).
+  """Returns a run's recorded sections with the given fields over them (`ttt_jax.checkpoints.sections`).
 
   Raises:
-    UserError: there is no run; as `agreed`.
+    UserError: there is no run; as `with_given_fields`.
   """
   recorded = recorded_config(run_dir)
-  own = Sections(recorded.model, recorded.attention, recorded.ttt)
-  sections = agreed(own, given, source=f"the run in {run_dir}")
+  trained = Sections(recorded.model, recorded.attention, recorded.ttt)
+  sections = with_given_fields(trained, given, source=f"the run in {run_dir}")
   check_layers(*sections)
-  if _parameters(sections) != _parameters(own):
+  if _parameter_shapes(sections) != _parameter_shapes(trained):
     changed = [
       f"ttt.{name}={value!r}"
       for name, value in given.get("ttt", {}).items()
-      if getattr(sections.ttt, name) != getattr(own.ttt, name)
+      if getattr(sections.ttt, name) != getattr(trained.ttt, name)
     ]
     raise UserError(
-      f"{', '.join(changed)}: the model has other parameters then, and the run in {run_dir} holds those of "
-      f"ttt.layers={list(own.ttt.layers)}: write it as a model of its own (ttt-jax convert), and give the "
-      "fields there"
+      f"{', '.join(changed)} would change which parameters the model has, but the run in {run_dir} was "
+      f"trained with ttt.layers={list(trained.ttt.layers)}: convert the run (ttt-jax convert), and give "
+      "the fields there"
     )
   return sections
 
 
-def _parameters(sections: Sections) -> dict[str, tuple[int, ...]]:
-  """The shape of every parameter by its path."""
+def _parameter_shapes(sections: Sections) -> dict[str, tuple[int, ...]]:
+  """Returns the shape of every parameter by path."""
   model = jax.eval_shape(lambda: Transformer(*sections, rngs=nnx.Rngs(0)))
   return {name: leaf.shape for name, leaf in named_leaves(model).items()}
 
@@ -108,12 +109,12 @@ def _with_sections(config: Config, sections: Sections) -> Config:
 
 
 def make_model(config: Config) -> Transformer:
-  """A new model of a resolved config, from its seed."""
+  """Makes a new model of a resolved config from its seed."""
   return Transformer(config.model, config.attention, config.ttt, rngs=nnx.Rngs(config.seed))
 
 
 def initial_model(config: Config, mesh: Mesh) -> Transformer:
-  """The model of a resolved config before the first step, on the mesh.
+  """Makes or loads the model of a resolved config as it is before the first step, on the mesh.
 
   Raises:
     UserError: as `load_pretrained`.

@@ -1,4 +1,4 @@
-"""The model of a run's newest checkpoint, without the trainer: what generation and evaluation open."""
+"""Loads the model of a run's newest checkpoint, for generation and evaluation, without the trainer."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ttt_jax.checkpoints.orbax import open_checkpoints
 from ttt_jax.checkpoints.resolve import initial_model, make_model
 from ttt_jax.config import Config
-from ttt_jax.config.recorded import beginning, with_beginning
+from ttt_jax.config.recorded import recorded_boundaries, with_boundaries
 from ttt_jax.errors import UserError
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.parallel.parameters import shardings
@@ -18,20 +18,20 @@ BASELINE = "baseline"  # the twin's directory inside the run's
 
 
 def abstract_model(config: Config, mesh: Mesh) -> Transformer:
-  """Shapes, dtypes and shardings of a resolved config's model."""
+  """Returns the shapes, dtypes and shardings of a resolved config's model."""
   shapes = jax.eval_shape(lambda: make_model(config))
   return jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     shapes,
     shardings(shapes, mesh),
   )
 
 
 def load_model(config: Config, mesh: Mesh, run_dir: Path) -> Transformer:
-  """The model of a run's newest checkpoint.
+  """Loads the model of a run's newest checkpoint.
 
   Raises:
-    UserError: there is no checkpoint, it is damaged, or another model's.
+    UserError: the run has no checkpoint, or one that is damaged or of another model.
   """
   if not (run_dir / "checkpoints").is_dir():
     raise UserError(f"run_dir={str(run_dir)!r} has no checkpoints: train there first")
@@ -41,16 +41,15 @@ def load_model(config: Config, mesh: Mesh, run_dir: Path) -> Transformer:
 
 
 def evaluated_model(config: Config, mesh: Mesh, *, is_run: bool) -> Transformer:
-  """The model of a run's newest checkpoint, or the pretrained one of a resolved config as it is."""
+  """Loads the model of a run's newest checkpoint, or the initial model of a resolved config."""
   if is_run:
     return load_model(config, mesh, Path(config.resolved_run_dir))
   return initial_model(config, mesh)
 
 
-def as_begun(config: Config) -> Config:
-  """The config of a run that goes on: null for the ends of documents is what the run began with.
+def with_recorded_boundaries(config: Config) -> Config:
+  """Replaces null in the fields of `data` for document boundaries by the values that the run recorded.
 
-  One that was begun by a version of ttt_jax without `data.end_of_text` so keeps its tokens: there it is
-  false.
+  A run of a version without `data.end_of_text` keeps its tokens: its value is false.
   """
-  return with_beginning(config, from_main(lambda: beginning(config.resolved_run_dir)))
+  return with_boundaries(config, from_main(lambda: recorded_boundaries(config.resolved_run_dir)))

@@ -1,8 +1,8 @@
-"""What a model that exists already is, and what may be said over it.
+"""Merges the fields that a user gives with the sections of an existing model.
 
-A checkpoint or a run decides the sections model, attention and ttt. One rule holds wherever a model is
-opened: a field that was given counts, whatever its value. In `ttt` it takes the place of the model's own;
-in `model` and `attention` it says how the model is computed, stretches its positions, or agrees with it.
+A checkpoint or a run sets the sections model, attention and ttt. One rule holds wherever a model is opened:
+a given field counts, whatever its value. A given field of `ttt` overrides the model's; a given field of
+`model` or `attention` sets how the model is computed, stretches its positions, or must equal the model's.
 """
 
 import dataclasses
@@ -10,21 +10,28 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ttt_jax.config import AttentionConfig, Config, ModelConfig, RopeScaling, TTTConfig, check_given
+from ttt_jax.config import (
+  AttentionConfig,
+  Config,
+  ModelConfig,
+  RopeScaling,
+  TTTConfig,
+  check_ttt_fields,
+)
 from ttt_jax.config.given import given_fields
 from ttt_jax.errors import UserError
 
 SECTIONS = ("model", "attention", "ttt")
-# Fields that say how a model is computed, which a checkpoint has no say in.
-_HOW_COMPUTED = ("param_dtype", "dtype", "state_dtype", "remat", "implementation", "balance")
-# Fields that may differ from the checkpoint's, so that it reads further than it was trained for.
-_READS_FURTHER = ("rope_theta", "rope_scaling", "max_positions")
+# Fields that set how a model is computed: they may differ from the checkpoint.
+_COMPUTATION_FIELDS = ("param_dtype", "dtype", "state_dtype", "remat", "implementation", "balance")
+# Fields that may differ from the checkpoint, so that a model takes longer rows than it was trained on.
+_POSITION_FIELDS = ("rope_theta", "rope_scaling", "max_positions")
 
-Fields = Mapping[str, Mapping[str, Any]]
+Fields = Mapping[str, Mapping[str, Any]]  # field values by section name and field name
 
 
 class Sections(NamedTuple):
-  """What a model is."""
+  """Describes a model by three sections of the config."""
 
   model: ModelConfig
   attention: AttentionConfig
@@ -32,60 +39,64 @@ class Sections(NamedTuple):
 
 
 def given_sections(config: Config) -> dict[str, dict[str, Any]]:
-  """The fields of the three sections that a config was given."""
+  """Returns the fields of the three sections that a config was given."""
   return {name: given_fields(getattr(config, name)) for name in SECTIONS}
 
 
-def agreed(own: Sections, given: Fields, *, source: str) -> Sections:
-  """The sections of a model with the given fields over them.
+def with_given_fields(sections: Sections, given: Fields, *, source: str) -> Sections:
+  """Returns the sections of a model with the given fields over them.
 
   Args:
-    own: what the model says of itself.
-    given: by section, the fields that somebody gave.
+    sections: the model's sections.
+    given: the fields that the user gave, by section.
     source: the model in messages, as "the model of init_from='a'".
 
   Raises:
-    UserError: an unknown field; a given field of `model` or `attention` that contradicts the model; one
-      of `ttt` where no layer has fast weights; a combination that a section refuses.
+    UserError: an unknown field; a given field of `model` or `attention` that contradicts the model; a field
+      of `ttt` where no layer has fast weights; an invalid combination within a section.
   """
   if unknown := sorted(given.keys() - set(SECTIONS)):
     raise UserError(
       f"{', '.join(unknown)} cannot be given for {source}, only {', '.join(SECTIONS)}"
     )
-  ttt = dataclasses.replace(own.ttt, **_values("ttt", own.ttt, given.get("ttt", {})))
-  check_given(ttt, given.get("ttt", {}), source)
+  ttt = dataclasses.replace(
+    sections.ttt, **_checked_values("ttt", sections.ttt, given.get("ttt", {}))
+  )
+  check_ttt_fields(ttt, given.get("ttt", {}), source)
   return Sections(
-    _computed("model", own.model, given.get("model", {}), source),
-    _computed("attention", own.attention, given.get("attention", {}), source),
+    _checked_section("model", sections.model, given.get("model", {}), source),
+    _checked_section("attention", sections.attention, given.get("attention", {}), source),
     ttt,
   )
 
 
-def _computed(name: str, own: Any, given: Mapping[str, Any], source: str) -> Any:
-  """The model's section, but for how it is computed and how far it reads."""
+def _checked_section(name: str, section: Any, given: Mapping[str, Any], source: str) -> Any:
+  """Returns the model's section with given fields for computation and positions; others must be equal."""
   kept = {}
-  for field, value in _values(name, own, given).items():
-    stored = getattr(own, field)
-    if field in _HOW_COMPUTED or field in _READS_FURTHER:
+  for field, value in _checked_values(name, section, given).items():
+    stored = getattr(section, field)
+    if field in _COMPUTATION_FIELDS or field in _POSITION_FIELDS:
       kept[field] = value
-    elif field == "head_dim" and (value or own.d_model // own.num_heads) == own.head_size:
-      continue  # one of them spells out what the other leaves to the default
+    elif (
+      field == "head_dim" and (value or section.d_model // section.num_heads) == section.head_size
+    ):
+      continue  # one names the size that the other leaves to the default
     elif not _equal(value, stored):
       raise UserError(f"{name}.{field}={value!r}, but {source} has {stored!r}: leave the field out")
-  return dataclasses.replace(own, **kept)
+  return dataclasses.replace(section, **kept)
 
 
-def _values(name: str, own: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-  """The given fields of a section, lists as tuples, a section inside of it over the model's own."""
-  known = {field.name for field in dataclasses.fields(own)}
-  if unknown := sorted(given.keys() - known):
-    raise UserError(f"{name} has no field {', '.join(unknown)}, only {', '.join(sorted(known))}")
+def _checked_values(name: str, section: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the given fields of a section, lists as tuples, `rope_scaling` merged with the model's."""
+  names = {field.name for field in dataclasses.fields(section)}
+  if unknown := sorted(given.keys() - names):
+    raise UserError(f"{name} has no field {', '.join(unknown)}, only {', '.join(sorted(names))}")
   values = {}
   for field, value in given.items():
     if field == "rope_scaling" and value is not None:
       inner = value if isinstance(value, Mapping) else given_fields(value)
-      base = RopeScaling() if own.rope_scaling is None else own.rope_scaling
-      value = dataclasses.replace(base, **_values("model.rope_scaling", base, inner))
+      base = RopeScaling() if section.rope_scaling is None else section.rope_scaling
+      value = dataclasses.replace(base, **_checked_values("model.rope_scaling", base, inner))
     values[field] = tuple(value) if isinstance(value, list) else value
   return values
 

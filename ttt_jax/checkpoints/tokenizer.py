@@ -1,4 +1,4 @@
-"""Text to tokens and back: tokenizer.json, the tokenizer inside a GGUF file, or bytes."""
+"""Converts text to tokens and back, by tokenizer.json, the tokenizer inside a GGUF file, or bytes."""
 
 import shutil
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ from ttt_jax.checkpoints.files import (
   local_path,
   read_json,
 )
-from ttt_jax.checkpoints.hf_config import model_tokens
+from ttt_jax.checkpoints.hf_config import special_token_ids
 from ttt_jax.errors import UserError
 from ttt_jax.files import write_json
 
 BYTES = "bytes"  # the name of the tokenizer of 256 bytes
-_PROBE = "a b"  # a text, to see what is put around it
+_PROBE = "a b"  # encoded to find the tokens that are put around a text
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _ADDED_TOKENS = "added_tokens.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
-# What belongs to a tokenizer in a Hugging Face directory.
+# The files of a tokenizer in a Hugging Face directory.
 TOKENIZER_FILES = (
   _TOKENIZER,
   _TOKENIZER_CONFIG,
@@ -43,14 +43,15 @@ TOKENIZER_FILES = (
 
 
 class Tokenizer:
-  """A `tokenizers.Tokenizer`, with the special tokens that a model begins and ends texts with.
+  """Wraps a `tokenizers.Tokenizer` and the special tokens with which a model begins and ends texts.
 
   Attributes:
-    vocab_size: one more than the highest token.
+    vocab_size: one more than the highest token id.
     bos_id: the token that begins a text, or None.
-    eos_ids: the tokens that end one; others than `eos_id` may end a chat's turn.
-    eos_id: the one of them that the tokenizer itself names as its `eos_token`, else the first.
-    prefix, suffix: the tokens that `encode` puts before and behind every text.
+    eos_ids: the tokens that end a text; all but `eos_id` may end only a turn of a chat.
+    eos_id: the token of `eos_ids` that the tokenizer names as its `eos_token`, else the first; None without
+      `eos_ids`.
+    prefix, suffix: the tokens that `encode` puts before and after every text.
     adds_bos, adds_eos: whether `bos_id` is in the prefix, or one of `eos_ids` in the suffix.
   """
 
@@ -71,54 +72,54 @@ class Tokenizer:
     self.eos_ids = eos_ids
     self.eos_id = eos_id if eos_id in eos_ids else next(iter(eos_ids), None)
     self.vocab_size = 1 + max(self.vocabulary().values())
-    self.prefix, self.suffix = self._around()
+    self.prefix, self.suffix = self._prefix_and_suffix()
     self.adds_bos = bos_id in self.prefix
     self.adds_eos = any(token in eos_ids for token in self.suffix)
 
   def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """The tokens of a text; by default with those the tokenizer puts around it, as `transformers` does."""
+    """Returns the tokens of a text, by default with the prefix and suffix, as `transformers` does."""
     return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
   def encode_batch(
     self, texts: Sequence[str], *, add_special_tokens: bool = True
   ) -> list[list[int]]:
-    """`encode` of many texts, by all cores."""
+    """Encodes many texts, on all cores."""
     encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
     return [encoding.ids for encoding in encodings]
 
   def count_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[int]:
-    """How many tokens `encode` makes of each text, by all cores."""
+    """Returns the number of tokens that `encode` makes of each text, on all cores."""
     encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
     return [len(encoding) for encoding in encodings]
 
-  def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  def _prefix_and_suffix(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
     bare, whole = (self.encode(_PROBE, add_special_tokens=added) for added in (False, True))
-    if not bare:  # no such letters in the vocabulary: what there is begins a text
+    if not bare:  # the vocabulary lacks the letters of the probe: all tokens count as prefix
       return tuple(whole), ()
     count = len(whole) - len(bare)
     start = next((i for i in range(count) if whole[i : i + len(bare)] == bare), count)
     return tuple(whole[:start]), tuple(whole[start + len(bare) :])
 
   def vocabulary(self) -> dict[str, int]:
-    """How each token is spelled, added ones included."""
+    """Returns token ids by spelling, added tokens included."""
     return self._backend.get_vocab(with_added_tokens=True)
 
   def decode(
     self, ids: Sequence[int] | Integer[np.ndarray, "T"], *, skip_special_tokens: bool = False
   ) -> str:
-    """The text of tokens; U+FFFD stands for bytes that are not UTF-8."""
+    """Returns the text of tokens; U+FFFD replaces bytes that are not UTF-8."""
     return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
   def check_vocabulary(self, vocab_size: int, model: str = "the model") -> None:
-    """Raises UserError if a token is beyond a model's vocabulary."""
+    """Raises UserError if the tokenizer has more tokens than a model's vocabulary."""
     if self.vocab_size > vocab_size:
       raise UserError(
         f"the tokenizer has {self.vocab_size} tokens, {model} only vocab_size={vocab_size}: they do not "
-        "belong together"
+        "belong together, use the model's tokenizer"
       )
 
   def save(self, directory: Path) -> None:
-    """Writes what `load_tokenizer` and `transformers` read; of a directory, a copy of its files."""
+    """Saves the tokenizer for `load_tokenizer` and `transformers`; one from a directory is copied."""
     if self._source is not None:
       for name in TOKENIZER_FILES:
         if (self._source / name).is_file():
@@ -135,31 +136,29 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-  """The tokenizer of a model.
+  """Loads the tokenizer of a model.
 
-  Tokens that other files of a directory add are there, as in `transformers` 5; truncation and padding that
-  tokenizer.json was saved with are not applied. A GGUF file's tokenizer follows llama.cpp.
+  As in `transformers` 5, other files of a directory may add tokens, and truncation and padding saved in
+  tokenizer.json are not applied. A GGUF file's tokenizer follows llama.cpp.
 
   Args:
     path: a Hugging Face directory or a hub name with tokenizer.json, that file, a `.gguf` file, or
-      "bytes": one token per byte of UTF-8, as models that `ttt-jax train` made from scratch read.
+      "bytes": one token per byte of UTF-8, the default of `ttt-jax train` from scratch.
 
   Raises:
-    UserError: there is none, it is damaged, or it has more tokens than the model it lies beside.
-    UnsupportedError: a GGUF tokenizer of an unknown kind.
+    UserError: there is no tokenizer, it is damaged, or it has more tokens than the model in its directory.
+    UnsupportedError: the GGUF tokenizer is of an unknown kind.
   """
   if str(path) == BYTES:
     return byte_tokenizer()
   path = local_path(path)
   if is_gguf(path):
-    from ttt_jax.checkpoints.gguf_tokenizer import gguf_tokenizer
-
-    return gguf_tokenizer(path)
+    return _from_gguf(path)
   return _from_directory(path if path.is_dir() else path.parent, path)
 
 
 def byte_tokenizer() -> Tokenizer:
-  """Token i is byte i."""
+  """Returns the tokenizer whose token i is byte i."""
   vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
   backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -168,27 +167,37 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-  """The printable character that byte-level BPE, since GPT-2, writes for each byte."""
+  """Returns the printable character that byte-level BPE, since GPT-2, writes for each byte."""
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(256) if byte not in printable]
   spelled = {byte: byte for byte in printable} | {b: 256 + i for i, b in enumerate(others)}
   return [chr(spelled[byte]) for byte in range(256)]
 
 
+def _from_gguf(path: Path) -> Tokenizer:
+  # Imported here because it loads Flax, which no other tokenizer needs.
+  from ttt_jax.checkpoints.gguf_tokenizer import gguf_tokenizer
+
+  backend, special, chat_template = gguf_tokenizer(path)
+  return Tokenizer(
+    backend, bos_id=special.bos_id, eos_ids=special.eos_ids, chat_template=chat_template
+  )
+
+
 def _from_directory(directory: Path, path: Path) -> Tokenizer:
   file = directory / _TOKENIZER if path.is_dir() else path
   if not file.is_file():
-    models = ", ".join(model.name for model in gguf_models(directory)[:5])
-    there = f"; {models} in it may hold one: give that path" if models else ""
+    gguf = ", ".join(model.name for model in gguf_models(directory)[:5])
+    hint = f"; {gguf} in it may hold one: give that path" if gguf else ""
     raise UserError(
       f"{directory} has no {_TOKENIZER}: save it from a fast tokenizer of transformers, or give another "
-      f"path, or {BYTES!r} for a model of bytes{there}"
+      f"path, or {BYTES!r} for a model of bytes{hint}"
     )
   try:
     backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
   except Exception as error:  # the library raises nothing more specific
     raise UserError(f"{file} is not a tokenizer: {str(error)[:200]}") from error
-  # What a training script has left in the file; `transformers` applies neither unless a call asks for it.
+  # A training script may have saved these settings; `transformers` applies neither unless asked to.
   backend.no_truncation()
   backend.no_padding()
   config = _optional_json(directory / CONFIG)
@@ -205,14 +214,14 @@ def _from_directory(directory: Path, path: Path) -> Tokenizer:
   backend.encode_special_tokens = bool(named.get("split_special_tokens"))
   generation = _optional_json(directory / GENERATION_CONFIG)
   eos, bos = (
-    _special(key, backend, generation, config, named) for key in ("eos_token", "bos_token")
+    _named_ids(key, backend, generation, config, named) for key in ("eos_token", "bos_token")
   )
-  own_eos = _special("eos_token", backend, {}, {}, named)
+  tokenizer_eos = _named_ids("eos_token", backend, {}, {}, named)
   tokenizer = Tokenizer(
     backend,
     bos_id=next(iter(bos), None),
     eos_ids=eos,
-    eos_id=next(iter(own_eos), None),
+    eos_id=next(iter(tokenizer_eos), None),
     source=directory,
   )
   if vocab_size is not None:
@@ -224,18 +233,18 @@ def _optional_json(path: Path) -> dict[str, Any]:
   return read_json(path) if path.is_file() else {}
 
 
-def _special(
+def _named_ids(
   key: str,
   backend: tokenizers.Tokenizer,
   generation: dict[str, Any],
   config: dict[str, Any],
   named: dict[str, Any],
 ) -> tuple[int, ...]:
-  """Ids of `eos_token` or `bos_token`: as the model says, else as the tokenizer's config names it."""
-  ids = model_tokens(config, generation, f"{key}_id")
+  """Returns the ids of `eos_token` or `bos_token` by the model's config, else by the tokenizer's."""
+  ids = special_token_ids(config, generation, f"{key}_id")
   if ids:
     return ids
   token = named.get(key)
   token = token.get("content") if isinstance(token, dict) else token
-  found = None if token is None else backend.token_to_id(token)
-  return () if found is None else (found,)
+  token_id = None if token is None else backend.token_to_id(token)
+  return () if token_id is None else (token_id,)

@@ -1,7 +1,7 @@
-"""`TTTConfig` in config.json: the published `ttt_*` keys, and a section of our own that says all of it.
+"""Translates `TTTConfig` to keys of config.json and back: the published `ttt_*` keys and our own section.
 
-The published code has one fixed inner rate, a convolution of width 5 on a source that is not normalised, no
-decay. What it cannot express it must not read as something else: then only our section is written.
+The published code has one fixed inner rate, a convolution of width 5 on a source that is not normalised,
+and no decay. A model that it cannot compute gets only our section, so that it cannot misread the model.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _CONV_WIDTH = 5  # of the published code
 
 
 def read_published(config: dict[str, Any], num_layers: int) -> tuple[TTTConfig | None, list[int]]:
-  """The `TTTConfig` of the `ttt_*` keys, None without `ttt_mode`, and layers named beyond the depth.
+  """Returns the `TTTConfig` of the `ttt_*` keys, None without `ttt_mode`, and layers beyond the depth.
 
   Raises:
     UserError: a key is missing or unknown.
@@ -25,8 +25,8 @@ def read_published(config: dict[str, Any], num_layers: int) -> tuple[TTTConfig |
   if not config.get("ttt_mode"):
     return None, []
   missing = [key for key in PUBLISHED_KEYS if key not in config]
-  known = (*PUBLISHED_KEYS, SECTION)
-  unknown = [key for key in config if key.startswith("ttt_") and key not in known]
+  allowed = (*PUBLISHED_KEYS, SECTION)
+  unknown = [key for key in config if key.startswith("ttt_") and key not in allowed]
   if missing or unknown:
     raise UserError(
       f"config.json has ttt_mode but {'lacks' if missing else 'also'} "
@@ -54,11 +54,11 @@ def read_published(config: dict[str, Any], num_layers: int) -> tuple[TTTConfig |
 
 
 def write_published(ttt: TTTConfig, rates: Iterable[float]) -> tuple[dict[str, Any], list[str]]:
-  """The published keys that mean the same, or none and the reasons why not.
+  """Returns the published keys that mean the same, or no keys and the reasons why not.
 
   Args:
-    ttt: what the model does.
-    rates: the inner rate of each of its TTT layers, with what they have learned.
+    ttt: the section of the model.
+    rates: the learned inner rate of each TTT layer.
   """
   rates = sorted(set(rates))
   reasons = []
@@ -90,15 +90,15 @@ def write_published(ttt: TTTConfig, rates: Iterable[float]) -> tuple[dict[str, A
 
 
 def write_section(ttt: TTTConfig, published: dict[str, Any]) -> dict[str, Any]:
-  """Our section, from which `read_section` has the same `TTTConfig`, beside these published keys."""
+  """Returns our section of config.json: all of `TTTConfig`, and the published keys beside it."""
   return {"ttt": dataclasses.asdict(ttt), "published_as": published}
 
 
 def read_section(config: dict[str, Any]) -> TTTConfig | None:
-  """The `TTTConfig` of our section, None if there is none.
+  """Returns the `TTTConfig` of our section of config.json, None without this section.
 
   Raises:
-    UserError: fields unknown to this version, or published keys beside it that have been changed.
+    UserError: this version does not know a field, or the published keys beside the section have changed.
   """
   section = config.get(SECTION)
   if section is None:
@@ -111,8 +111,8 @@ def read_section(config: dict[str, Any]) -> TTTConfig | None:
       "pass ttt=TTTConfig(...)"
     )
   fields = section["ttt"]
-  known = {field.name for field in dataclasses.fields(TTTConfig)}
-  if unknown := sorted(set(fields) - known):
+  names = {field.name for field in dataclasses.fields(TTTConfig)}
+  if unknown := sorted(set(fields) - names):
     raise UserError(
       f"config.json: {SECTION}.ttt has {', '.join(unknown)}, unknown to this version of ttt_jax: "
       "pass ttt=TTTConfig(...), or use the version that wrote it"

@@ -1,13 +1,14 @@
-"""The configuration of a run: frozen dataclasses, their defaults and every check that needs no JAX.
+"""Defines the configuration of a run: frozen dataclasses, their defaults and every check that needs no JAX.
 
-A config file under `configs/` holds what differs from these defaults. Nothing here imports JAX, so a
-config can be read and refused before a device is touched. Sizes in tokens unless said otherwise.
+A config file under `configs/` lists the fields that differ from these defaults. No module of this package
+imports JAX, so a config is loaded and checked before any device is used. Sizes are in tokens unless a field
+says otherwise.
 """
 
 from ttt_jax.config.checks import DTYPES
 from ttt_jax.config.machine import MeshConfig, PlanConfig, RuntimeConfig
 from ttt_jax.config.model import AttentionConfig, ModelConfig, RopeScaling, TTTConfig
-from ttt_jax.config.run import Config, check_given, check_layers, check_mesh, check_trainable
+from ttt_jax.config.run import Config, check_layers, check_mesh, check_trainable, check_ttt_fields
 from ttt_jax.config.training import (
   CheckpointConfig,
   DataConfig,
@@ -31,8 +32,8 @@ __all__ = [
   "TTTConfig",
   "TrainConfig",
   "WeightedSource",
-  "check_given",
   "check_layers",
   "check_mesh",
   "check_trainable",
+  "check_ttt_fields",
 ]

@@ -1,4 +1,4 @@
-"""What a field may be; every mistake is a ValueError that names the field and its value."""
+"""Checks the values of config fields; every mistake is a UserError that names the field and its value."""
 
 from ttt_jax.errors import UserError
 

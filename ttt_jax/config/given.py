@@ -1,4 +1,4 @@
-"""Which fields of a config section were given: a default that somebody wrote down counts, too."""
+"""Records which fields of a config section the user gave; a given value may equal the default."""
 
 import dataclasses
 import functools
@@ -10,10 +10,10 @@ _GIVEN = "_given_fields"
 
 
 def records_given(cls: T) -> T:
-  """Makes the instances of a frozen dataclass remember which fields their constructor was given.
+  """Makes instances of a frozen dataclass remember which fields were passed to their constructor.
 
-  `dataclasses.replace` passes every field, so that all fields of its result count as given. Neither
-  comparison nor `dataclasses.asdict` sees the difference.
+  `dataclasses.replace` passes every field, so all fields of its result count as given. Comparison and
+  `dataclasses.asdict` ignore the record.
   """
   init = cls.__init__
   names = [field.name for field in dataclasses.fields(cls)]
@@ -28,10 +28,10 @@ def records_given(cls: T) -> T:
 
 
 def given_fields(section: Any) -> dict[str, Any]:
-  """The fields that a section's constructor was given, with their values, in the order of the class."""
-  given = getattr(section, _GIVEN)
+  """Returns the fields that were passed to a section's constructor, with values, in the class's order."""
+  names = getattr(section, _GIVEN)
   return {
     field.name: getattr(section, field.name)
     for field in dataclasses.fields(section)
-    if field.name in given
+    if field.name in names
   }

@@ -1,4 +1,4 @@
-"""Where it runs: processes, devices along the axes of the mesh, a slice that is not here."""
+"""Defines the config sections of the machine: processes, mesh axes, and a TPU slice to plan for."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,35 +10,37 @@ from ttt_jax.config.given import records_given
 @records_given
 @dataclass(frozen=True)
 class RuntimeConfig:
-  """What JAX must know before it starts."""
+  """Holds the settings that JAX needs before it starts."""
 
   cpu_devices: int | None = None
-  """Devices that the CPU is split into; None leaves JAX's choice."""
+  """Number of devices that the CPU is split into; None leaves the choice to JAX."""
   distributed: bool = False
-  """Whether this is one of many processes. On TPU pods, under SLURM and MPI they find each other;
-  elsewhere give coordinator, num_processes and process_id.
+  """Whether this is one of several processes. On TPU pods and under SLURM or MPI the processes find
+  each other; elsewhere give coordinator, num_processes and process_id.
   """
   coordinator: str | None = None
-  """HOST:PORT of the first process."""
+  """Address of the first process, as HOST:PORT."""
   num_processes: int | None = None
-  """How many processes there are."""
+  """Number of processes."""
   process_id: int | None = None
-  """Which of the processes this one is, from 0."""
+  """Index of this process, from 0."""
 
   def __post_init__(self):
     if self.cpu_devices is not None:
       require_positive("runtime", self, "cpu_devices")
-    given = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
-    missing = [name for name, value in given.items() if value is None]
+    addresses = {
+      name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")
+    }
+    missing = [name for name, value in addresses.items() if value is None]
     require(
       self.distributed or len(missing) == 3,
-      f"runtime has {', '.join(name for name in given if name not in missing)}, which need "
-      "runtime.distributed=true",
+      f"runtime.{', runtime.'.join(name for name in addresses if name not in missing)} need "
+      "runtime.distributed=true: set it, or leave them out",
     )
     require(
       len(missing) in (0, 3),
       f"runtime.{', runtime.'.join(missing)} missing: give all of coordinator, num_processes and "
-      "process_id, or none where they are found by themselves (TPU pods, SLURM, MPI)",
+      "process_id, or none of them on TPU pods and under SLURM or MPI, where JAX finds them",
     )
     if not missing:
       require_positive("runtime", self, "num_processes")
@@ -52,36 +54,37 @@ class RuntimeConfig:
 @records_given
 @dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; their product is the number of devices.
+  """Sets the number of devices along each mesh axis; the product is the number of all devices.
 
-  One axis may be -1: what the others leave, as `filled` computes it.
+  One axis may be -1: `filled` gives it all devices that the other axes leave.
   """
 
   data: int = 1
-  """Devices along the rows of the batch."""
+  """Devices that split the rows of the batch; parameters are replicated along this axis."""
   fsdp: int = 1
-  """Devices along the rows of the batch, over which parameters and optimiser state are sharded."""
+  """Devices that split the rows of the batch and shard the parameters and the optimiser state."""
   context: int = 1
-  """Devices along the sequence."""
+  """Devices that split the tokens of each row (context parallelism)."""
   tensor: int = 1
-  """Devices along heads, MLP hidden width and vocabulary."""
+  """Devices that split attention heads, MLP hidden width and vocabulary."""
 
   def __post_init__(self):
     for field_ in dataclasses.fields(self):
       size = getattr(self, field_.name)
       require(
-        size > 0 or size == -1, f"mesh.{field_.name}={size} must be positive, or -1: the rest"
+        size > 0 or size == -1,
+        f"mesh.{field_.name}={size} must be positive, or -1 for all other devices",
       )
     require(
       self.shape.count(-1) <= 1,
-      f"mesh={list(self.shape)} has several -1: only one axis can be the rest",
+      f"mesh={list(self.shape)} has several -1: at most one axis can take all other devices",
     )
 
   def filled(self, devices: int) -> "MeshConfig":
-    """The mesh with the axis of -1 filled, so that there are `devices` devices.
+    """Returns the mesh with the axis of -1 filled, so that its size is `devices`.
 
     Raises:
-      UserError: the other axes do not divide them.
+      UserError: the product of the other axes does not divide `devices`.
     """
     if -1 not in self.shape:
       return self
@@ -95,25 +98,25 @@ class MeshConfig:
 
   @property
   def shape(self) -> tuple[int, int, int, int]:
-    """The sizes of the axes, in the order data, fsdp, context, tensor."""
+    """Returns the sizes of the axes, in the order data, fsdp, context, tensor."""
     return (self.data, self.fsdp, self.context, self.tensor)
 
   @property
   def size(self) -> int:
-    """How many devices the mesh has; negative while an axis is -1."""
+    """Returns the number of devices; it is negative while an axis is -1."""
     return self.data * self.fsdp * self.context * self.tensor
 
 
 @records_given
 @dataclass(frozen=True)
 class PlanConfig:
-  """What `ttt-jax plan` compiles for, unless told otherwise."""
+  """Sets the defaults of `ttt-jax plan`."""
 
   topology: str | None = None
-  """A TPU slice to plan for, such as "v5p:4x4x4"."""
+  """TPU slice to plan for, such as "v5p:4x4x4"."""
   mode: str = "train"
-  """"train", a training step; or "prefill", the reading of train.batch_size prompts of data.seq_len
-  tokens.
+  """Program to plan: "train", a training step; or "prefill", the prefill of train.batch_size prompts
+  of data.seq_len tokens.
   """
 
   def __post_init__(self):

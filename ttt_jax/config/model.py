@@ -1,4 +1,4 @@
-"""The model: its sizes, what mixes the tokens, which MLPs have fast weights and how these learn."""
+"""Defines the config sections of the model: sizes, token mixers, and the fast weights of its MLPs."""
 
 from dataclasses import dataclass
 
@@ -14,36 +14,40 @@ COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 @records_given
 @dataclass(frozen=True)
 class RopeScaling:
-  """How rotary frequencies are stretched beyond the trained length (`ttt_jax.nn.rope`).
+  """Stretches rotary frequencies so that a model reads beyond its trained length (`ttt_jax.nn.rope`).
 
-  Kinds, fields and their defaults are those of `rope_scaling` in `transformers`.
+  Kinds, fields and defaults are those of `rope_scaling` in `transformers`.
   """
 
   kind: str = "linear"
-  """Which formula stretches the frequencies: "linear", "llama3" or "yarn"."""
+  """Formula that stretches the frequencies: "linear", "llama3" or "yarn"."""
   factor: float = 1.0
-  """How many times the trained length is read."""
+  """Ratio of the new length to the trained length."""
   original_max_positions: int | None = None
-  """The trained length in tokens; "llama3" and "yarn" need it."""
+  """Trained length in tokens; "llama3" and "yarn" need it."""
   low_freq_factor: float = 1.0
-  """With "llama3", wavelengths above the trained length / this are stretched by the whole factor."""
+  """With "llama3", wavelengths above trained length / low_freq_factor are stretched by factor."""
   high_freq_factor: float = 4.0
-  """With "llama3", wavelengths below the trained length / this stay as they are."""
+  """With "llama3", wavelengths below trained length / high_freq_factor do not change."""
   beta_fast: float = 32.0
-  """With "yarn", channels that turn more often than this in the trained length stay."""
+  """With "yarn", channels that make more than beta_fast turns in the trained length do not change."""
   beta_slow: float = 1.0
-  """With "yarn", channels that turn less often than this are stretched by the whole factor."""
+  """With "yarn", channels that make fewer than beta_slow turns are stretched by factor."""
   attention_factor: float | None = None
-  """With "yarn", cos and sin are multiplied by this; None computes it from factor and mscale."""
+  """With "yarn", the factor of cos and sin; None computes it from factor and mscale."""
   mscale: float | None = None
-  """With "yarn", the weight of log(factor) in the attention factor; None is 1."""
+  """With "yarn", the weight of log(factor) in the attention factor; None means 1."""
   mscale_all_dim: float | None = None
-  """With "yarn", the same for the denominator, as DeepSeek has it; None leaves it out."""
+  """With "yarn", the weight of log(factor) in a denominator of the attention factor, as in DeepSeek;
+  None means no denominator.
+  """
   truncate: bool = True
-  """With "yarn", whether the ramp between both kinds of channel begins and ends at whole ones."""
+  """With "yarn", whether the ramp between unchanged and stretched channels begins and ends at whole
+  channel numbers.
+  """
 
   def check(self) -> None:
-    """Raises UserError for a field out of range; `ModelConfig` calls it."""
+    """Raises UserError for a field out of range; `ModelConfig` calls this method."""
     section = "model.rope_scaling"
     require_choice(f"{section}.kind", self.kind, ("linear", "llama3", "yarn"))
     require_positive(section, self, "factor")
@@ -51,8 +55,8 @@ class RopeScaling:
       length = self.original_max_positions
       require(
         length is not None and length > 0,
-        f"{section}.original_max_positions={length}: {section}.kind={self.kind!r} needs the length "
-        "the model was trained on",
+        f"{section}.original_max_positions={length}: {section}.kind={self.kind!r} needs the trained "
+        "length in tokens",
       )
     if self.kind == "llama3":
       require_positive(section, self, "low_freq_factor", "high_freq_factor")
@@ -70,51 +74,51 @@ class RopeScaling:
 @records_given
 @dataclass(frozen=True)
 class ModelConfig:
-  """A decoder of the Llama / Qwen3 kind."""
+  """Sets the sizes and dtypes of a decoder of the Llama / Qwen3 kind."""
 
   vocab_size: int = 256
-  """Tokens that the model knows; 256 for bytes."""
+  """Number of tokens V in the vocabulary; 256 for bytes."""
   num_layers: int = 4
-  """Decoder layers, each with attention and a gated MLP."""
+  """Number of decoder layers, each with attention and a gated MLP."""
   d_model: int = 96
   """Width D of the residual stream."""
   d_ff: int = 288
   """Hidden width F of the gated MLPs."""
   num_heads: int = 4
-  """Query heads."""
+  """Number of query heads H."""
   num_kv_heads: int = 4
-  """Key and value heads; a divisor of num_heads (grouped-query attention)."""
+  """Number of key and value heads; it divides num_heads (grouped-query attention)."""
   head_dim: int | None = None
-  """Width of a head; None is d_model // num_heads."""
+  """Channels K per head; None means d_model // num_heads."""
   rope_theta: float = 10000.0
   """Base of the rotary frequencies."""
   rope_scaling: RopeScaling | None = None
-  """How rotary frequencies are stretched beyond the trained length; None leaves them as they are."""
+  """Stretching of the rotary frequencies beyond the trained length; None leaves them unchanged."""
   max_positions: int | None = None
-  """The length the model was trained for; longer rows are read with a warning."""
+  """Trained length in tokens; longer rows cause a warning."""
   norm_eps: float = 1e-6
-  """Added to the mean square in RMSNorm."""
+  """Epsilon added to the mean square in RMSNorm."""
   qk_norm: bool = False
   """Whether every query and key head is RMS-normalised, as in Qwen3."""
   attention_bias: str | None = None
-  """Biases of the attention projections: "qkv" as in Qwen2, "qkvo" on the output projection too,
-  None for none.
+  """Attention projections with a bias: "qkv" as in Qwen2, "qkvo" for the output projection too, or
+  None.
   """
   tie_embeddings: bool = True
-  """Whether the head is the token embedding."""
+  """Whether the output head shares the table of the token embedding."""
   bos_id: int | None = None
-  """The token that begins a text, if there is one."""
+  """Id of the token that begins a text; None means no such token."""
   eos_ids: tuple[int, ...] = ()
-  """The tokens that end a text: generation stops there."""
+  """Ids of the tokens that end a text; generation stops at any of them."""
   param_dtype: str = "float32"
   """Dtype of the parameters."""
   dtype: str = "float32"
   """Dtype of the computation."""
   state_dtype: str = "float32"
-  """Dtype of the fast weights and their prefix sums."""
+  """Dtype of the fast-weight states and their prefix sums."""
   remat: str = "layer"
-  """What the backward pass recomputes: "layer" everything but the input of each layer, "minimal"
-  all but the results of the projections, "none" nothing.
+  """Rematerialisation, which trades time for memory: in the backward pass "layer" recomputes all but
+  each layer's input, "minimal" all but the results of the projections, "none" nothing.
   """
 
   def __post_init__(self):
@@ -130,7 +134,7 @@ class ModelConfig:
     for token in (*self.eos_ids, *(() if self.bos_id is None else (self.bos_id,))):
       require(
         0 <= token < self.vocab_size,
-        f"model.bos_id={self.bos_id}, model.eos_ids={list(self.eos_ids)}: {token} is no token, "
+        f"model.bos_id={self.bos_id}, model.eos_ids={list(self.eos_ids)}: token {token} is outside of "
         f"model.vocab_size={self.vocab_size}",
       )
     for name in ("param_dtype", "dtype", "state_dtype"):
@@ -153,37 +157,37 @@ class ModelConfig:
 
   @property
   def head_size(self) -> int:
-    """Width of a head: head_dim, or what d_model leaves for each."""
+    """Returns the channels per head: head_dim, or d_model // num_heads."""
     return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
 
 @records_given
 @dataclass(frozen=True)
 class AttentionConfig:
-  """Which tokens a token sees: the last `window` ones, or in `full_layers` all earlier ones."""
+  """Sets how layers mix tokens: attention to the last `window` or all earlier tokens, or a baseline."""
 
   window: int | None = None
-  """Tokens that a token attends to, itself included; None is full attention in every layer."""
+  """Number of tokens that a token attends to, itself included; None means full attention everywhere."""
   full_layers: tuple[int, ...] = ()
-  """Layers with full attention although window is set."""
+  """Layers that keep full attention when window or mixer is set, counted from 0."""
   implementation: str | None = None
-  """"xla" (anywhere), "splash" (TPU) or "cudnn" (GPU); None takes the best one that can express the
-  call.
+  """Attention kernel: "xla" (any device), "splash" (TPU) or "cudnn" (GPU); None takes the best kernel
+  that supports the call.
   """
   balance: bool | None = None
-  """Whether full attention over several shards swaps half of each shard's queries with its mirror
-  shard, so that all devices have equal work; None does, false saves two exchanges.
+  """Whether full attention over several context shards swaps half of each shard's queries with its
+  mirror shard, so that all devices have equal work; None means true, false saves two exchanges.
   """
   mixer: str = "attention"
-  """What mixes the tokens in mixer_layers: "attention", or a baseline with a state of fixed size
-  and as many parameters: "gla" (gated linear attention) or "delta_net" (the delta rule).
-  Baselines see their whole document and have no window.
+  """Token mixer in mixer_layers: "attention", or a baseline with a state of fixed size and as many
+  parameters: "gla" (gated linear attention) or "delta_net" (the delta rule). A baseline sees the
+  whole document and has no window.
   """
   mixer_layers: tuple[int, ...] | None = None
-  """Layers of the baseline; None is all but full_layers."""
+  """Layers that use the baseline mixer; None means all but full_layers."""
   short_conv: int | None = None
-  """Tokens that the short convolution of a baseline's queries, keys and values spans, 1 for no
-  convolution; None is as published: 4 in delta_net, 1 in gla.
+  """Width in tokens of the short convolution on a baseline's queries, keys and values; 1 means no
+  convolution, None the published width (4 in delta_net, 1 in gla).
   """
 
   def __post_init__(self):
@@ -194,28 +198,28 @@ class AttentionConfig:
       require_positive("attention", self, "short_conv")
       require(
         self.mixer != "attention",
-        f"attention.short_conv={self.short_conv} belongs to attention.mixer 'gla' or 'delta_net', and "
-        "attention.mixer is 'attention': leave one out",
+        f"attention.short_conv={self.short_conv} needs attention.mixer 'gla' or 'delta_net', but "
+        "attention.mixer is 'attention': change the mixer, or leave attention.short_conv out",
       )
     if self.mixer_layers is not None:
       require(
         self.mixer != "attention",
-        f"attention.mixer_layers={list(self.mixer_layers)} are attention layers as all others: set "
-        "attention.mixer to 'gla' or 'delta_net', or leave attention.mixer_layers out",
+        f"attention.mixer_layers={list(self.mixer_layers)} needs a baseline: set attention.mixer to "
+        "'gla' or 'delta_net', or leave attention.mixer_layers out",
       )
       both = sorted(set(self.mixer_layers) & set(self.full_layers))
       require(
         not both,
         f"attention.mixer_layers={list(self.mixer_layers)} and attention.full_layers="
-        f"{list(self.full_layers)} both name {both}: a layer has {self.mixer!r} or full attention, not "
-        "both",
+        f"{list(self.full_layers)} both name {both}: a layer has either {self.mixer!r} or full "
+        "attention; remove it from one list",
       )
     require_choice(
       "attention.implementation", self.implementation, (None, "xla", "splash", "cudnn")
     )
 
   def mixer_of(self, layer: int) -> str:
-    """What mixes the tokens in a layer, one of `MIXERS`."""
+    """Returns the token mixer of a layer, one of `MIXERS`."""
     if self.mixer_layers is None:
       return "attention" if layer in self.full_layers else self.mixer
     return self.mixer if layer in self.mixer_layers else "attention"
@@ -224,60 +228,61 @@ class AttentionConfig:
 @records_given
 @dataclass(frozen=True)
 class TTTConfig:
-  """Which MLPs have fast weights, and how these learn (docs of `ttt_jax.inplace_ttt`)."""
+  """Sets which MLPs have fast weights, and how these learn (docs of `ttt_jax.inplace_ttt`)."""
 
   layers: tuple[int, ...] = ()
-  """Layers whose down projection is a fast weight, counted from 0."""
+  """Layers whose down projection is a fast weight, counted from 0; empty means no fast weights."""
   chunk_size: int = 512
-  """Tokens C per chunk: all are read with one fast weight, then update it."""
+  """Tokens C per chunk; a chunk reads one fast weight, then updates it."""
   target: str = "input_embed"
-  """What the target is made of: "input_embed", the token embeddings (training from scratch), or
-  "hidden_states", the input of the MLP (pretrained models).
+  """Source of the target: "input_embed", the token embeddings (for training from scratch), or
+  "hidden_states", the input of the MLP (for pretrained models).
   """
   normalize_target: bool = True
   """Whether the source of the target is RMS-normalised over the model width."""
   conv_width: int = 5
-  """Width of the target's centred convolution; it looks (conv_width - 1) / 2 tokens ahead."""
+  """Width of the target's centred convolution, odd; it sees (conv_width - 1) / 2 tokens ahead."""
   projection: bool = True
-  """Whether the target has a learned projection [D, D]."""
+  """Whether a learned projection [D, D] follows the target's convolution."""
   init: str | None = None
-  """How the target starts. "next_token": convolution 1 at t+1, projection the identity; it learns
-  from the first step. "identity": convolution 0, projection the identity; the model starts
-  exactly as without fast weights. "current_token": convolution 1 at t, the target of
-  reconstruction. None: "next_token" in a new model, "identity" in a pretrained one.
+  """Initial convolution and projection of the target. "next_token": convolution 1 at t+1, projection
+  the identity; fast weights act from the first step. "identity": convolution 0, projection the
+  identity; the model starts exactly as without fast weights. "current_token": convolution 1 at t,
+  which reconstructs the token itself. None means "next_token" in a new model, "identity" in a
+  pretrained one.
   """
   inner_lr: float = 0.05
-  """Step size of the update."""
+  """Inner rate: the step size of an update."""
   inner_lr_scale: str = "1/F"
-  """"1/F" divides inner_lr by d_ff, "fixed" takes it as it is."""
+  """Scale of the inner rate: "1/F" divides inner_lr by d_ff, "fixed" uses inner_lr unchanged."""
   learn_inner_lr: bool = True
-  """Whether the step size is multiplied by exp(10 s), s learned per layer from 0."""
+  """Whether each layer multiplies the inner rate by exp(10 s), where s is learned and starts at 0."""
   decay: float | None = None
-  """The factor of the state per chunk, in (0, 1]; None is 1, the paper's plain sum."""
+  """Factor of the state per chunk, in (0, 1]; None means 1, the paper's plain sum."""
   half_life: float | None = None
-  """Tokens after which what was learned counts half, instead of decay: a decay of 2^(-chunk_size /
-  half_life), whatever the chunk.
+  """Half-life of an update in tokens, in place of decay: the decay is 2^(-chunk_size / half_life), so
+  forgetting per token does not depend on chunk_size.
   """
   learn_half_life: bool = False
-  """Whether the half-life is multiplied by exp(10 s), s learned per layer from 0; recommended from
-  scratch, with half_life 400.
+  """Whether each layer multiplies half_life by exp(10 s), where s is learned and starts at 0.
+  Recommended for training from scratch, with half_life 400.
   """
   clip_norm: float | None = None
-  """Frobenius norm to which the update of a chunk is rescaled where it is larger; None never
-  rescales.
+  """Largest Frobenius norm of one chunk's update; a larger update is rescaled to it. None means no
+  limit.
   """
   implementation: str | None = None
-  """"sequential", "dual" or "associative"; None lets the cost model choose."""
+  """Algorithm over chunks: "sequential", "dual" or "associative"; None lets the cost model choose."""
   merge: bool | None = None
-  """Whether a chunk is read in one product Z (W + S), rounded to model.dtype, instead of two; None
-  does where that loses nothing.
+  """Whether a chunk reads in one product Z (W + S), with W + S rounded to model.dtype, in place of
+  Z W + Z S; None merges only where the rounding loses nothing.
   """
   collective: str | None = None
-  """How shards exchange their states: "all_gather", "doubling", "all_to_all" or "ring"; None lets
-  the cost model choose.
+  """Algorithm of the exchange between context shards: "all_gather", "doubling", "all_to_all" or
+  "ring"; None lets the cost model choose.
   """
   wire_dtype: str | None = None
-  """Dtype to which states are rounded for the exchange; None sends them as they are."""
+  """Dtype to which states are rounded for the exchange; None sends them unrounded."""
 
   def __post_init__(self):
     require_positive("ttt", self, "chunk_size", "conv_width", "inner_lr")
@@ -302,8 +307,8 @@ class TTTConfig:
       require_positive("ttt", self, "half_life")
       require(
         self.decay is None,
-        f"ttt.half_life={self.half_life} and ttt.decay={self.decay} both say what is forgotten: leave "
-        "one out",
+        f"ttt.half_life={self.half_life} and ttt.decay={self.decay} both set the decay: leave one "
+        "out",
       )
     require(
       not (self.learn_half_life and self.half_life is None),
@@ -314,5 +319,5 @@ class TTTConfig:
 
   @property
   def chunk_decay(self) -> float | None:
-    """The state's factor per chunk before anything is learned of it; None is 1."""
+    """Returns the initial factor of the state per chunk; None means 1."""
     return self.decay if self.half_life is None else 0.5 ** (self.chunk_size / self.half_life)

@@ -1,4 +1,4 @@
-"""A whole run, and what its sections must agree on."""
+"""Defines the config of a whole run, and checks its sections against each other."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,45 +16,45 @@ from ttt_jax.errors import UserError
 @records_given
 @dataclass(frozen=True)
 class Config:
-  """Everything a run needs; `ttt-jax train FILE` reads one."""
+  """Holds all settings of a run; `ttt-jax train FILE` loads one."""
 
   name: str = "run"
   """Name of the run."""
   run_dir: str | None = None
-  """Directory of the run; None is runs/NAME."""
+  """Directory of the run; None means runs/NAME."""
   init_from: str | None = None
-  """A model to start from: whatever ttt_jax.load_pretrained reads. It decides the sections model,
-  attention and ttt; fields that are given there count over it, and may not contradict it.
+  """Model to start from, as ttt_jax.load_pretrained takes it. Its checkpoint sets the sections model,
+  attention and ttt. Given fields of ttt override the checkpoint; given fields of model and attention
+  may not contradict it.
   """
   seed: int = 0
-  """Seed of parameters, data order and samples."""
+  """Seed of the parameters, the data order and the samples."""
   runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-  """What JAX must know before it starts."""
+  """Settings that JAX needs before it starts."""
   mesh: MeshConfig = field(default_factory=MeshConfig)
   """Devices along each mesh axis."""
   model: ModelConfig = field(default_factory=ModelConfig)
   """The decoder."""
   attention: AttentionConfig = field(default_factory=AttentionConfig)
-  """Which tokens a token sees."""
+  """Attention, or the baseline that replaces it."""
   ttt: TTTConfig = field(default_factory=TTTConfig)
-  """Which MLPs have fast weights, and how they learn."""
+  """MLPs that have fast weights, and how these learn."""
   data: DataConfig = field(default_factory=DataConfig)
-  """Where the text comes from."""
+  """Sources of text."""
   train: TrainConfig = field(default_factory=TrainConfig)
   """The optimiser and the training loop."""
   checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-  """When a run is saved, and what is kept."""
+  """Saving and verifying of checkpoints."""
   eval: EvalConfig = field(default_factory=EvalConfig)
-  """The evaluation after training."""
+  """Evaluation during and after training."""
   plan: PlanConfig = field(default_factory=PlanConfig)
-  """What `ttt-jax plan` compiles for."""
+  """Defaults of `ttt-jax plan`."""
 
   def __post_init__(self):
-    if (
-      self.init_from is None
-    ):  # else `ttt_jax.checkpoints.resolve.resolve` has the model to check against
+    # With init_from `ttt_jax.checkpoints.resolve.resolve` makes these checks, once it has the model.
+    if self.init_from is None:
       check_layers(self.model, self.attention, self.ttt)
-      check_given(self.ttt, given_fields(self.ttt), "the model")
+      check_ttt_fields(self.ttt, given_fields(self.ttt), "the model")
       check_trainable(self.ttt, self.train)
       check_mesh(self.model, self.mesh)
     check_mixer(self.attention, self.mesh)
@@ -75,8 +75,8 @@ class Config:
     require(
       not (self.eval.baseline and self.train.trainable != "all"),
       f"eval.baseline=true trains a twin without TTT, in which train.trainable="
-      f"{self.train.trainable!r} names nothing: leave it false; where train.trainable is 'ttt', the "
-      "model with its updates off is the one without TTT",
+      f"{self.train.trainable!r} selects no parameters: leave it false; with train.trainable='ttt' the "
+      "model with its updates off is the model without TTT",
     )
     require(
       self.eval_seq_len > self.eval.buckets,
@@ -86,27 +86,27 @@ class Config:
 
   @property
   def eval_seq_len(self) -> int:
-    """Tokens per held-out document."""
+    """Returns the number of tokens per held-out document."""
     return self.data.seq_len if self.eval.seq_len is None else self.eval.seq_len
 
   @property
   def tokenizer(self) -> str | None:
-    """Where the tokenizer is; None for bytes."""
+    """Returns the path or hub name of the tokenizer; None for bytes."""
     path = self.init_from if self.data.tokenizer is None else self.data.tokenizer
     return None if path == "bytes" else path
 
   @property
   def resolved_run_dir(self) -> str:
-    """Directory of the run."""
+    """Returns the directory of the run."""
     return f"runs/{self.name}" if self.run_dir is None else self.run_dir
 
   def without_ttt(self) -> "Config":
-    """The twin without fast weights, everything else equal."""
+    """Returns the config of the twin: no fast weights, all else equal."""
     return dataclasses.replace(self, ttt=dataclasses.replace(self.ttt, layers=()))
 
 
 def check_layers(model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig) -> None:
-  """Raises UserError if a layer index does not exist or is named twice, or a mixer is in no layer."""
+  """Raises UserError if a layer does not exist or is named twice, or no layer has the baseline mixer."""
   for name, layers in (
     ("ttt.layers", ttt.layers),
     ("attention.full_layers", attention.full_layers),
@@ -122,31 +122,32 @@ def check_layers(model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig)
   require(
     attention.mixer in map(attention.mixer_of, range(model.num_layers))
     or attention.mixer == "attention",
-    f"attention.mixer={attention.mixer!r} is in no layer: name some in attention.mixer_layers, or leave "
-    "attention.mixer out",
+    f"attention.mixer={attention.mixer!r} is in no layer: name layers in attention.mixer_layers, or "
+    "leave attention.mixer out",
   )
 
 
-def check_given(ttt: TTTConfig, given: Mapping[str, Any], whose: str) -> None:
-  """Raises UserError if fields of `ttt` were given, but no layer has fast weights and none was denied."""
+def check_ttt_fields(ttt: TTTConfig, given: Mapping[str, Any], model: str) -> None:
+  """Raises UserError if fields of `ttt`, but not `layers`, were given and no layer has fast weights."""
   if given and "layers" not in given and not ttt.layers:
     name, value = next(iter(given.items()))
     raise UserError(
-      f"ttt.{name}={value!r} is given, but {whose} has no fast weights: give ttt.layers too, or leave it "
-      "out"
+      f"ttt.{name}={value!r} is given, but {model} has no fast weights: give ttt.layers too, or leave "
+      f"ttt.{name} out"
     )
 
 
 def check_trainable(ttt: TTTConfig, train: TrainConfig) -> None:
-  """Raises UserError if nothing would train."""
+  """Raises UserError if `train.trainable` selects no parameters."""
   require(
     train.trainable == "all" or len(ttt.layers) > 0,
-    f"train.trainable={train.trainable!r} trains the TTT layers, but ttt.layers=[] names none",
+    f"train.trainable={train.trainable!r} trains the TTT layers, but ttt.layers=[] names none: give "
+    "ttt.layers, or train 'all'",
   )
 
 
 def check_mesh(model: ModelConfig, mesh: MeshConfig) -> None:
-  """Raises UserError if an axis does not divide what it splits."""
+  """Raises UserError if an axis of the mesh does not divide a size that it splits."""
   for axis, names in (
     ("tensor", ("num_heads", "num_kv_heads", "d_ff", "vocab_size")),
     ("fsdp", ("d_model",)),
@@ -162,21 +163,21 @@ def check_mesh(model: ModelConfig, mesh: MeshConfig) -> None:
 
 
 def check_mixer(attention: AttentionConfig, mesh: MeshConfig) -> None:
-  """Raises UserError if a mixer would need a state of another shard of the sequence."""
+  """Raises UserError if a baseline mixer would need its state from another shard of the sequence."""
   require(
-    attention.mixer == "attention" or mesh.context in (1, -1),  # -1: checked when it is known
-    f"attention.mixer={attention.mixer!r} with mesh.context={mesh.context}: its state is not exchanged "
-    "between shards of the sequence; set mesh.context=1 and use mesh.data, mesh.fsdp or mesh.tensor",
+    attention.mixer == "attention" or mesh.context in (1, -1),  # -1: checked once it is filled
+    f"attention.mixer={attention.mixer!r} with mesh.context={mesh.context}: the mixer's state is not "
+    "exchanged between shards of the sequence; set mesh.context=1 and use another mesh axis",
   )
 
 
 def check_rows(name: str, seq_len: int, context: int, ttt: TTTConfig) -> None:
-  """Raises UserError unless `context` shards of whole chunks make up a row of `seq_len` tokens."""
+  """Raises UserError unless `context` equal shards of whole chunks make up a row of `seq_len` tokens."""
   if context == -1:
-    return  # checked when it is known
+    return  # checked once it is filled
   require(
     seq_len % context == 0,
-    f"mesh.context={context} does not divide {name}={seq_len}: the row is cut into equal shards",
+    f"mesh.context={context} does not divide {name}={seq_len}: a row is split into equal shards",
   )
   if ttt.layers:
     unit = context * ttt.chunk_size

@@ -1,4 +1,4 @@
-"""What is read, how it is trained, kept and evaluated."""
+"""Defines the config sections of data, training, checkpoints and evaluation."""
 
 import math
 from dataclasses import dataclass
@@ -14,58 +14,58 @@ VERIFY = ("sizes", "checksums")
 @records_given
 @dataclass(frozen=True)
 class WeightedSource:
-  """One of several sources of text."""
+  """Names one source of a mixture and its weight."""
 
   path: str | None
-  """What data.path would name."""
+  """Path of the source, as in data.path."""
   weight: float = 1.0
-  """The source's part of the tokens, against the weights of the others; 0 leaves it out."""
+  """Share of the tokens, relative to the weights of the other sources; 0 leaves the source out."""
 
 
 @records_given
 @dataclass(frozen=True)
 class DataConfig:
-  """Where the text comes from. Every row holds `seq_len` tokens of one or more documents."""
+  """Sets the sources of text, packed into rows of `seq_len` tokens of one or more documents."""
 
   path: str | None = None
-  """A directory that `ttt-jax data prepare` made; or a directory or glob of .txt, .md, .py, .jsonl
-  and .json files, each also .gz, .zst, .bz2 or .xz, of .parquet and .array_record files, which
-  every process reads into memory. Hidden files are left out. None is the Python standard
-  library's own sources.
+  """Source of text: a directory that `ttt-jax data prepare` made, or a directory or glob of files that
+  every process loads into memory: .txt, .md, .py, .jsonl and .json, each also with .gz, .zst, .bz2
+  or .xz, and .parquet and .array_record. Hidden files are left out. None means the sources of the
+  Python standard library.
   """
   mixture: tuple[WeightedSource, ...] = ()
-  """Several sources instead of path, as [{path: a, weight: 0.7}, {path: b, weight: 0.3}]."""
+  """Several sources in place of path, as [{path: a, weight: 0.7}, {path: b, weight: 0.3}]."""
   text_field: str = "text"
-  """The field of JSON lines, parquet and JSON in ArrayRecord files that holds the text; `meta.text`
-  is the field `text` of `meta`.
+  """Field that holds the text in JSON, parquet and JSON in ArrayRecord files; `meta.text` names the
+  field `text` inside the field `meta`.
   """
   tokenizer: str | None = None
-  """Where ttt_jax.load_tokenizer finds a tokenizer, or "bytes"; None is that of init_from, else
-  bytes.
+  """Path or hub name of a tokenizer for ttt_jax.load_tokenizer, or "bytes"; None means the tokenizer
+  of init_from, or bytes without init_from.
   """
   end_of_text: bool | None = None
   """Whether every document ends with the tokenizer's end-of-text token, which teaches a model to
-  stop. None: as a prepared corpus has it, else where the tokenizer has such a token; bytes have
-  none. False adds none to what the tokenizer itself makes.
+  stop. None follows a prepared corpus; for other text it means true if the tokenizer has such a
+  token (bytes have none). False adds no token to those that the tokenizer itself puts around a text.
   """
   start_of_text: bool | None = None
-  """Whether every document begins with the tokenizer's start-of-text token. None: as a prepared
-  corpus has it, else as the tokenizer itself begins a text.
+  """Whether every document begins with the tokenizer's start-of-text token. None follows a prepared
+  corpus; other text begins as the tokenizer itself begins a text.
   """
   seq_len: int = 4096
-  """Tokens T of a row."""
+  """Tokens T per row."""
   heldout_fraction: float = 0.05
-  """Fraction of the documents that is held out, chosen by a hash of their path."""
+  """Fraction of the documents that is held out, chosen by a hash of the document's path."""
   align_documents: bool = False
-  """Whether rows are padded so that every document begins with a chunk of the fast weights: none
-  then shares a chunk with the end of another one.
+  """Whether rows are padded so that every document begins at the start of a chunk, so that no chunk
+  holds tokens of two documents.
   """
   max_bad_records: int = 0
-  """Corrupt records of parquet, ArrayRecord and prepared files that may be left out."""
+  """Largest number of corrupt records to skip, over parquet, ArrayRecord and prepared files."""
 
   @property
   def sources(self) -> tuple[tuple[str, str | None, float], ...]:
-    """(field, path, weight) of every source that counts."""
+    """Returns (field, path, weight) of every source with a weight above 0."""
     if not self.mixture:
       return (("data.path", self.path, 1.0),)
     return tuple(
@@ -88,11 +88,11 @@ class DataConfig:
     for i, source in enumerate(self.mixture):
       require(
         source.weight >= 0 and math.isfinite(source.weight),
-        f"data.mixture[{i}].weight={source.weight} must be a number from 0 on",
+        f"data.mixture[{i}].weight={source.weight} must be finite and not negative",
       )
     require(
       len(self.sources) > 0,
-      "data.mixture has no weight above 0: give one to each source that is to be read",
+      "data.mixture has no weight above 0: give each source to use one",
     )
     require(
       0 < self.heldout_fraction < 1,
@@ -103,47 +103,49 @@ class DataConfig:
 @records_given
 @dataclass(frozen=True)
 class TrainConfig:
-  """AdamW with warm-up and cosine decay to `learning_rate * final_lr_ratio`."""
+  """Trains with AdamW, linear warm-up and cosine decay to `learning_rate * final_lr_ratio`."""
 
   trainable: str = "all"
-  """"all" parameters; "ttt", the convolution, projection and inner rate of the TTT layers; or
-  "ttt+down", also their down projections. The others stay as they are and take no optimiser
-  state.
+  """Parameters to train: "all"; "ttt", the convolution, projection, inner rate and half-life of the
+  TTT layers; or "ttt+down", which adds their down projections. Other parameters are frozen and take
+  no optimiser state.
   """
   steps: int = 400
-  """Optimiser steps of the whole run."""
+  """Number of optimiser steps of the run."""
   batch_size: int = 1
-  """Rows per step, over all devices."""
+  """Rows B per step, over all devices."""
   learning_rate: float = 4e-3
-  """Peak of the learning rate, after warm-up."""
+  """Peak learning rate, reached after warm-up."""
   final_lr_ratio: float = 0.1
-  """The learning rate at the end, as a fraction of its peak."""
+  """Final learning rate as a fraction of the peak."""
   warmup_steps: int = 20
-  """Steps over which the learning rate rises from 0."""
+  """Number of steps over which the learning rate rises from 0 to its peak."""
   weight_decay: float = 0.1
-  """Decoupled weight decay; norms, convolutions and inner rates have none."""
+  """Decoupled weight decay; norms, convolutions and inner rates are not decayed."""
   beta1: float = 0.9
   """AdamW's decay of the first moment."""
   beta2: float = 0.95
   """AdamW's decay of the second moment."""
   clip_grad_norm: float = 1.0
-  """Global norm to which a larger gradient is rescaled."""
+  """Largest global norm of the gradient; a larger gradient is rescaled to it."""
   accumulate: int = 1
-  """Parts in which the rows of a step are read, one after another; the gradient is the same."""
+  """Number of microbatches per step, whose gradients are accumulated; the result is the same."""
   z_loss: float = 0.0
-  """Weight of the mean of logsumexp(logits)^2, added to the loss."""
+  """Weight of the z-loss, mean(logsumexp(logits)^2), added to the loss."""
   master_dtype: str = "float32"
-  """Dtype of the parameters that the optimiser keeps where model.param_dtype is narrower; it rounds
-  them to that after every step.
+  """Dtype of the optimiser's master copy of the parameters, kept if model.param_dtype is narrower and
+  rounded to model.param_dtype after every step.
   """
   max_bad_steps: int = 10
-  """Steps in a row without a finite loss and gradient, which change nothing, before the run stops."""
+  """Largest number of successive steps whose loss or gradient is not finite: such a step is skipped,
+  and one step more stops the run.
+  """
   log_every: int = 10
-  """Steps between two records in metrics.jsonl."""
+  """Number of steps between two records in metrics.jsonl."""
   writers: tuple[str, ...] = ()
-  """Further places for the records: "tensorboard", "wandb"."""
+  """Further outputs of the records: "tensorboard", "wandb"."""
   profile: tuple[int, int] | None = None
-  """The first and the last step of a trace for jax.profiler, as [10, 12]."""
+  """First and last step that jax.profiler traces, as [10, 12]; None means no trace."""
 
   def __post_init__(self):
     require_positive(
@@ -157,7 +159,7 @@ class TrainConfig:
       first, last = self.profile
       require(
         1 <= first <= last,
-        f"train.profile={list(self.profile)} must be the first and the last step, from 1 on",
+        f"train.profile={list(self.profile)} must be [first, last] with 1 <= first <= last",
       )
     require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative")
     require_choice("train.trainable", self.trainable, TRAINABLE)
@@ -179,18 +181,18 @@ class TrainConfig:
 @records_given
 @dataclass(frozen=True)
 class CheckpointConfig:
-  """When a run is saved, what is kept, and how a checkpoint is verified."""
+  """Sets when checkpoints are saved, which are kept, and how a restore verifies them."""
 
   every: int = 100
-  """Steps between two checkpoints."""
+  """Number of steps between two checkpoints."""
   keep: int = 2
-  """How many of the newest checkpoints stay."""
+  """Number of newest checkpoints to keep."""
   keep_every: int | None = None
-  """Checkpoints of every so many steps stay for ever; None keeps none."""
+  """Checkpoints at multiples of this number of steps are never deleted; None means no such checkpoints."""
   verify: str = "sizes"
-  """What a restore compares. "sizes" finds files that are missing or cut short; "checksums" also
-  bits that changed on the disk, for which each process reads what it wrote once more after every
-  save, and its share of all files before a restore.
+  """Comparison before a restore: "sizes" finds files that are missing or cut short; "checksums" also
+  finds bits that changed on the disk. For checksums each process loads the files that it wrote again
+  after every save, and its share of all files before a restore.
   """
 
   def __post_init__(self):
@@ -207,28 +209,28 @@ class CheckpointConfig:
 @records_given
 @dataclass(frozen=True)
 class EvalConfig:
-  """Loss by position on held-out documents of at least `seq_len` tokens."""
+  """Measures the loss by position on held-out documents of at least `seq_len` tokens."""
 
   baseline: bool = False
-  """Whether a twin without fast weights is trained on the same batches."""
+  """Whether a twin without fast weights is trained on the same batches for comparison."""
   before: bool = False
-  """Whether the model is also evaluated as it was before the first step."""
+  """Whether the model before the first step is evaluated too."""
   every: int | None = None
-  """Steps between two held-out losses during training, `heldout_loss` in metrics.jsonl; None has
-  none.
+  """Number of steps between two held-out losses during training (`heldout_loss` in metrics.jsonl);
+  None means none.
   """
   seq_len: int | None = None
-  """Tokens of a held-out row, which may be longer than the rows trained on; None is data.seq_len."""
+  """Tokens per held-out row, which may be longer than a training row; None means data.seq_len."""
   documents: int = 32
-  """Held-out documents that are read, at most."""
+  """Largest number of held-out documents to evaluate."""
   buckets: int = 8
-  """Parts of a row whose losses are told apart."""
+  """Number of equal parts of a row that each have a loss of their own."""
   prompt_tokens: int = 512
-  """Tokens of a held-out document that the sample of text begins with."""
+  """Length in tokens of the prompt, from a held-out document, that the sample of text continues."""
   sample_tokens: int = 200
-  """Tokens that the sample adds, at most."""
+  """Largest number of tokens that the sample adds."""
   temperature: float = 0.7
-  """Temperature of the sample; 0 takes the likeliest token."""
+  """Temperature of the sample; 0 takes the most likely token."""
 
   def __post_init__(self):
     for name in ("seq_len", "every"):

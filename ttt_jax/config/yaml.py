@@ -1,9 +1,9 @@
-"""From a YAML file and command-line words to a `Config`, and back.
+"""Loads a `Config` from a YAML file and command-line words, and writes it back.
 
-jsonargparse checks types, reads the words and lists the fields for `--help`; ruamel.yaml reads YAML 1.2:
-`4e-3` is a number, `010` ten, `1:30` a text; a key given twice is an error. Everything a user can get
-wrong here is a UserError that names the field. A field counts as given when the file or the words have
-it, whatever its value (`ttt_jax.config.given`).
+jsonargparse checks types, parses the words and lists the fields for `--help`; ruamel.yaml parses YAML 1.2,
+where `4e-3` is a number, `010` is ten, `1:30` is text and a repeated key is an error. Every mistake of a
+user is a UserError that names the field. A field counts as given if the file or the words name it,
+whatever its value (`ttt_jax.config.given`).
 """
 
 import argparse
@@ -26,17 +26,17 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ttt_jax.config import Config
 from ttt_jax.errors import UserError
 
-_YAML = "yaml_1_2"  # the name of our reader among jsonargparse's
+_YAML = "yaml_1_2"  # the name under which jsonargparse knows our YAML parser
 
 
 def load_config(path: str | PathLike | None, overrides: Sequence[str] = ()) -> Config:
-  """The config of a YAML file with command-line overrides.
+  """Loads the config of a YAML file with command-line overrides.
 
   Args:
-    path: a YAML file of nested sections; what it does not name keeps its default. None: no file.
-    overrides: words like `--train.steps 100`, `--train.steps=100` or `--name short`. A value is read
-      as YAML, but for a text field it is taken as it stands (`null` is none), so that
-      `--data.path "*.txt"` works. The last of two for one field counts.
+    path: a YAML file of nested sections; fields that it does not name keep their defaults. None: no file.
+    overrides: words like `--train.steps 100`, `--train.steps=100` or `--name short`. A value is parsed
+      as YAML, except that a text field takes the word unparsed (`null` is None), so that
+      `--data.path "*.txt"` works. If a field is given twice, the last value counts.
 
   Raises:
     UserError: no such file, not YAML, an unknown field, a value of the wrong type, or a config that
@@ -46,10 +46,10 @@ def load_config(path: str | PathLike | None, overrides: Sequence[str] = ()) -> C
 
 
 def load_fields(path: str | PathLike | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-  """The fields that a YAML file and command-line overrides give, as nested mappings.
+  """Returns the fields that a YAML file and command-line overrides give, as nested mappings.
 
   Raises:
-    UserError: as `load_config`, but for what `Config` refuses.
+    UserError: as `load_config`, except that `Config` does not check the fields.
   """
   fields = {} if path is None else checked_fields(read_yaml(path), f"in {path}")
   given = _parsed(_parser().parse_args, _words(overrides), "on the command line")
@@ -57,17 +57,17 @@ def load_fields(path: str | PathLike | None, overrides: Sequence[str] = ()) -> d
 
 
 def merged_fields(*fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Nested mappings of fields over one another: the last that gives a field counts."""
+  """Merges nested mappings of fields; the last mapping that has a field counts."""
   merged: dict[str, Any] = {}
-  for each in fields:
-    for key, value in each.items():
+  for mapping in fields:
+    for key, value in mapping.items():
       both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
       merged[key] = merged_fields(merged[key], value) if both else value
   return merged
 
 
 def nested_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Fields by dotted name, as `{"train.steps": 3}`, as nested mappings."""
+  """Turns fields with dotted names, as `{"train.steps": 3}`, into nested mappings."""
   nested: dict[str, Any] = {}
   for name, value in fields.items():
     for key in reversed(str(name).split(".")):
@@ -77,16 +77,16 @@ def nested_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checked_fields(fields: Mapping[Any, Any], where: str = "") -> dict[str, Any]:
-  """The fields of nested mappings, each of the type that `Config` declares.
+  """Returns the fields of nested mappings, each converted to the type that `Config` declares.
 
   Raises:
-    UserError: an unknown field, or a value of the wrong type; `where` is in the message.
+    UserError: an unknown field, or a value of the wrong type; the message ends with `where`.
   """
   return _plain(_parsed_fields(fields, where))
 
 
 def make_config(fields: Mapping[str, Any]) -> Config:
-  """The config with these fields, nested by section; the others keep their defaults.
+  """Makes the config with these fields, nested by section; other fields keep their defaults.
 
   Raises:
     UserError: an unknown field, a value of the wrong type, or a config that `Config` refuses.
@@ -95,22 +95,22 @@ def make_config(fields: Mapping[str, Any]) -> Config:
 
 
 def dump_config(config: Config) -> str:
-  """All fields of a config as YAML that `load_config` reads back."""
+  """Returns all fields of a config as YAML that `load_config` loads."""
   text = io.StringIO()
   _yaml().dump(_plain(dataclasses.asdict(config)), text)
   return text.getvalue()
 
 
 def read_yaml(path: str | PathLike) -> dict[Any, Any]:
-  """The mapping in a YAML file, unchecked.
+  """Loads the mapping in a YAML file, unchecked.
 
   Raises:
-    UserError: no such file, not YAML, or not a mapping.
+    UserError: the file does not exist, is not YAML, or holds no mapping.
   """
   path = Path(path)
   if not path.is_file():
-    there = sorted(str(p) for p in path.parent.glob("*.yaml"))
-    hint = f": there are {', '.join(there)}" if there else ""
+    others = sorted(str(p) for p in path.parent.glob("*.yaml"))
+    hint = f": there are {', '.join(others)}" if others else ""
     raise UserError(f"no config file {path}{hint}")
   try:
     tree = _yaml().load(path.read_text(encoding="utf-8-sig"))
@@ -121,12 +121,14 @@ def read_yaml(path: str | PathLike) -> dict[Any, Any]:
   if tree is None:
     return {}
   if not isinstance(tree, dict):
-    raise UserError(f"{path} holds no sections but {type(tree).__name__}: {str(tree)[:80]!r}")
+    raise UserError(
+      f"{path} must hold sections, but holds {type(tree).__name__}: {str(tree)[:80]!r}"
+    )
   return tree
 
 
 def config_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """Lines like `train.steps: 400 -> 500` for the fields in which two nested dicts differ."""
+  """Lists the fields in which two nested dicts differ, in lines like `train.steps: 400 -> 500`."""
   before, after = dict(flatten(_plain(old))), dict(flatten(_plain(new)))
   lines = []
   for name in {**before, **after}:
@@ -140,7 +142,7 @@ def config_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """Dotted names and values of a nested mapping."""
+  """Yields the dotted names and the values of a nested mapping."""
   for key, value in tree.items():
     if isinstance(value, Mapping):
       yield from flatten(value, f"{prefix}{key}.")
@@ -149,13 +151,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def is_field(word: str) -> bool:
-  """Whether a command-line word like `--train.steps` or `--name=x` names a field, if misspelled."""
+  """Tells whether a word like `--train.steps` or `--name=x` names a field, even a misspelled one."""
   name = word[2:].partition("=")[0]
   return word.startswith("--") and (name in _FIELDS or "." in name)
 
 
 def fields_help(sections: Sequence[str] = ()) -> str:
-  """The fields of the config with their meaning, type and default; of these sections only, if named."""
+  """Lists the fields of these sections, or of all, with their meaning, type and default."""
   parser = _new_parser(usage=argparse.SUPPRESS, add_help=False)
   if not sections:
     parser.add_class_arguments(Config)
@@ -184,26 +186,26 @@ def _parsed_fields(fields: Mapping[Any, Any], where: str = "") -> jsonargparse.N
   return _parsed(_parser().parse_object, _without_empty_sections(fields), where)
 
 
-def _parsed(parse: Callable, given: Any, where: str) -> jsonargparse.Namespace:
-  """What a method of jsonargparse makes of the given fields; its errors in our words."""
+def _parsed(parse: Callable, fields: Any, where: str) -> jsonargparse.Namespace:
+  """Parses fields with a method of jsonargparse, whose errors become UserErrors."""
   try:
-    parsed = parse(given, defaults=False)
+    parsed = parse(fields, defaults=False)
   except (argparse.ArgumentError, TypeError, KeyError) as error:
     raise UserError(_problem(error, where)) from error
   for name, value in flatten(_plain(parsed)):
     if value is None and type(None) not in typing.get_args(_FIELDS.get(name, None | int)):
-      raise UserError(f"{name}=null{_place(where)}: {name} cannot be null")
+      raise UserError(f"{name}=null{_in_brackets(where)}: {name} cannot be null")
   return parsed
 
 
 def _problem(error: Exception, where: str) -> str:
-  """jsonargparse's message as one line that begins with the field."""
+  """Turns a message of jsonargparse into one line that begins with the field."""
   text = re.sub(r"<class '([\w.]+)'>", r"\1", str(error))
   text = re.sub(r'^Parser key "([^"]+)":', r"\1:", text.strip())
-  return re.sub(r"\s+", " ", text).rstrip(".") + _place(where)
+  return re.sub(r"\s+", " ", text).rstrip(".") + _in_brackets(where)
 
 
-def _place(where: str) -> str:
+def _in_brackets(where: str) -> str:
   return f" ({where})" if where else ""
 
 
@@ -213,8 +215,8 @@ def _check_names(fields: Mapping[Any, Any], path: tuple[str, ...], where: str) -
     name = ".".join((*path, str(key)))
     if "." in str(key) and name in _FIELDS:
       raise UserError(
-        f"{name} {where} is written with a dot: in a file, put it under its section "
-        f"{name.partition('.')[0]}"
+        f"{name} {where} is written with a dot: in a file, put {name.partition('.')[2]} under the "
+        f"section {name.partition('.')[0]}"
       )
     if name not in _FIELDS or not isinstance(key, str):
       raise _unknown(name, where)
@@ -224,11 +226,11 @@ def _check_names(fields: Mapping[Any, Any], path: tuple[str, ...], where: str) -
     if isinstance(value, Mapping):
       _check_names(value, (*path, key), where)
     elif value is not None:
-      raise UserError(f"{name}={value!r} is not a section{_place(where)}: write {name}.FIELD")
+      raise UserError(f"{name}={value!r} is not a section{_in_brackets(where)}: write {name}.FIELD")
 
 
 def _check_items(name: str, value: Any) -> None:
-  """Raises UserError if one of a list of sections lacks a field that has no default."""
+  """Raises UserError if a section in a list of sections lacks a field that has no default."""
   item = typing.get_args(_FIELDS[name])[0] if typing.get_origin(_FIELDS[name]) is tuple else None
   if dataclasses.is_dataclass(item) and isinstance(value, list):
     for i, fields in enumerate(value):
@@ -238,7 +240,7 @@ def _check_items(name: str, value: Any) -> None:
           and field.default is dataclasses.MISSING
           and field.name not in fields
         ):
-          raise UserError(f"{name}[{i}] lacks {field.name}")
+          raise UserError(f"{name}[{i}] lacks {field.name}: give it")
 
 
 def _unknown(name: str, where: str) -> UserError:
@@ -246,7 +248,7 @@ def _unknown(name: str, where: str) -> UserError:
 
 
 def _suggestion(name: str) -> str:
-  """The field most like `name`: of the same last part, of these initials, or spelled nearly so."""
+  """Suggests fields for `name`: with the same last part, with these initials, or of similar spelling."""
   section, _, last = name.rpartition(".")
   same = [field for field in _FIELDS if field.rpartition(".")[2] == last]
   initials = [
@@ -257,8 +259,8 @@ def _suggestion(name: str) -> str:
   close = same or initials or difflib.get_close_matches(name, _FIELDS, n=1)
   if close:
     return f": did you mean {' or '.join(close)}?"
-  around = [field for field in _FIELDS if field.rpartition(".")[0] == section]
-  return f": there are {', '.join(around)}" if around else ""
+  siblings = [field for field in _FIELDS if field.rpartition(".")[0] == section]
+  return f": there are {', '.join(siblings)}" if siblings else ""
 
 
 def _initials(name: str) -> str:
@@ -266,10 +268,10 @@ def _initials(name: str) -> str:
 
 
 def _words(overrides: Sequence[str]) -> list[str]:
-  """The overrides as words `--name=value`, each of a field that exists."""
-  words, rest = [], list(overrides)
-  while rest:
-    word = rest.pop(0)
+  """Returns the overrides as words `--name=value`, each for a field that exists."""
+  words, unread = [], list(overrides)
+  while unread:
+    word = unread.pop(0)
     if not word.startswith("--") or word == "--":
       raise UserError(
         f"unexpected {word!r} on the command line: overrides look like --train.steps 100"
@@ -278,15 +280,15 @@ def _words(overrides: Sequence[str]) -> list[str]:
     if name not in _FIELDS:
       raise _unknown(name, "on the command line")
     if not equals:
-      if not rest or rest[0].startswith("--"):
+      if not unread or unread[0].startswith("--"):
         raise UserError(f"--{name} has no value: write --{name} VALUE")
-      text = rest.pop(0)
+      text = unread.pop(0)
     words.append(f"--{name}={text}")
   return words
 
 
 def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """Dotted names and types of all fields, sections included."""
+  """Yields the dotted names and the types of all fields and sections."""
   for name, hint in typing.get_type_hints(cls).items():
     yield f"{prefix}{name}", hint
     if _section(hint) is not None:
@@ -294,7 +296,7 @@ def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _section(hint: Any) -> type | None:
-  """The dataclass of a section; of one that may be null, `SECTION | None`, too."""
+  """Returns the dataclass of a section, also of an optional section (`SECTION | None`)."""
   options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
   return next((option for option in options if dataclasses.is_dataclass(option)), None)
 
@@ -303,7 +305,7 @@ _FIELDS = dict(_fields(Config))
 
 
 def _without_empty_sections(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Drops `section:` with nothing under it, which YAML reads as null: it keeps its defaults."""
+  """Drops sections with nothing under `section:`, which YAML parses as null, so they keep defaults."""
   return {
     key: value
     for key, value in fields.items()
@@ -312,7 +314,7 @@ def _without_empty_sections(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-  """Mappings, lists and scalars, of what jsonargparse or a dataclass has."""
+  """Converts namespaces and tuples to plain mappings and lists."""
   if isinstance(value, jsonargparse.Namespace):
     value = vars(value)
   if isinstance(value, Mapping):
@@ -325,7 +327,7 @@ def _shown(value: Any) -> str:
 
 
 def _yaml() -> YAML:
-  yaml = YAML(typ="safe", pure=True)  # the C parser reads YAML 1.1
+  yaml = YAML(typ="safe", pure=True)  # the C parser knows only YAML 1.1
   yaml.default_flow_style = False
   yaml.sort_base_mapping_type_on_output = False
   yaml.allow_unicode = True

@@ -1,10 +1,10 @@
-"""Text as tokens: files to documents, documents to packed training rows and to held-out rows.
+"""Turns files into documents of tokens, and documents into packed training rows and held-out rows.
 
     files -> formats -> tokens -> corpus -> rows      text, tokenised when a run starts
     files -> formats -> tokens -> preparation         text, tokenised once (`ttt-jax data prepare`)
-                        prepared -> corpus -> rows    its tokens, read where they are needed
+                        prepared -> corpus -> rows    prepared tokens, loaded when they are needed
 
-Host side only: arrays here are NumPy's, and nothing is put on a device.
+All arrays here are NumPy arrays on the host.
 """
 
 from ttt_jax.data.corpus import (

@@ -1,9 +1,9 @@
-"""The tokens that a document begins and ends with.
+"""Adds the tokens with which a document begins and ends.
 
-A model learns to end a text from nothing but labels: without an end-of-text token behind each document it
-is never told to stop. The token is the document's last one, of the same segment in a row, so that it is
-the label of the last token of the text; what begins a text is the first one. Neither is there twice.
-(A text that fills its last row to the end has the token in a row of its own, where it is no label.)
+A model learns to stop only from labels, so each document needs an end-of-text token. It is the last token
+of the document's segment, and so the label of the last token of the text; the start-of-text token is its
+first. Neither token is added twice. (If a text fills its last row, the end-of-text token is alone in
+another row, where it is no label.)
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,14 @@ from ttt_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Boundaries:
-  """The tokens around a document's own; None where there is none.
+  """Holds the tokens to put around the tokens of a document.
 
   Attributes:
-    start: what it begins with.
-    end: what is put behind it; None also where a tokenizer ends texts by itself and nothing is added.
-    special: whether the tokenizer puts its own special tokens around a text; if not, only those behind
-      it are put there, `suffix`.
+    start: the first token of a document; None adds no token.
+    end: the last token of a document; None adds no token, though the tokenizer may end texts by itself.
+    special: whether the tokenizer puts its own special tokens around a text; if not, only its suffix is
+      added.
+    suffix: the tokens that the tokenizer puts after a text.
   """
 
   start: int | None = None
@@ -28,12 +29,12 @@ class Boundaries:
   special: bool = True
   suffix: tuple[int, ...] = ()
 
-  def around(self, tokens: list[int]) -> list[int]:
-    """The tokens of a document from those of its text, encoded with special tokens or without."""
+  def add_to(self, tokens: list[int]) -> list[int]:
+    """Returns the tokens of a document from the tokens of its text, encoded as `special` says."""
     tokens = tokens if self.special else [*tokens, *self.suffix]
     before = [] if self.start is None or tokens[:1] == [self.start] else [self.start]
-    behind = [] if self.end is None or tokens[-1:] == [self.end] else [self.end]
-    return before + tokens + behind
+    after = [] if self.end is None or tokens[-1:] == [self.end] else [self.end]
+    return before + tokens + after
 
 
 def boundaries(
@@ -43,17 +44,17 @@ def boundaries(
   end_of_text: bool | None = None,
   name: str | None = None,
 ) -> Boundaries:
-  """The boundaries of documents by `data.start_of_text` and `data.end_of_text`.
+  """Returns the boundaries of documents for `data.start_of_text` and `data.end_of_text`.
 
   Args:
     tokenizer: None for bytes, which have no such tokens.
-    start_of_text: None: as the tokenizer itself begins a text.
-    end_of_text: None: wherever the tokenizer has a token for it. False: none is added to what the
-      tokenizer itself makes.
-    name: the tokenizer's, for messages.
+    start_of_text: None: texts begin as the tokenizer itself begins them.
+    end_of_text: None: true if the tokenizer has an end-of-text token. False: no token is added to those of
+      the tokenizer itself.
+    name: the tokenizer's name, for messages.
 
   Raises:
-    UserError: a token is asked for that the tokenizer does not have.
+    UserError: the tokenizer lacks a requested token.
   """
   bos, eos = special_ids(tokenizer)
   for field, asked, token, kind in (
@@ -76,7 +77,7 @@ def boundaries(
 
 
 def special_ids(tokenizer: Tokenizer | None) -> tuple[int | None, int | None]:
-  """The tokens that begin and end a text, if the vocabulary has them: a model's config may name others."""
+  """Returns the tokens that begin and end a text; None for ids outside of the tokenizer's vocabulary."""
   if tokenizer is None:
     return None, None
   ids = (tokenizer.bos_id, tokenizer.eos_id)

@@ -1,6 +1,6 @@
-"""The documents of a run: where they are, how many tokens each has, which ones are held out.
+"""Loads the documents of a run and splits them into training and held-out documents.
 
-Rows are made of `Documents`: random access by number, with lengths known beforehand. Text is tokenised
+Rows are made from `Documents`, which give random access by number and know all lengths. Text is tokenised
 when it is loaded and stays in memory; a prepared corpus (`prepared.py`) stays on disk.
 """
 
@@ -26,16 +26,18 @@ from ttt_jax.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Document:
-  name: str  # the path below the source's root; PATH:RECORD where a file holds many
+  """Holds the tokens of one document."""
+
+  name: str  # the path below the source's root; PATH:RECORD if a file holds several
   tokens: Integer[np.ndarray, "T"]
 
 
 @runtime_checkable
 class Documents(Protocol):
-  """Random access to documents by number.
+  """Gives random access to documents by number.
 
   Attributes:
-    lengths: their tokens.
+    lengths: the number of tokens of each document.
   """
 
   lengths: Integer[np.ndarray, "documents"]
@@ -43,17 +45,17 @@ class Documents(Protocol):
   def __len__(self) -> int: ...
 
   def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "T"] | None:
-    """Tokens `start` to `stop` of a document, or to its end; None if they are corrupt, which counts.
+    """Returns tokens `start` to `stop` of a document, or to its end; None if they are corrupt (counted).
 
-    Called by several threads.
+    Several threads call this method.
     """
 
   def order(self, seed: int) -> Sequence[int]:
-    """All documents in an order from the seed."""
+    """Returns the numbers of all documents in an order drawn from the seed."""
 
 
 class InMemory(tuple[Document, ...]):
-  """`Documents` as a tuple of them."""
+  """Holds `Documents` as a tuple in memory."""
 
   @property
   def lengths(self) -> Integer[np.ndarray, "documents"]:
@@ -69,18 +71,18 @@ class InMemory(tuple[Document, ...]):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-  """One of the sources of a mixture: each of its documents is for training or held out."""
+  """Describes one source of a mixture, split into training and held-out documents."""
 
-  name: str  # for people
+  name: str  # for messages
   train: Documents
   heldout: Documents
-  weight: float = 1.0  # its part of the tokens, against the weights of the others
+  weight: float = 1.0  # share of the tokens, relative to other weights
   end_of_text: bool = False  # whether each document ends with an end-of-text token
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-  """All that a run reads, and what was left aside."""
+  """Holds all documents of a run, and the counts of what was skipped."""
 
   sources: tuple[Source, ...]
   skipped: Skipped = field(default_factory=Skipped)
@@ -89,7 +91,7 @@ class Corpus:
   def decode(
     self, tokens: Integer[Any, "T"] | Sequence[int], *, skip_special_tokens: bool = False
   ) -> str:
-    """The text of tokens; U+FFFD stands for bytes that are not UTF-8."""
+    """Returns the text of tokens; U+FFFD replaces bytes that are not UTF-8."""
     if self.tokenizer is None:
       return decode(tokens)
     return self.tokenizer.decode(
@@ -119,24 +121,24 @@ class Corpus:
 
 
 def load_corpus(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None = None) -> Corpus:
-  """Finds, and but for prepared ones reads, the documents of `config.path` or `config.mixture`.
+  """Loads the documents of `config.path` or `config.mixture`; prepared documents stay on disk.
 
-  `hash(name) < heldout_fraction` holds a document out, whatever the seed and the other documents
-  are; only where a side would stay empty, the lowest hash is held out and the highest is trained
-  on. The seed fixes the order on each side. What is not read is counted in `skipped`. The tokenizer,
-  None for bytes, changes neither the split nor the order.
+  A document is held out if `hash(name) < heldout_fraction`, whatever the seed and the other documents
+  are. Only if a side would be empty, the document with the lowest hash is held out, or the document with
+  the highest hash is trained on. The seed sets the order on each side. `skipped` counts what is not loaded.
+  The tokenizer, None for bytes, changes neither the split nor the order.
 
   Raises:
     UserError: a source does not exist, holds fewer than two readable documents, or was prepared with
-      another tokenizer, other boundaries of documents or not to the end; two sources hold one file; too
-      many corrupt records; a boundary that the tokenizer has no token for.
+      another tokenizer, other document boundaries or incompletely; two sources hold the same file; there
+      are too many corrupt records; the tokenizer has no token for a requested boundary.
   """
   skipped = Skipped(config.max_bad_records)
   sources: list[Source] = []
   owners: dict[str, str] = {}
   for name, path, weight in config.sources:
     if path and (Path(path).expanduser() / METADATA).is_file():
-      _claim([Path(path).expanduser()], f"{name}={path!r}", owners)
+      _check_unshared([Path(path).expanduser()], f"{name}={path!r}", owners)
       corpus = PreparedCorpus(
         path,
         field=name,
@@ -145,18 +147,20 @@ def load_corpus(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None = 
         start_of_text=config.start_of_text,
         end_of_text=config.end_of_text,
       )
-      heldout = _is_held(corpus.name_hashes, config.heldout_fraction)
-      train, held = (PreparedDocuments(corpus, np.flatnonzero(x)) for x in (~heldout, heldout))
-      sources.append(Source(path, train, held, weight, corpus.end_of_text))
+      is_heldout = _heldout_mask(corpus.name_hashes, config.heldout_fraction)
+      train, heldout = (
+        PreparedDocuments(corpus, np.flatnonzero(x)) for x in (~is_heldout, is_heldout)
+      )
+      sources.append(Source(path, train, heldout, weight, corpus.end_of_text))
     else:
       sources.append(_load_source(config, path, weight, name, seed, tokenizer, skipped, owners))
   return Corpus(tuple(sources), skipped, tokenizer)
 
 
 def _load_source(config, path, weight, name, seed, tokenizer, skipped, owners) -> Source:
-  """A source read into memory."""
+  """Loads a source into memory."""
   files = find_files(path, skipped, field=name)
-  _claim(files.paths, f"{name}={path!r}", owners)
+  _check_unshared(files.paths, f"{name}={path!r}", owners)
   texts = (
     text
     for file in files.paths
@@ -178,27 +182,29 @@ def _load_source(config, path, weight, name, seed, tokenizer, skipped, owners) -
     )
   documents.sort(key=lambda document: (stable_hash(f"{seed}:{document.name}"), document.name))
   hashes = np.array([stable_hash(document.name) for document in documents], np.uint64)
-  heldout = _is_held(hashes, config.heldout_fraction)
-  train, held = (InMemory(documents[i] for i in np.flatnonzero(x)) for x in (~heldout, heldout))
-  return Source(files.source, train, held, weight, ends.end is not None)
+  is_heldout = _heldout_mask(hashes, config.heldout_fraction)
+  train, heldout = (
+    InMemory(documents[i] for i in np.flatnonzero(x)) for x in (~is_heldout, is_heldout)
+  )
+  return Source(files.source, train, heldout, weight, ends.end is not None)
 
 
-def _claim(paths: Sequence[Path], source: str, owners: dict[str, str]) -> None:
-  """Raises UserError if another source has one of these already: each would split it its own way."""
+def _check_unshared(paths: Sequence[Path], source: str, owners: dict[str, str]) -> None:
+  """Raises UserError if another source has one of these files: the two splits could differ."""
   for path, real in zip(paths, real_paths(paths)):
     if owners.setdefault(real, source) != source:
       raise UserError(
         f"{owners[real]} and {source} both hold {path}: one would train on documents that the other "
-        "holds out; leave it out of one of them, and for more of it raise the weight of the other"
+        "holds out; leave it out of one of them, and to use it more often raise the weight of the other"
       )
 
 
-def _is_held(name_hashes: np.ndarray, fraction: float) -> np.ndarray:
-  """Which documents are held out: at least one is, and at least one is not."""
-  held = name_hashes < np.uint64(int(fraction * 2**64))
-  held[np.argmax(name_hashes)] = False
-  held[np.argmin(name_hashes)] = True
-  return held
+def _heldout_mask(name_hashes: np.ndarray, fraction: float) -> np.ndarray:
+  """Returns the mask of held-out documents: at least one is held out, and at least one is not."""
+  heldout = name_hashes < np.uint64(int(fraction * 2**64))
+  heldout[np.argmax(name_hashes)] = False
+  heldout[np.argmin(name_hashes)] = True
+  return heldout
 
 
 def heldout_rows(
@@ -209,34 +215,34 @@ def heldout_rows(
   seed: int,
   name: str = "eval.seq_len",
 ) -> Int32[np.ndarray, "B T"]:
-  """The first `seq_len` tokens of at most `max_documents` held-out documents, in an order from the seed.
+  """Returns the first `seq_len` tokens of at most `max_documents` held-out documents, ordered by the seed.
 
-  Of several sources they are taken by weight, as long as each has documents of that length.
+  Several sources contribute by weight, as long as they have documents of that length.
 
   Args:
-    name: where `seq_len` comes from, for the message.
+    name: the field of `seq_len`, for messages.
 
   Raises:
-    UserError: no document has `seq_len` tokens.
+    UserError: no held-out document has `seq_len` tokens.
   """
   lengths = [source.heldout.lengths for source in sources]
-  if not any(each.size for each in lengths):
+  if not any(array.size for array in lengths):
     raise UserError("no held-out documents: data.path must hold at least two documents")
   rows = [_long_rows(source.heldout, seq_len, seed) for source in sources]
   turns = Interleave([source.weight for source in sources])
-  turn, ended, found = 0, set(), []
-  while len(found) < max_documents and len(ended) < len(sources):
+  turn, exhausted, found = 0, set(), []
+  while len(found) < max_documents and len(exhausted) < len(sources):
     source, _ = turns(turn)
     turn += 1
     row = next(rows[source], None)
     if row is None:
-      ended.add(source)
+      exhausted.add(source)
     else:
       found.append(row)
   if not found:
-    longest = max(int(each.max(initial=0)) for each in lengths)
+    longest = max(int(array.max(initial=0)) for array in lengths)
     raise UserError(
-      f"{name}={seq_len} is longer than each of the {sum(each.size for each in lengths)} "
+      f"{name}={seq_len} is longer than each of the {sum(array.size for array in lengths)} "
       f"held-out documents, the longest of which has {longest} tokens: use {longest} or "
       "less, or hold out more or longer documents (data.heldout_fraction, data.path)"
     )

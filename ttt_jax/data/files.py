@@ -1,4 +1,4 @@
-"""The files that a path names: a directory, a glob, a file, or the Python standard library."""
+"""Finds the files that a path names: a directory, a glob, a file, or the Python standard library."""
 
 import functools
 import os
@@ -17,7 +17,7 @@ FORMATS = (
   ".txt, .md, .py, .jsonl or .json files (each also .gz, .zst, .bz2 or .xz), .parquet or "
   ".array_record files"
 )
-METADATA = "ttt_jax_data.json"  # what `ttt-jax data prepare` made has it, and says so in it
+METADATA = "ttt_jax_data.json"  # in every directory that `ttt-jax data prepare` made
 
 _TEXT = (".txt", ".md", ".py", ".jsonl", ".json")
 _NOT_STDLIB = frozenset(
@@ -27,26 +27,31 @@ _SHARD = re.compile(r"-\d+-of-\d+$")  # as in x.array_record-00000-of-00016
 
 
 class Files(NamedTuple):
-  source: str  # what they are, for people
-  root: Path  # that names are relative to
-  paths: list[Path]  # in the order of their names
+  """Lists the files of a source."""
+
+  source: str  # description for messages
+  root: Path  # directory to which names are relative
+  paths: list[Path]  # sorted
 
   def name_of(self, path: Path) -> str:
     return path.relative_to(self.root).as_posix()
 
 
 def find_files(path: str | None, skipped: Skipped, *, field: str) -> Files:
-  """The files of known formats that `path` names, None for the standard library; others are counted.
+  """Finds the files of known formats that `path` names, None for the standard library; counts others.
 
-  Hidden files, and all below a hidden directory (`.git`, `.ipynb_checkpoints`), are left out unless
-  `path` spells their dot out, as Hugging Face's `datasets` has it: they are copies and records of the
-  other files, and a copy under another name of a text that is held out would be trained on. So would a
-  second link to it: a file that has several names here is read under one. Links to directories are not
-  followed, so links in a loop do no harm.
+  Hidden files, and all files below a hidden directory (`.git`, `.ipynb_checkpoints`), are left out unless
+  `path` spells out their dot, as in Hugging Face's `datasets`: they are often copies of other files, and a
+  copy of a held-out text under another name would be trained on. For the same reason a file with several
+  links is loaded under one name. Links to directories are not followed, so loops of links are harmless.
+
+  Args:
+    path: a directory, a glob or a file; None: the Python standard library.
+    skipped: counts the files that are left out.
+    field: the name of `path` in messages.
 
   Raises:
-    UserError: there is no such path, or a prepared corpus lies among the files. `field` is what
-      messages call the path.
+    UserError: the path does not exist, or a prepared corpus is among the files.
   """
   if path is None:
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -64,14 +69,14 @@ def find_files(path: str | None, skipped: Skipped, *, field: str) -> Files:
   elif literal.is_file():
     root, found = literal.parent, [literal]
   elif _is_pattern(path):
-    root, found = _match(path, skipped, field)
+    root, found = _glob(path, skipped, field)
   else:
     raise UserError(
       f"{field}={path!r} does not exist: give a directory or glob of {FORMATS}, or null for the "
       "Python standard library"
     )
   paths = []
-  for file in _without_second_names(root, sorted(found), skipped):
+  for file in _unique_files(root, sorted(found), skipped):
     if file.name == METADATA:
       raise UserError(
         f"{field}={path!r} holds a prepared corpus among its files: give its directory, "
@@ -85,7 +90,7 @@ def find_files(path: str | None, skipped: Skipped, *, field: str) -> Files:
 
 
 def format_of(path: Path) -> str | None:
-  """`.txt`, `.md`, `.py`, `.jsonl`, `.json`, `.parquet` or `.array_record`; None for any other."""
+  """Returns `.txt`, `.md`, `.py`, `.jsonl`, `.json`, `.parquet` or `.array_record`; None for others."""
   name = path.name.lower()
   compression = compression_of(path)
   text = Path(name.removesuffix(compression or "")).suffix
@@ -98,17 +103,17 @@ def format_of(path: Path) -> str | None:
 
 
 def compression_of(path: Path) -> str | None:
-  """`.gz`, `.zst`, `.bz2` or `.xz`; None for a file that is not compressed as a whole."""
+  """Returns `.gz`, `.zst`, `.bz2` or `.xz`; None for a file that is not compressed as a whole."""
   suffix = path.suffix.lower()
   return suffix if suffix in COMPRESSED else None
 
 
 def _is_hidden(name: str) -> bool:
-  return name.startswith(".") and name.strip(".") != ""  # `.` and `..` are directories like others
+  return name.startswith(".") and name.strip(".") != ""  # `.` and `..` are not hidden
 
 
 def real_paths(files: Iterable[Path]) -> list[str]:
-  """Where each file lies once links are followed, those of its directories too."""
+  """Returns the path of each file after following all links, also links of directories."""
   folder = functools.cache(os.path.realpath)
   return [
     os.path.realpath(file) if file.is_symlink() else os.path.join(folder(file.parent), file.name)
@@ -116,8 +121,8 @@ def real_paths(files: Iterable[Path]) -> list[str]:
   ]
 
 
-def _without_second_names(root: Path, files: list[Path], skipped: Skipped) -> list[Path]:
-  """Each file once: by the path that follows no link, else by the first of its paths."""
+def _unique_files(root: Path, files: list[Path], skipped: Skipped) -> list[Path]:
+  """Returns each file once, by its path without links, else by its first path."""
   real = dict(zip(files, real_paths(files)))
   base = os.path.realpath(root)
   direct = {file for file in files if real[file] == os.path.join(base, file.relative_to(root))}
@@ -130,7 +135,7 @@ def _without_second_names(root: Path, files: list[Path], skipped: Skipped) -> li
 
 
 def _walk(root: Path, skipped: Skipped, excluded: frozenset[str] = frozenset()) -> Iterator[Path]:
-  """All files below `root`, but none hidden, nor below a directory link or one named in `excluded`."""
+  """Yields files below `root`, except hidden ones and those below linked or `excluded` directories."""
   for folder, subfolders, names in os.walk(root, onerror=lambda error: skipped.add("unreadable")):
     hidden = {name for name in (*subfolders, *names) if _is_hidden(name)}
     skipped.add("hidden", len(hidden))
@@ -144,31 +149,31 @@ def _is_pattern(part: str) -> bool:
   return re.search(r"[*?[]", part) is not None
 
 
-def _match(path: str, skipped: Skipped, field: str) -> tuple[Path, list[Path]]:
-  """The directory before the first wildcard, and the files that match below it."""
+def _glob(path: str, skipped: Skipped, field: str) -> tuple[Path, list[Path]]:
+  """Returns the directory before the first wildcard, and the files that match below it."""
   parts = Path(path).expanduser().parts
   depth = next(i for i, part in enumerate(parts) if _is_pattern(part))
   if parts[-1] == "**":
-    parts += ("*",)  # before Python 3.13 a last ** matches directories only
+    parts += ("*",)  # before Python 3.13 a final ** matches directories only
   root, pattern = Path(*parts[:depth]), "/".join(parts[depth:])
   try:
-    # Unlike those of glob.glob, `**` here does not follow links into a loop.
+    # Unlike in glob.glob, `**` does not follow links into a loop here.
     matches = list(root.glob(pattern))
   except ValueError as error:
     raise UserError(
-      f"{field}={path!r} is not a valid glob ({error}): write ** as a whole directory, "
+      f"{field}={path!r} is not a valid glob ({error}): use ** as a whole path component, "
       "as in DIR/**/*.py"
     ) from error
-  asked = sum(map(_is_hidden, parts[depth:]))
+  explicit_dots = sum(map(_is_hidden, parts[depth:]))
   files, hidden = [], set()
   for match in matches:
     below = match.relative_to(root).parts
     dots = [i for i, part in enumerate(below) if _is_hidden(part)]
-    if len(dots) != asked:
+    if len(dots) != explicit_dots:
       hidden.add(below[: dots[0] + 1])
     elif not match.is_dir():
       files.append(match)
-    elif match.is_symlink() or "**" not in pattern:  # else `**` has looked inside
+    elif match.is_symlink() or "**" not in pattern:  # else `**` has searched it
       skipped.add("directory")
   skipped.add("hidden", len(hidden))
   return root, files

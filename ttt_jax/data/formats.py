@@ -1,8 +1,8 @@
-"""One file to its texts: plain text, JSON, parquet, ArrayRecord; one text in memory at a time.
+"""Loads the texts of a file (plain text, JSON, parquet, ArrayRecord), one text in memory at a time.
 
-A text is UTF-8 that is not empty, with a name: the file's path below the source's root, and
-PATH:RECORD, counted from 1, where a file holds many. What is no text is counted and left out. The byte
-order mark that other programs put before UTF-8 is no part of the text.
+A text is UTF-8 and not empty. Its name is the file's path below the source's root, or PATH:RECORD, counted
+from 1, if a file holds several. Everything else is counted and skipped. A byte order mark before UTF-8 is
+not part of the text.
 """
 
 import bz2
@@ -26,16 +26,18 @@ from ttt_jax.data.parquet import parquet_texts
 from ttt_jax.data.skipped import Skipped
 from ttt_jax.errors import UserError
 
-_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")  # what text does not hold, and protobufs do
-_ENCODINGS = {  # UTF-32 first: its mark begins with that of UTF-16
+_CONTROL = re.compile(
+  rb"[\x00-\x08\x0e-\x1f\x7f]"
+)  # characters of protobufs that do not occur in text
+_ENCODINGS = {  # UTF-32 first: its mark begins with UTF-16's mark
   codecs.BOM_UTF32_LE: "UTF-32",
   codecs.BOM_UTF32_BE: "UTF-32",
   codecs.BOM_UTF16_LE: "UTF-16",
   codecs.BOM_UTF16_BE: "UTF-16",
 }
-_SHOWN = 12  # names of fields in a message
+_MAX_NAMED = 12  # field names that a message lists
 ZSTD_MODULE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-_ZSTD_WINDOW = 31  # log2 of bytes: `zstd --long=31`, as archives of web text are written
+_ZSTD_WINDOW = 31  # log2 of bytes, `zstd --long=31`: common in archives of web text
 
 
 class _Skip(NamedTuple):
@@ -46,26 +48,26 @@ class _Skip(NamedTuple):
 def read_texts(
   path: Path, name: str, *, text_field: str, skipped: Skipped
 ) -> Iterator[tuple[str, bytes]]:
-  """The texts of one file, with their names.
+  """Yields the texts of one file with their names.
 
   Args:
-    text_field: of a record; a dot leads into a field of fields, as in `meta.text`.
+    text_field: the field of a record that holds the text; `meta.text` is the field `text` inside `meta`.
 
   Raises:
-    UserError: too many corrupt records; a parquet or ArrayRecord file without texts; no pyarrow, no
-      zstd.
+    UserError: there are too many corrupt records, a parquet or ArrayRecord file has no texts, or pyarrow or
+      zstd is missing.
   """
   if not path.is_file():  # a broken link; or a pipe, which would block
     skipped.add("unreadable")
     return
-  read = {
+  readers = {
     ".parquet": _parquet,
     ".array_record": _array_record,
     ".jsonl": _jsonl,
     ".json": _json,
   }
-  read = read.get(format_of(path), _plain)
-  for record, text in read(path, text_field, skipped):
+  reader = readers.get(format_of(path), _plain_text)
+  for record, text in reader(path, text_field, skipped):
     place = name if record is None else f"{name}:{record}"
     if isinstance(text, _Skip):
       skipped.add(text.reason, note=None if text.note is None else f"{place} {text.note}")
@@ -89,7 +91,7 @@ def _open(path: Path) -> io.BufferedIOBase:
 
 
 def _read_errors(path: Path) -> tuple[type[Exception], ...]:
-  """What a file that is cut short, damaged or not to be read raises."""
+  """Returns the errors that a file raises if it is cut short, damaged or unreadable."""
   errors = (OSError, EOFError, zlib.error, lzma.LZMAError)
   return (*errors, _zstd(path).ZstdError) if compression_of(path) == ".zst" else errors
 
@@ -104,7 +106,7 @@ def _zstd(path: Path):
 
 
 def _other_encoding(file: io.BufferedIOBase) -> str | None:
-  """Moves past the mark of UTF-8, if there is one; the name of another encoding whose mark is there."""
+  """Skips a byte order mark of UTF-8; returns the name of another encoding if the file has its mark."""
   start = file.read(4)
   for mark, encoding in _ENCODINGS.items():
     if start.startswith(mark):
@@ -113,11 +115,13 @@ def _other_encoding(file: io.BufferedIOBase) -> str | None:
   return None
 
 
-def _encoded(encoding: str) -> _Skip:
+def _wrong_encoding(encoding: str) -> _Skip:
   return _Skip("undecodable", f"is {encoding}, not UTF-8")
 
 
-def _plain(path: Path, text_field: str, skipped: Skipped) -> Iterator[tuple[None, bytes | _Skip]]:
+def _plain_text(
+  path: Path, text_field: str, skipped: Skipped
+) -> Iterator[tuple[None, bytes | _Skip]]:
   try:
     with _open(path) as file:
       encoding = _other_encoding(file)
@@ -125,7 +129,7 @@ def _plain(path: Path, text_field: str, skipped: Skipped) -> Iterator[tuple[None
   except _read_errors(path):
     skipped.add("unreadable")
     return
-  yield None, _encoded(encoding) if encoding else _text(data)
+  yield None, _wrong_encoding(encoding) if encoding else _text(data)
 
 
 def _jsonl(
@@ -136,7 +140,7 @@ def _jsonl(
     with _open(path) as file:
       encoding = _other_encoding(file)
       if encoding:
-        yield None, _encoded(encoding)
+        yield None, _wrong_encoding(encoding)
         return
       for number, line in enumerate(file, start=1):
         yield number, _json_text(line, text_field)
@@ -150,23 +154,23 @@ def _jsonl(
 def _json(
   path: Path, text_field: str, skipped: Skipped
 ) -> Iterator[tuple[int | None, bytes | _Skip]]:
-  """Lines of JSON, as C4 and Dolma have them; else an array of records or one record, read whole."""
+  """Yields the texts of JSON lines, as in C4 and Dolma, or of one record or an array, loaded whole."""
   try:
     with _open(path) as file:
       encoding = _other_encoding(file)
       first = b"" if encoding else file.readline()
-      rest = b"" if _is_json(first, dict) else file.read()
+      rest = b"" if _is_json_type(first, dict) else file.read()
   except _read_errors(path):
     skipped.add("unreadable")
     return
   if encoding:
-    yield None, _encoded(encoding)
+    yield None, _wrong_encoding(encoding)
     return
   lines = rest.rstrip().rsplit(b"\n", 1)
-  if _is_json(first, dict) or (_is_json(lines[-1], dict) and len(lines) > 1):
+  if _is_json_type(first, dict) or (_is_json_type(lines[-1], dict) and len(lines) > 1):
     yield from _jsonl(path, text_field, skipped)
     return
-  record = _loaded(first + rest)
+  record = _parse_json(first + rest)
   records = record if isinstance(record, list) else [record]
   for number, fields in enumerate(records, start=1):
     yield number, fields if isinstance(fields, _Skip) else _field_text(fields, text_field)
@@ -174,8 +178,8 @@ def _json(
     skipped.add("empty")
 
 
-def _is_json(data: bytes, kind: type) -> bool:
-  return isinstance(_loaded(data), kind)
+def _is_json_type(data: bytes, kind: type) -> bool:
+  return isinstance(_parse_json(data), kind)
 
 
 def _parquet(path: Path, text_field: str, skipped: Skipped) -> Iterator[tuple[int, bytes | _Skip]]:
@@ -207,7 +211,7 @@ def _array_record(
 
 
 def _holds_json(record: bytes, place: str, text_field: str) -> bool:
-  """Whether a file with this record holds JSON or plain text; ValueError if neither is clear."""
+  """Tells JSON from plain text by one record; raises UserError if it is neither."""
   try:
     fields = json.loads(record)
   except (ValueError, RecursionError):
@@ -217,18 +221,18 @@ def _holds_json(record: bytes, place: str, text_field: str) -> bool:
       return True
     raise UserError(
       f"{place} is JSON without a text {text_field!r}: set data.text_field to one of "
-      f"{_names(fields)}"
+      f"{_field_names(fields)}"
     )
   if _CONTROL.search(record) or isinstance(_text(record), _Skip):
     raise UserError(
-      f"{place} is neither UTF-8 text nor JSON with a field {text_field!r}, the two that are read: "
-      "examples of TensorFlow and tokens of other programs have to be written again as one of them"
+      f"{place} is neither UTF-8 text nor JSON with a field {text_field!r}, the two supported kinds: "
+      "convert TensorFlow examples and tokens of other programs to one of them"
     )
   return False
 
 
 def _text(data: bytes) -> bytes | _Skip:
-  """`data` itself, if it is UTF-8 and not empty."""
+  """Returns `data` if it is UTF-8 and not empty."""
   try:
     data.decode()
   except UnicodeDecodeError:
@@ -237,13 +241,13 @@ def _text(data: bytes) -> bytes | _Skip:
 
 
 def _json_text(record: bytes, text_field: str) -> bytes | _Skip:
-  """The text of a JSON object, as UTF-8."""
-  fields = _loaded(record)
+  """Returns the text of a JSON object as UTF-8."""
+  fields = _parse_json(record)
   return fields if isinstance(fields, _Skip) else _field_text(fields, text_field)
 
 
-def _loaded(record: bytes) -> Any:
-  """What a record of JSON says, or why it says nothing."""
+def _parse_json(record: bytes) -> Any:
+  """Parses a record of JSON; returns a `_Skip` with the reason if it cannot."""
   if not record.strip():
     return _Skip("empty")
   try:
@@ -257,7 +261,7 @@ def _loaded(record: bytes) -> Any:
 def _field_text(record: Any, text_field: str) -> bytes | _Skip:
   text = _field(record, text_field)
   if not isinstance(text, str):
-    return _Skip("missing_text_field", _what_is_there(record, text_field))
+    return _Skip("missing_text_field", _describe_record(record, text_field))
   try:
     return text.encode() or _Skip("empty")
   except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
@@ -265,7 +269,7 @@ def _field_text(record: Any, text_field: str) -> bytes | _Skip:
 
 
 def _field(record: Any, name: str) -> Any:
-  """The field of that name, or `meta.text` in the field `meta`; `_Skip` if there is none."""
+  """Returns a field by its name, `meta.text` also inside `meta`; `_Skip` if there is none."""
   if isinstance(record, dict) and name in record:
     return record[name]
   outer, dot, inner = name.partition(".")
@@ -274,16 +278,16 @@ def _field(record: Any, name: str) -> Any:
   return _Skip("missing_text_field")
 
 
-def _what_is_there(record: Any, text_field: str) -> str:
+def _describe_record(record: Any, text_field: str) -> str:
   if not isinstance(record, dict):
-    return f"is {_kind(record)}, not an object with fields"
+    return f"is {_json_type(record)}, not an object with fields"
   value = _field(record, text_field)
-  there = "" if isinstance(value, _Skip) else f"has {_kind(value)} in {text_field}; "
-  return f"{there}has the fields {_names(record)}"
+  found = "" if isinstance(value, _Skip) else f"has {_json_type(value)} in {text_field}; "
+  return f"{found}has the fields {_field_names(record)}"
 
 
-def _names(record: dict[str, Any]) -> str:
-  """Its fields, and as `meta.text` those of its fields."""
+def _field_names(record: dict[str, Any]) -> str:
+  """Lists the fields of a record, inner ones as `meta.text`."""
 
   def names(fields):
     for name, value in fields.items():
@@ -292,10 +296,10 @@ def _names(record: dict[str, Any]) -> str:
         yield from (f"{name}.{inner}" for inner in names(value))
 
   found = list(names(record))
-  return ", ".join(found[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "") or "none"
+  return ", ".join(found[:_MAX_NAMED]) + (", ..." if len(found) > _MAX_NAMED else "") or "none"
 
 
-def _kind(value: Any) -> str:
+def _json_type(value: Any) -> str:
   if value is None:
     return "null"
   kinds = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}

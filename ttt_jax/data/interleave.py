@@ -1,4 +1,4 @@
-"""Several endless orders made one, in which each has its share of every stretch."""
+"""Interleaves endless orders so that each has its share of every stretch."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ _UNIT = 1 << 40  # shares are whole numbers of 2^-40: exact at any place, on any
 
 
 class Interleave:
-  """Place k of the whole order -> (which order, place in that one), computed for any k at once.
+  """Maps place k of the interleaved order to (order, place in that order), without the places before k.
 
-  Order 0 takes k -> k - floor((k rest + phase) / total) of the first k places, where `rest` are the
-  shares after its own; the orders after it divide what it leaves in the same way. So it never is more
-  than one place off its share. A seed draws the phases; without one they are total / 2.
+  Of the first k places, order 0 takes k - floor((k rest + phase) / total), where `rest` is the sum of the
+  later shares; the later orders divide the remaining places in the same way. So no order is ever more than
+  one place off its share. A seed draws the phases; without a seed they are total / 2.
   """
 
   def __init__(self, shares: Sequence[float], seed: Sequence[int] | None = None):
@@ -28,8 +28,8 @@ class Interleave:
   def __call__(self, k: int) -> tuple[int, int]:
     low, high = k, k + 1
     for order, (rest, total, phase) in enumerate(self._steps):
-      left_low, left_high = (low * rest + phase) // total, (high * rest + phase) // total
-      if left_low == left_high:
-        return order, low - left_low
-      low, high = left_low, left_high
+      rest_low, rest_high = (low * rest + phase) // total, (high * rest + phase) // total
+      if rest_low == rest_high:
+        return order, low - rest_low
+      low, high = rest_low, rest_high
     raise AssertionError("the last order leaves nothing")

@@ -1,4 +1,4 @@
-"""The texts in a column of a parquet file, whichever of Arrow's types it has; rows a batch at a time."""
+"""Loads the texts in a column of a parquet file, of any Arrow type for text, in batches of rows."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +13,10 @@ _BATCH = 256  # rows
 def parquet_texts(
   path: Path, text_field: str, skipped: Skipped
 ) -> Iterator[tuple[int, bytes | None]]:
-  """(row from 1 on, bytes or null) of the column; `meta.text` is the field `text` of the column `meta`.
+  """Yields (row, bytes or None), rows counted from 1; `meta.text` is the field `text` of column `meta`.
 
   Raises:
-    UserError: no such column, or one of another kind; too many corrupt rows; no pyarrow.
+    UserError: the column is missing or holds no text, too many rows are corrupt, or pyarrow is missing.
   """
   try:
     import pyarrow as pa
@@ -41,7 +41,7 @@ def parquet_texts(
             row += 1
             yield row, text
       except (pa.ArrowException, OSError) as error:
-        # Pages are compressed whole: what is left of the row group is lost.
+        # Pages are compressed whole, so the rest of the row group is lost.
         skipped.add_corrupt(f"{path}, rows {row + 1} to {end}", error, records=end - row)
       row = end
 
@@ -57,7 +57,7 @@ def _texts(batch: Any, text_field: str) -> list[bytes | None]:
     column = pc.struct_field(batch.column(outer), inner)
   if pa.types.is_dictionary(column.type):
     column = column.dictionary_decode()
-  # Not by way of `string`: what is not UTF-8 is one row's fault, not that of the batch.
+  # Not cast to `string`, where one row that is not UTF-8 would fail the whole batch.
   return column.cast(pa.large_binary()).to_pylist()
 
 
@@ -80,7 +80,7 @@ def _check_column(path: Path, schema: Any, text_field: str) -> None:
 
 
 def _columns(fields: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """Names and types of columns and, with a dot, of the fields inside of them."""
+  """Yields names and types of columns and, with a dot, of their inner fields."""
   import pyarrow as pa
 
   for field in fields:
@@ -90,7 +90,7 @@ def _columns(fields: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_text(kind: Any) -> bool:
-  """Text, bytes that may be some, or nothing: a shard of nulls has no other type to show."""
+  """Tells whether a type can hold text: strings, bytes, or null, the type of a shard of nulls."""
   import pyarrow as pa
 
   if isinstance(kind, pa.BaseExtensionType):

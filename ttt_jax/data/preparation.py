@@ -1,7 +1,7 @@
-"""`ttt-jax data prepare`: text to tokens on disk, once, for a corpus that is too large to hold in memory.
+"""Tokenises a corpus to disk once, so that it need not fit in memory (`ttt-jax data prepare`).
 
-The metadata is written first, as unfinished, and once more when everything else is on disk. So a
-directory tells whether it is whole, and one that a killed `prepare` left is made anew by the next one.
+The metadata is written first, as unfinished, and again when all other files are on disk. So a directory
+shows whether it is complete, and the next `prepare` replaces the files of one that was killed.
 """
 
 import os
@@ -34,7 +34,7 @@ from ttt_jax.data.tokens import fingerprint, token_dtype, tokenized
 from ttt_jax.errors import UserError
 from ttt_jax.files import unfinished_path, write_json
 
-_LINE_SECONDS = 10  # between two lines of progress where no bar can be drawn
+_LINE_SECONDS = 10  # between two progress lines without a terminal
 
 
 def prepare(
@@ -49,28 +49,28 @@ def prepare(
   max_bad_records: int = 0,
   console: Console | None = None,
 ) -> dict[str, Any]:
-  """Tokenises the texts of `source` into `destination`, which `data.path` then names; returns its metadata.
+  """Tokenises the texts of `source` into `destination`, for use as `data.path`; returns its metadata.
 
   Args:
-    source: as `data.path`; files are read one after another, in the order of their names.
+    source: as `data.path`; files are loaded in the order of their names.
     destination: a directory that is new, empty, or left unfinished by an earlier call.
     tokenizer: as `data.tokenizer`.
     text_field: as `data.text_field`.
     start_of_text, end_of_text: as `data.start_of_text` and `data.end_of_text`; the metadata records
-      which it is, and with which tokens.
-    shard_bytes: of tokens in one file.
+      the choice and the tokens.
+    shard_bytes: the bytes of tokens in one file.
     max_bad_records: as `data.max_bad_records`.
-    console: for the progress.
+    console: shows the progress.
 
   Raises:
-    UserError: the destination is something else; `source` cannot be read, holds fewer than two texts
-      or too many corrupt records; a boundary that the tokenizer has no token for.
+    UserError: the destination is not such a directory; `source` cannot be loaded, or holds fewer than two
+      texts or too many corrupt records; the tokenizer has no token for a requested boundary.
   """
   if shard_bytes <= 0:
-    raise UserError(f"the size of a shard must be positive, not {shard_bytes}")
+    raise UserError(f"shard_bytes={shard_bytes} must be positive")
   console = Console(stderr=True) if console is None else console
   loaded = None if tokenizer == BYTES else load_tokenizer(tokenizer)
-  ends = boundaries(loaded, start_of_text=start_of_text, end_of_text=end_of_text, name=tokenizer)
+  added = boundaries(loaded, start_of_text=start_of_text, end_of_text=end_of_text, name=tokenizer)
   skipped = Skipped(max_bad_records)
   files = find_files(source, skipped, field="source")
   directory = Path(destination).expanduser()
@@ -81,10 +81,10 @@ def prepare(
     "source": files.source,
     "tokenizer": tokenizer,
     "fingerprint": fingerprint(loaded),
-    "start_of_text": ends.start is not None,
-    "start_of_text_id": ends.start,
-    "end_of_text": ends.end is not None,
-    "end_of_text_id": ends.end,
+    "start_of_text": added.start is not None,
+    "start_of_text_id": added.start,
+    "end_of_text": added.end is not None,
+    "end_of_text_id": added.end,
   }
   _write_metadata(directory, metadata)
 
@@ -97,13 +97,13 @@ def prepare(
     _Writer(directory, token_dtype(loaded).newbyteorder("<"), shard_bytes) as writer,
     _Progress(console, len(files.paths)) as progress,
   ):
-    for name, tokens in tokenized(texts(), loaded, ends):
+    for name, tokens in tokenized(texts(), loaded, added):
       writer.add(name, tokens)
       progress.update(writer.documents, writer.tokens)
   if writer.documents < 2:
     raise UserError(
-      f"source={source!r} holds {writer.documents} readable documents (skipped: {skipped}): two or more "
-      "are needed, one to train on and one to hold out"
+      f"source={source!r} holds {writer.documents} readable documents (skipped: {skipped}): give two or "
+      "more, one to train on and one to hold out"
     )
   metadata |= {
     "complete": True,
@@ -123,7 +123,7 @@ def prepare(
 
 
 def _clear(directory: Path) -> None:
-  """Makes the directory, or empties an unfinished one."""
+  """Makes the directory, or deletes the files of an unfinished corpus in it."""
   if directory.exists() and not directory.is_dir():
     raise UserError(f"destination={str(directory)!r} is a file: give another one")
   directory.mkdir(parents=True, exist_ok=True)
@@ -149,15 +149,15 @@ def _shard_name(number: int) -> str:
 
 
 class _Writer:
-  """Shards and index, with what the metadata says of them; a context manager, then on disk."""
+  """Writes shards and index, and counts for the metadata; all is on disk when the context ends."""
 
   def __init__(self, directory: Path, dtype: np.dtype, shard_bytes: int):
     self._directory = directory
     self._dtype = dtype
     self._shard_bytes = shard_bytes
     self._shard: ArrayRecordWriter | None = None
-    self._size = 0  # of the tokens in the shard that is open
-    self._rest = b""  # of the documents so far, less than a record
+    self._size = 0  # bytes of tokens in the open shard
+    self._rest = b""  # tokens that do not fill a record yet
     self.shards: list[dict[str, Any]] = []
     self.documents, self.tokens, self.index_crc = 0, 0, 0
 
@@ -189,7 +189,7 @@ class _Writer:
     if self._shard is None:
       self.shards.append({"name": _shard_name(len(self.shards)), "records": 0})
       path = self._directory / self.shards[-1]["name"]
-      # One record per chunk of the file: a record is read without its neighbours.
+      # One record per chunk of the file, so that a record is loaded without its neighbours.
       self._shard = ArrayRecordWriter(str(path), "group_size:1")
     self._shard.write(record)
     self.shards[-1]["records"] += 1
@@ -214,7 +214,7 @@ def _sync(file) -> None:
 
 
 class _Progress:
-  """A line that changes on a terminal, a line now and then elsewhere."""
+  """Shows progress: a changing line on a terminal, elsewhere a line every few seconds."""
 
   def __init__(self, console: Console, files: int):
     self._console = console

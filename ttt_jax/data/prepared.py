@@ -1,13 +1,13 @@
-"""A corpus that `ttt-jax data prepare` made: what lies in its directory, and how it is read.
+"""Opens a corpus that `ttt-jax data prepare` made, with random access to its documents. Its directory has:
 
-    ttt_jax_data.json             the metadata; `complete` is true once all the rest is on disk
+    ttt_jax_data.json     the metadata; `complete` is true once all other files are on disk
     index.bin             for each document a hash of its name and its number of tokens
     00000.tokens          an ArrayRecord of the tokens of all documents, one after another
 
-A record has `RECORD_TOKENS` of them, the very last one the rest, whatever documents they are of: one per
-document would be slow where documents are short, since each read takes ArrayRecord (0.8.6) a time that
-grows with the number of records in the file. The suffix is none that passes for text. Whatever is read is
-read when it is asked for, but for the index, which is mapped into memory.
+A record has `RECORD_TOKENS` tokens, the last record the rest, regardless of documents: one record per
+document would be slow for short documents, since the time of a read in ArrayRecord (0.8.6) grows with the
+number of records in the file. The suffix is not taken for text. Records are loaded when they are needed;
+the index is mapped into memory.
 """
 
 import bisect
@@ -36,7 +36,7 @@ RECORD_TOKENS = 1 << 13
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:
-  """Raises UserError if it is damaged or of another format."""
+  """Loads the metadata; raises UserError if it is damaged or of another format."""
   try:
     metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
@@ -50,60 +50,60 @@ def read_metadata(directory: Path) -> dict[str, Any]:
 
 
 def _check(
-  metadata: dict[str, Any], directory: Path, given: str, tokenizer: Tokenizer | None
+  metadata: dict[str, Any], directory: Path, source: str, tokenizer: Tokenizer | None
 ) -> None:
-  """Raises UserError unless the directory is whole and made with this tokenizer.
+  """Raises UserError unless the directory is complete and made with this tokenizer.
 
-  The index is read once, the shards are not: what is corrupt in them is found when it is read.
+  The whole index is checked; corrupt records in the shards are found only when they are loaded.
   """
   if not metadata["complete"]:
     raise UserError(
-      f"{given} is unfinished, since `ttt-jax data prepare` was stopped before its end: run it again"
+      f"{source} is unfinished, since `ttt-jax data prepare` was interrupted: run it again"
     )
   if metadata["fingerprint"] != fingerprint(tokenizer):
     raise UserError(
-      f"{given} was prepared with the tokenizer {metadata['tokenizer']!r}, which is not the one of "
+      f"{source} was prepared with the tokenizer {metadata['tokenizer']!r}, which is not the one of "
       f"this run: set data.tokenizer={metadata['tokenizer']}, or prepare it again with --tokenizer"
     )
   sizes = {shard["name"]: shard["bytes"] for shard in metadata["shards"]}
   for name, size in {**sizes, INDEX: metadata["documents"] * INDEX_DTYPE.itemsize}.items():
     file = directory / name
-    there = file.stat().st_size if file.is_file() else None
-    if there != size:
-      state = "is missing" if there is None else f"has {there} bytes instead of {size}"
-      raise UserError(f"{given} is damaged, {name} {state}: restore the file or prepare it again")
+    found = file.stat().st_size if file.is_file() else None
+    if found != size:
+      state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+      raise UserError(f"{source} is damaged, {name} {state}: restore the file or prepare it again")
   if zlib.crc32(np.memmap(directory / INDEX, np.uint8, mode="r")) != metadata["index_crc"]:
-    raise UserError(f"{given} is damaged, {INDEX} has changed: restore it or prepare it again")
+    raise UserError(f"{source} is damaged, {INDEX} has changed: restore it or prepare it again")
 
 
 def _check_boundaries(
-  metadata: dict[str, Any], given: str, tokenizer: Tokenizer | None, **asked: bool | None
+  metadata: dict[str, Any], source: str, tokenizer: Tokenizer | None, **requested: bool | None
 ) -> None:
-  """Raises UserError unless documents begin and end as asked, with tokens of this tokenizer."""
+  """Raises UserError unless documents begin and end as requested, with tokens of this tokenizer."""
   first, last = boundaries(tokenizer).start, () if tokenizer is None else tokenizer.eos_ids
-  known = {"start_of_text": (first, special_ids(tokenizer)[0]), "end_of_text": last}
-  for field, value in asked.items():
+  allowed = {"start_of_text": (first, special_ids(tokenizer)[0]), "end_of_text": last}
+  for field, value in requested.items():
     flag, token = field.replace("_", "-"), metadata[f"{field}_id"]
     if value is not None and value != metadata[field]:
       had = "" if metadata[field] else "no-"
       raise UserError(
-        f"{given} was prepared with --{had}{flag}, but data.{field}={str(value).lower()}: leave "
+        f"{source} was prepared with --{had}{flag}, but data.{field}={str(value).lower()}: leave "
         f"data.{field} out to take its documents as they are, or prepare it again with "
         f"--{'' if value else 'no-'}{flag}"
       )
-    if token is not None and token not in known[field]:
+    if token is not None and token not in allowed[field]:
       raise UserError(
-        f"{given} was prepared with the {flag} token {token}, which is none of the tokenizer of this "
-        f"run: set data.tokenizer={metadata['tokenizer']}, or prepare it again with --tokenizer"
+        f"{source} was prepared with the {flag} token {token}, which is none of this "
+        f"run's tokenizer: set data.tokenizer={metadata['tokenizer']}, or prepare it again with --tokenizer"
       )
 
 
 class PreparedCorpus:
-  """A prepared directory, checked: whole, made with this tokenizer, every file there.
+  """Gives access to a prepared directory, after checking that it is complete and fits the tokenizer.
 
   Attributes:
-    lengths: tokens of each document.
-    name_hashes: `stable_hash` of its name.
+    lengths: the number of tokens of each document.
+    name_hashes: the `stable_hash` of each document's name.
     end_of_text: whether each document ends with an end-of-text token.
   """
 
@@ -120,14 +120,14 @@ class PreparedCorpus:
     self._directory = Path(path).expanduser()
     self._skipped = skipped
     metadata = read_metadata(self._directory)
-    given = f"{field}={path!r}"
-    _check(metadata, self._directory, given, tokenizer)
-    # An older version recorded nothing of it: it added nothing to what the tokenizer makes.
+    source = f"{field}={path!r}"
+    _check(metadata, self._directory, source, tokenizer)
+    # Older versions did not record boundaries: they added no tokens to those of the tokenizer.
     start = boundaries(tokenizer).start
     older = {"start_of_text": start is not None, "start_of_text_id": start}
     metadata = older | {"end_of_text": False, "end_of_text_id": None} | metadata
     _check_boundaries(
-      metadata, given, tokenizer, start_of_text=start_of_text, end_of_text=end_of_text
+      metadata, source, tokenizer, start_of_text=start_of_text, end_of_text=end_of_text
     )
     self.end_of_text = metadata["end_of_text"]
     index = np.memmap(self._directory / INDEX, INDEX_DTYPE, mode="r")
@@ -137,7 +137,7 @@ class PreparedCorpus:
     self._starts, self._tokens = np.cumsum(lengths) - lengths, metadata["tokens"]
     self._shards = metadata["shards"]
     self._ends = list(itertools.accumulate(shard["records"] for shard in self._shards))
-    # Grain opens a shard when it is first read from, as it is told how many records there are.
+    # With the number of records given, Grain opens a shard only when it first loads from it.
     self._records = grain.sources.ArrayRecordDataSource(
       [f"{self._directory / shard['name']}[0:{shard['records']}]" for shard in self._shards]
     )
@@ -169,7 +169,7 @@ class PreparedCorpus:
 
 
 class PreparedDocuments:
-  """Some `Documents` of a prepared corpus."""
+  """Gives access to chosen `Documents` of a prepared corpus."""
 
   def __init__(self, corpus: PreparedCorpus, chosen: Integer[np.ndarray, "documents"]):
     self._corpus = corpus

@@ -1,16 +1,15 @@
-"""Documents to packed training rows, each process making those that its own devices hold.
+"""Packs documents into training rows; each process makes the rows that its devices hold.
 
-A document longer than a row is cut into pieces of `seq_len` tokens; its shorter rest, and every
-document that fits a row, is a piece of its own. The pieces of a source have one endless order, a new
-permutation every epoch. Row b of every batch of B is a stream of its own: of each source the pieces
-b, b + B, b + 2B, ... of that order, and of several sources a mixture by weight. Grain's best-fit
-packer lays a stream into rows without cutting any further. So what a row holds depends on no other
-row, and not on how many processes there are.
+A document longer than a row is cut into pieces of `seq_len` tokens and a shorter last piece; a document
+that fits a row is one piece. The pieces of a source have one endless order, a new permutation every epoch.
+Row b of the batches of B rows is an independent stream: it takes pieces b, b + B, b + 2B, ... of each
+source's order, and mixes several sources by weight. Grain's best-fit packer packs a stream into rows
+without further cuts. So the content of a row depends neither on other rows nor on the number of processes.
 
-Concat-then-split would pad nothing, but cuts documents that fit a row; first fit pads more where rows
-are long. Padding on the standard library, in percent of all tokens: 1.8 in rows of 4096, 1.9 of 32768,
-1.8 of 131072; with documents aligned to chunks of 512, 2.9, 3.1 and 3.2. A stream's state is a few
-integers; to restore it Grain packs its last rows once more.
+Concat-then-split would pad nothing, but cut documents that fit a row; first fit pads more in long rows.
+Padding on the standard library, in percent of all tokens: 1.8 in rows of 4096, 1.9 of 32768, 1.8 of 131072;
+with documents aligned to chunks of 512, 2.9, 3.1 and 3.2. A stream's state is a few integers; to restore
+them Grain packs the stream's last rows again.
 """
 
 import sys
@@ -28,24 +27,24 @@ from ttt_jax.data.skipped import stable_hash
 from ttt_jax.data.tokens import IGNORE
 from ttt_jax.errors import UserError
 
-_PREFETCHED = 8  # batches made ahead, in a thread
+_PREFETCHED = 8  # batches that a thread makes ahead
 _MAX_BINS, _MIN_BINS = 64, 8
 _GROUP_TOKENS = (
   1 << 21
-)  # in the rows that a stream packs at a time, some 50 MB with what Grain keeps
+)  # in the rows that a stream packs at a time: about 50 MB with Grain's overhead
 
 
 def packing_bins(seq_len: int) -> int:
-  """Rows that a stream packs at a time: more of them pad less, and take more memory and time at once."""
+  """Returns the rows that a stream packs at a time; more rows need less padding, but more memory."""
   return max(_MIN_BINS, min(_MAX_BINS, _GROUP_TOKENS // seq_len))
 
 
 class Rows:
-  """Endless batches of rows: a dict of int32 arrays [len(slots), seq_len], made in a thread.
+  """Iterates over endless batches of rows: dicts of int32 arrays [len(slots), seq_len], made in a thread.
 
-  `tokens`; `segment_ids`, 1, 2, ... along a row and 0 on padding; `labels`, the next token of the
-  same segment, IGNORE where there is none. Every epoch has each token once, in a new order; near the
-  seam of two epochs some rows are further than others.
+  The arrays are `tokens`; `segment_ids`, 1, 2, ... along a row and 0 on padding; `labels`, the next token
+  of the same segment, IGNORE if there is none. Every epoch has each token once, in a new order; where two
+  epochs meet, some rows are ahead of others.
   """
 
   def __init__(self, streams: dict[int, grain.IterDataset], pieces: Sequence[int]):
@@ -62,15 +61,15 @@ class Rows:
     return next(self._iterator)
 
   def get_state(self) -> dict[str, Any]:
-    """JSON-able; `merge_states` puts those of all processes together."""
+    """Returns the JSON-able state of these rows; `merge_states` combines the states of all processes."""
     states = self._iterator.get_state()["parents"]
     return {"pieces": self._pieces, "slots": {str(s): x for s, x in zip(self.slots, states)}}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes on where the rows of any processes that had these slots stood.
+    """Continues from a state that has these slots, whichever processes made it.
 
     Raises:
-      UserError: the state is that of other data.
+      UserError: the state belongs to other data.
     """
     if state["pieces"] != self._pieces:
       raise UserError(
@@ -85,7 +84,7 @@ class Rows:
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """One state of all row slots, from those of all processes; some may hold the same slots."""
+  """Combines the states of all processes into one state of all row slots; slots may occur repeatedly."""
   slots = {slot: x for state in states for slot, x in state["slots"].items()}
   return {**states[0], "slots": dict(sorted(slots.items(), key=lambda item: int(item[0])))}
 
@@ -99,24 +98,24 @@ def training_rows(
   slots: Sequence[int] | None = None,
   align: int = 1,
 ) -> Rows:
-  """Endless training rows of a batch of `batch_size`.
+  """Makes endless training rows in batches of `batch_size`.
 
   Args:
-    sources: the weight of one is its part of the tokens.
-    seq_len: T.
-    batch_size: B, of all processes together.
-    seed: of every order.
-    slots: which of the B rows to make; None: all.
-    align: every piece begins at a multiple of it in its row, after padding where need be.
+    sources: the sources; a source's weight is its share of the tokens.
+    seq_len: T, tokens per row.
+    batch_size: B, rows per batch over all processes.
+    seed: the seed of every order.
+    slots: the indices of the B rows to make; None: all.
+    align: every piece begins at a multiple of `align` in its row, after padding if necessary.
 
   Raises:
-    UserError: a source has nothing to train on.
+    UserError: a source has no training documents.
   """
   seed = stable_hash(f"{seed}") % 2**32  # NumPy takes no negative seed
   pieces = [_Pieces(source.train, seq_len, seed, source.name) for source in sources]
-  # A source of short pieces gives more of them for its share of the tokens.
+  # A source with short pieces contributes more pieces for its share of the tokens.
   shares = [source.weight * len(p) / p.tokens for source, p in zip(sources, pieces)]
-  # What is in memory is there at once: reader threads would only contend for the interpreter.
+  # Documents in memory need no reader threads, which would only contend for the interpreter.
   on_disk = any(isinstance(source.train, PreparedDocuments) for source in sources)
   options = grain.ReadOptions(num_threads=2 * on_disk, prefetch_buffer_size=16 * on_disk)
 
@@ -132,7 +131,7 @@ def training_rows(
 def packed(
   pieces: grain.MapDataset, options: grain.ReadOptions, *, seq_len: int, seed: int, align: int = 1
 ) -> grain.IterDataset:
-  """Rows as Grain's packer makes them: `tokens`, `tokens_segment_ids`, `tokens_positions`."""
+  """Packs pieces with Grain into rows of `tokens`, `tokens_segment_ids` and `tokens_positions`."""
   return grain.experimental.BestFitPackIterDataset(
     pieces.to_iter_dataset(options),
     length_struct={"tokens": seq_len},
@@ -143,7 +142,7 @@ def packed(
 
 
 class _Pieces:
-  """The endless order of a source's pieces: index = epoch * pieces + place in that epoch.
+  """Orders the pieces of a source endlessly: index = epoch * pieces + place in that epoch.
 
   An epoch's order is one NumPy permutation. Grain's own shuffle computes each index by cycle
   walking, which costs milliseconds per piece when there are only a few (0.2.18).
@@ -176,7 +175,7 @@ class _Pieces:
   def _order(self, epoch: int) -> np.ndarray:
     with self._lock:
       if epoch not in self._orders:
-        # Streams meet the seam of two epochs one after another: the last two are at hand.
+        # Streams reach a new epoch at different times, so the last two orders are kept.
         self._orders = dict(list(self._orders.items())[-1:])
         order = np.arange(self._count, dtype=np.min_scalar_type(self._count))
         np.random.default_rng((self._seed, epoch)).shuffle(order)
@@ -185,7 +184,7 @@ class _Pieces:
 
 
 class _Stream:
-  """The pieces of one row slot, by number."""
+  """Returns the pieces of one row slot by number."""
 
   def __init__(self, sources: list[_Pieces], interleave: Interleave, slot: int, slots: int):
     self._sources = sources

@@ -1,4 +1,4 @@
-"""What reading leaves aside: counted by reason, and of corrupt records at most as many as allowed."""
+"""Counts what loading skips, by reason, and limits the number of corrupt records."""
 
 import hashlib
 import threading
@@ -9,7 +9,7 @@ from ttt_jax.errors import UserError
 
 
 class Skipped:
-  """Counts by reason; the reason `corrupt` has a limit and names each place. Threads may share one."""
+  """Counts skipped items by reason; the count of `corrupt` is limited. Threads may share an instance."""
 
   def __init__(self, max_bad_records: int = 0):
     self._limit = max_bad_records
@@ -19,7 +19,7 @@ class Skipped:
     self._lock = threading.Lock()
 
   def add(self, reason: str, count: int = 1, *, note: str | None = None) -> None:
-    """Counts; the first note of a reason is its example in what people read."""
+    """Adds to the count of a reason; reports show the first note of each reason as its example."""
     with self._lock:
       self._counts[reason] += count
       if note is not None:
@@ -29,7 +29,7 @@ class Skipped:
     """Counts the corrupt records of a place once, with a warning.
 
     Raises:
-      UserError: they are more than `data.max_bad_records`.
+      UserError: there are more corrupt records than `data.max_bad_records`.
     """
     with self._lock:
       if place in self._places:
@@ -57,7 +57,7 @@ class Skipped:
 
 
 def stable_hash(text: str) -> int:
-  """64 bits that stay the same over processes, machines and Python versions."""
+  """Returns a hash of 64 bits that is the same on all processes, machines and Python versions."""
   # File names that are not UTF-8 reach Python as surrogates.
   data = text.encode(errors="surrogateescape")
   return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")

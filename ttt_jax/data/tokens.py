@@ -1,6 +1,6 @@
-"""Tokens on the host: bytes, or what a tokenizer makes of a text.
+"""Tokenises text on the host, as bytes or with a tokenizer.
 
-A `Tokenizer | None` is None for bytes, everywhere in `ttt_jax.data`.
+In `ttt_jax.data` a `Tokenizer | None` is None for bytes.
 """
 
 import hashlib
@@ -18,21 +18,22 @@ from ttt_jax.errors import UserError
 VOCAB_SIZE = 256  # one token per byte
 IGNORE = -1  # the label of a token that has no successor in its row; the same as in ttt_jax.nn.loss
 
-_BATCH_BYTES = 1 << 22  # of text that a tokenizer gets at a time, to spread over its threads
+_BATCH_BYTES = 1 << 22  # of text that a tokenizer gets at a time, for all its threads
 _PROBE = (
   "Don't  panic:\n\tx_1 = 3.14e-5  # \u00e9t\u00e9 \u4f60\u597d \u0417\u0434\u0440 \U0001f600\r\n"
 )
 
 
 def encode(text: str) -> Int32[np.ndarray, "T"]:
-  """The UTF-8 bytes of `text`, one token each."""
+  """Returns the UTF-8 bytes of `text`, one token each."""
   return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
 
 def decode(tokens: Integer[Any, "T"] | Sequence[int]) -> str:
-  """The text of these bytes; U+FFFD stands where they are not UTF-8.
+  """Returns the text of these bytes; U+FFFD replaces bytes that are not UTF-8.
 
-  Raises UserError if a token is not a byte.
+  Raises:
+    UserError: a token is not a byte.
   """
   tokens = np.asarray(tokens, np.int64)
   foreign = tokens[(tokens < 0) | (tokens >= VOCAB_SIZE)]
@@ -46,19 +47,19 @@ def vocab_size(tokenizer: Tokenizer | None) -> int:
 
 
 def token_dtype(tokenizer: Tokenizer | None) -> np.dtype:
-  """The narrowest unsigned integers that hold every token: uint8, uint16 or uint32."""
+  """Returns the narrowest dtype that holds every token: uint8, uint16 or uint32."""
   return np.min_scalar_type(vocab_size(tokenizer) - 1)
 
 
 def fingerprint(tokenizer: Tokenizer | None) -> str:
-  """Equal for tokenizers that make the same tokens: a hash of the vocabulary and of a text encoded.
+  """Hashes the vocabulary and an encoded text, so that equal tokenizers have equal fingerprints.
 
-  What the library writes to a file is not hashed, as it differs between its versions.
+  The saved file is not hashed, because it differs between versions of the tokenizer library.
   """
   if tokenizer is None:
     return "bytes"
-  known = [sorted(tokenizer.vocabulary().items()), tokenizer.encode(_PROBE)]
-  return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
+  behaviour = [sorted(tokenizer.vocabulary().items()), tokenizer.encode(_PROBE)]
+  return hashlib.blake2b(json.dumps(behaviour).encode(), digest_size=16).hexdigest()
 
 
 def tokenized(
@@ -66,10 +67,10 @@ def tokenized(
   tokenizer: Tokenizer | None,
   boundaries: Boundaries,
 ) -> Iterator[tuple[str, Integer[np.ndarray, "T"]]]:
-  """(name, tokens) for every (name, UTF-8), in order, a few MB of text in memory at a time.
+  """Yields (name, tokens) for every (name, UTF-8), in order, with a few MB of text in memory at a time.
 
   Args:
-    boundaries: what documents of this tokenizer begin and end with; bytes have none.
+    boundaries: the tokens around the documents of this tokenizer; not used for bytes.
   """
   if tokenizer is None:
     yield from ((name, np.frombuffer(text, np.uint8)) for name, text in texts)
@@ -80,8 +81,8 @@ def tokenized(
     ids = tokenizer.encode_batch(
       [text.decode() for _, text in batch], add_special_tokens=boundaries.special
     )
-    whole = map(boundaries.around, ids)
-    return ((name, np.asarray(tokens, dtype)) for (name, _), tokens in zip(batch, whole))
+    documents = map(boundaries.add_to, ids)
+    return ((name, np.asarray(tokens, dtype)) for (name, _), tokens in zip(batch, documents))
 
   batch, size = [], 0
   for name, text in texts:

@@ -1,4 +1,4 @@
-"""Whether learning while reading helps: evaluations that a user of any model can run again.
+"""Evaluates whether learning while reading helps, for any model.
 
-Loss by position, which `ttt-jax train` ends with, is `ttt_jax.evaluation.heldout`.
+`ttt_jax.evaluation.heldout` computes the loss by position that `ttt-jax train` reports at its end.
 """

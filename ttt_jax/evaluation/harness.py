@@ -1,4 +1,4 @@
-"""Models of this library for the lm-evaluation-harness (package `lm_eval`), under the name `ttt_jax`.
+"""Registers models of this library with the lm-evaluation-harness (package `lm_eval`), as `ttt_jax`.
 
 In Python, `lm_eval.simple_evaluate(model=TTTHarness(model, tokenizer), tasks=[...])`. The harness's command
 line does not look for models in other packages; this module registers its own and calls it:
@@ -28,17 +28,17 @@ except ModuleNotFoundError as error:
 
 @register_model("ttt_jax")
 class TTTHarness(LM):
-  """A model whose fast weights learn along every text that it scores or continues.
+  """The model's fast weights learn along every text that it scores or continues.
 
-  Every request starts from the trained weights: nothing learned of one is kept for the next. Generation
-  arguments mean what they mean to the harness's own Hugging Face model (`Scorer.generate`).
+  Every request starts from the trained weights: nothing is kept from one request to the next. Generation
+  arguments mean the same as for the harness's Hugging Face model (`Scorer.generate`).
 
   Args:
-    model, tokenizer: as `load_pretrained` and `load_tokenizer` return them; or none of both, and
+    model, tokenizer: the results of `load_pretrained` and `load_tokenizer`; omit both to give `pretrained`.
     pretrained: a Hugging Face directory, a `.gguf` file, or a run directory.
-    dtype: of weights and computation of `pretrained`.
+    dtype: the dtype of weights and computation of `pretrained`.
     batch_size, max_length, max_gen_toks, update: see `Scorer`.
-    max_batch_size, device: what the command line may pass on; the device is JAX's default one.
+    max_batch_size, device: ignored; the command line passes them. The device is JAX's default device.
   """
 
   def __init__(
@@ -62,7 +62,9 @@ class TTTHarness(LM):
       tokenizer, model = open_tokenizer(pretrained), open_model(pretrained, dtype=dtype)
     if isinstance(batch_size, str):
       if not batch_size.isdecimal():
-        raise UserError(f"batch_size={batch_size!r} must be a number: ttt_jax does not search one")
+        raise UserError(
+          f"batch_size={batch_size!r} must be a number: ttt_jax does not search for one"
+        )
       batch_size = int(batch_size)
     self._scorer = Scorer(
       model,
@@ -91,7 +93,7 @@ class TTTHarness(LM):
     return self._ask("generate_until", requests, self._scorer.generate)
 
   def _ask(self, kind: str, requests: Sequence[Instance], answer: Callable) -> list[Any]:
-    """Answers all requests, and gives them to the harness's cache."""
+    """Answers all requests, and adds the answers to the harness's cache."""
     arguments = [request.args for request in requests]
     with EvaluationProgress(kind, len(requests)) as progress:
       results = answer(arguments, lambda done: progress.update(done, ""))

@@ -1,8 +1,8 @@
-"""What the fast weights buy: held-out loss by position in the document, and a sample of text.
+"""Measures the gain of fast weights: held-out loss by position in the document, and a text sample.
 
-Loss that falls along a document is what reading should do to a model that learns while it reads. The
-same model with its updates off is not a fair opponent if its slow weights were trained with the
-fast ones and rely on them; a twin trained without fast weights on the same batches is.
+The loss of a model that learns while it reads should fall along a document. The same model with updates off
+is not a fair baseline, since its slow weights were trained with the fast weights and rely on them; a twin
+trained without fast weights on the same batches is fair.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from ttt_jax.generation.pieces import row_shards
 from ttt_jax.generation.sampling import stop_tokens
 from ttt_jax.nn.loss import IGNORE, model_losses
 from ttt_jax.nn.transformer import Transformer
-from ttt_jax.parallel.mesh import put
+from ttt_jax.parallel.mesh import to_mesh
 from ttt_jax.parallel.trees import delete
 
 
@@ -39,18 +39,18 @@ def _losses(model: Transformer, tokens: Int[Array, "B T"], *, update: bool) -> F
 def losses_by_token(
   model: Transformer, rows: Int[np.ndarray, "B T"], mesh: Mesh, *, update: bool = True
 ) -> Float[np.ndarray, "B S"]:
-  """Nats per token: entry t of a row is the loss of predicting its token t + 1 from those up to t."""
-  return over_rows(partial(_losses, model, update=update), rows, mesh)[:, :-1]
+  """Returns nats per token: entry t of a row is the loss of predicting token t + 1 from tokens 0 to t."""
+  return map_rows(partial(_losses, model, update=update), rows, mesh)[:, :-1]
 
 
-def over_rows(
+def map_rows(
   function: Callable[[Int[Array, "b T"]], Shaped[Array, "b ..."]],
   rows: Int[np.ndarray, "B T"],
   mesh: Mesh,
 ) -> Shaped[np.ndarray, "B ..."]:
-  """`function` of all rows, on every process.
+  """Returns `function` of all rows on every process.
 
-  It is given as many at a time as the mesh has places for, their length split over `context`.
+  Each call gets one row per shard of the batch, with the sequence split over `context`.
   """
   at_once = row_shards(mesh)
   results = []
@@ -58,13 +58,13 @@ def over_rows(
     for start in range(0, len(rows), at_once):
       batch = rows[start : start + at_once]
       filled = np.concatenate([batch, np.repeat(batch[:1], at_once - len(batch), axis=0)])
-      result = function(put(filled, mesh, "batch", "sequence"))
+      result = function(to_mesh(filled, mesh, "batch", "sequence"))
       results.append(process_allgather(result, tiled=True)[: len(batch)])
   return np.concatenate(results)
 
 
 def by_position(losses: Float[np.ndarray, "B S"], buckets: int) -> list[tuple[int, int, float]]:
-  """Mean loss in equal parts of the document: (first position, one past the last, loss)."""
+  """Averages the loss over equal parts of the document: (first position, one past the last, loss)."""
   edges = np.linspace(0, losses.shape[1], buckets + 1).round().astype(int)
   return [(int(low), int(high), float(losses[:, low:high].mean())) for low, high in pairwise(edges)]
 
@@ -78,27 +78,26 @@ def heldout_by_position(
   *,
   before: Transformer | None = None,
 ) -> list[dict[str, Any]]:
-  """The table of `summary.json`: loss by position, of a model with updates and with updates off.
+  """Computes the table of `summary.json`: the loss by position of a model with updates on and off.
 
-  Likewise of the model before its first step, and of the twin, which has none; None where there is no
-  such model, and for the updates of a model that has none to switch off.
+  The table has the same columns for the model before its first step, and one column for the twin, which has
+  no updates. A column is None if there is no such model, or if the model has no updates to switch off.
   """
-
   columns = {}
-  for name, read in (("loss", model), ("loss_baseline", baseline), ("loss_before", before)):
-    if read is not None:
-      columns |= _columns(config, read, rows, mesh, name)
+  for name, reader in (("loss", model), ("loss_baseline", baseline), ("loss_before", before)):
+    if reader is not None:
+      columns |= _columns(config, reader, rows, mesh, name)
   return _table(config, columns)
 
 
-# Of `heldout_by_position`, in the order of `summary.json`; a twin has no updates to switch off.
+# Columns of `heldout_by_position`, in the order of `summary.json`; a twin has no updates to switch off.
 _COLUMNS = ("loss", "loss_updates_off", "loss_baseline", "loss_before", "loss_before_updates_off")
 
 
 def _columns(
   config: Config, model: Transformer, rows: Int[np.ndarray, "B T"], mesh: Mesh, name: str
 ) -> dict[str, list[tuple[int, int, float]]]:
-  """The columns of a model, of which `name` is that with updates."""
+  """Computes the columns of a model; `name` is the column with updates on."""
   updates = {name: True}
   if config.ttt.layers and f"{name}_updates_off" in _COLUMNS:
     updates[f"{name}_updates_off"] = False
@@ -111,15 +110,15 @@ def _columns(
 def _table(
   config: Config, columns: dict[str, list[tuple[int, int, float]]]
 ) -> list[dict[str, Any]]:
-  nothing = [(None, None, None)] * config.eval.buckets
+  missing = [(None, None, None)] * config.eval.buckets
   return [
-    {"from": low, "to": high, **{name: columns.get(name, nothing)[i][2] for name in _COLUMNS}}
+    {"from": low, "to": high, **{name: columns.get(name, missing)[i][2] for name in _COLUMNS}}
     for i, (low, high, _) in enumerate(columns["loss"])
   ]
 
 
 def mean_of_buckets(table: list[dict[str, Any]], column: str) -> float | None:
-  """The mean loss over all positions of a column of `heldout_by_position`."""
+  """Returns the mean loss over all positions of a column of `heldout_by_position`."""
   if table[0][column] is None:
     return None
   sizes = [row["to"] - row["from"] for row in table]
@@ -135,10 +134,10 @@ def continue_row(
   seed: int,
   stop: Sequence[int] | None = None,
 ) -> Integer[np.ndarray, "new"]:
-  """At most `new_tokens` tokens after `prompt`, greedy at temperature 0, where the model is.
+  """Generates at most `new_tokens` tokens after `prompt` on the model's devices, greedily at temperature 0.
 
-  The fast weights learn along the prompt and what is written; a token that ends a text ends it, one of
-  `stop` or, if that is None, of the model's own.
+  The fast weights learn along the prompt and the new tokens. A token of `stop`, or by default one of the
+  model's end tokens, ends the text.
   """
   result = generate(
     model,
@@ -152,7 +151,7 @@ def continue_row(
 
 
 def evaluation_rows(config: Config, corpus: Corpus) -> Int32[np.ndarray, "B T"]:
-  """The held-out documents that `evaluate` reads.
+  """Returns the held-out documents that `evaluate` reads.
 
   Raises:
     UserError: no document has `eval.seq_len` tokens.
@@ -166,11 +165,11 @@ def evaluation_rows(config: Config, corpus: Corpus) -> Int32[np.ndarray, "B T"]:
 
 
 def check_evaluation(config: Config, mesh: Mesh) -> None:
-  """Traces what `evaluate` will compute, on shapes alone.
+  """Traces the computations of `evaluate` on shapes alone.
 
   Raises:
-    UserError, UnsupportedError: rows of `eval.seq_len` tokens, which may be longer than those of
-      `data.seq_len`, cannot be read so.
+    UserError, UnsupportedError: the model cannot read rows of `eval.seq_len` tokens, which may be longer
+      than those of `data.seq_len`.
   """
   tokens = jax.ShapeDtypeStruct((row_shards(mesh), config.eval_seq_len), jnp.int32)
   with jax.set_mesh(mesh):
@@ -188,21 +187,24 @@ def evaluate(
   *,
   rows: Int32[np.ndarray, "B T"] | None = None,
 ) -> dict[str, Any]:
-  """The evaluation part of `summary.json`.
+  """Computes the evaluation part of `summary.json`.
 
   Args:
-    model, baseline, before: as in `heldout_by_position`; or functions that hand a model over, so that
-      there is one at a time: each is called when its turn comes, and its model deleted before the next.
-    rows: `evaluation_rows`, if they are known already.
+    config: the config of the run.
+    model, baseline, before: as in `heldout_by_position`, or functions that return these models. Each
+      function is called when its model is needed, and the model is deleted before the next, to hold one at
+      a time.
+    corpus: the source of the rows and of the sample's prompt.
+    mesh: the mesh that reads the rows.
+    rows: `evaluation_rows`, if the caller has them.
   """
   rows = evaluation_rows(config, corpus) if rows is None else rows
   owned = not isinstance(model, Transformer)
   model = model() if owned else model
   columns = _columns(config, model, rows, mesh, "loss")
   sample = None
-  if (
-    jax.process_count() == 1
-  ):  # `generate` reads every token it draws, which no process has of all rows
+  # `generate` needs every token on the host, and no process of several holds those of all rows.
+  if jax.process_count() == 1:
     model = Reader.of(model, donate=owned)
     sample = _sample(config, model, corpus, rows[0])
   if owned:
@@ -211,9 +213,9 @@ def evaluate(
     if isinstance(other, Transformer):
       columns |= _columns(config, other, rows, mesh, name)
     elif other is not None:
-      read = other()
-      columns |= _columns(config, read, rows, mesh, name)
-      delete(read)
+      owned_model = other()
+      columns |= _columns(config, owned_model, rows, mesh, name)
+      delete(owned_model)
   table = _table(config, columns)
   return {
     "heldout_documents": len(rows),
@@ -227,11 +229,11 @@ def evaluate(
 def _sample(
   config: Config, model: Reader, corpus: Corpus, row: Int32[np.ndarray, "T"]
 ) -> dict[str, str]:
-  """The beginning of a held-out document, and what the model makes of it."""
+  """Continues the beginning of a held-out document; returns both as text."""
   prompt = row[: min(config.eval.prompt_tokens, config.eval_seq_len)]
   stop = stop_tokens(config.model, corpus.tokenizer)
   if len(prompt) > 1 and prompt[-1] in stop:
-    prompt = prompt[:-1]  # a whole document: what is behind its end is another one
+    prompt = prompt[:-1]  # else the model would start another document
   continuation = continue_row(
     model,
     prompt,
@@ -244,10 +246,10 @@ def _sample(
 
 
 def _text(corpus: Corpus, tokens: Integer[np.ndarray, "T"]) -> str:
-  """The text of tokens; U+FFFD for one that only the model has, whose vocabulary may be padded."""
-  known = VOCAB_SIZE if corpus.tokenizer is None else corpus.tokenizer.vocab_size
+  """Decodes tokens; U+FFFD stands for a token of the model's padded vocabulary without text."""
+  vocab_size = VOCAB_SIZE if corpus.tokenizer is None else corpus.tokenizer.vocab_size
   parts = [
-    corpus.decode(list(part), skip_special_tokens=True) if is_known else "\ufffd" * len(list(part))
-    for is_known, part in groupby(tokens.tolist(), lambda token: token < known)
+    corpus.decode(list(part), skip_special_tokens=True) if has_text else "\ufffd" * len(list(part))
+    for has_text, part in groupby(tokens.tolist(), lambda token: token < vocab_size)
   ]
   return "".join(parts)

@@ -1,8 +1,9 @@
-"""What more context buys: the loss of a fixed last block, the text before it growing; loss by position.
+"""Measures the loss on a fixed last block as the text before it grows, and the loss by position.
 
-Documents are read in segments that carry keys, values and fast weights, so that memory is that of one
-segment and the cache whatever the length, split over the mesh as the model is. Each is read three ways:
-with its fast weights updating, frozen, and set back to the slow ones every so many tokens.
+Documents are read in pieces with a cache of keys, values and fast weights, so that memory is that of one
+piece
+and the cache for any length, split over the mesh as the model is. Each document is read in three modes:
+fast weights updating, frozen, and reset to the slow weights at regular intervals.
 """
 
 import dataclasses
@@ -21,27 +22,27 @@ from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UserError
-from ttt_jax.evaluation.cells import Cells
+from ttt_jax.evaluation.result_file import ResultFile
 from ttt_jax.generation.decoder import Cache, Reader
-from ttt_jax.generation.pieces import room_for, row_shards, segment_length
+from ttt_jax.generation.pieces import piece_length, room_for, row_shards
 from ttt_jax.generation.state import new_state
 from ttt_jax.nn.loss import IGNORE, hidden_losses
-from ttt_jax.parallel.mesh import put
+from ttt_jax.parallel.mesh import to_mesh
 
 _RESAMPLES = 10000
 
 
 @dataclass(frozen=True)
 class PerplexityConfig:
-  """What is read, and how."""
+  """Configures the evaluation."""
 
   lengths: tuple[int, ...] = (2048, 4096, 8192)  # tokens before the block
   block: int = 1024  # tokens whose loss is compared
-  documents: int = 16  # at most so many
-  reset_every: tuple[int, ...] = ()  # also with fast weights that start again every so many tokens
+  documents: int = 16  # at most
+  reset_every: tuple[int, ...] = ()  # further modes: tokens after which fast weights are reset
   buckets: int = 8  # of the loss by position
-  batch: int = 1  # documents read at once, by each part of the mesh's data and fsdp axes
-  seed: int = 0  # of the choice of documents, and of the intervals
+  batch: int = 1  # documents at once per shard of the mesh's data and fsdp axes
+  seed: int = 0  # for the choice of documents and the intervals
 
   def __post_init__(self):
     for name in ("block", "documents", "buckets", "batch"):
@@ -54,13 +55,13 @@ class PerplexityConfig:
 
   @property
   def tokens(self) -> int:
-    """Of a document."""
+    """Returns the tokens of a document."""
     return max(self.lengths) + self.block
 
 
 @dataclass(frozen=True)
 class Mode:
-  """A way to read: whether fast weights learn, and after how many tokens they start again."""
+  """Defines whether fast weights learn, and after how many tokens they are reset, if ever."""
 
   name: str
   update: bool
@@ -68,10 +69,10 @@ class Mode:
 
 
 def modes(reader: Reader, config: PerplexityConfig) -> tuple[Mode, ...]:
-  """The ways to read that differ for this model; one without fast weights has a single one.
+  """Returns the modes that differ for this model; a model without fast weights has one mode.
 
   Raises:
-    UserError: fast weights that would start again within a chunk.
+    UserError: a reset would fall inside a chunk.
   """
   if not reader.ttt.layers:
     return (Mode("plain", update=False),)
@@ -94,16 +95,17 @@ def read_losses(
   start: int = 0,
   on_read: Callable[[int], None] = lambda tokens: None,
 ) -> Float[np.ndarray, "B S"]:
-  """Nats per token: entry t of a row is the loss of token start + t + 1 after those up to start + t.
+  """Returns nats per token: entry t of a row is the loss of token start + t + 1 given all before it.
 
-  Those of one pass over the row, read in segments.
+  The losses equal those of one pass over the whole row, although it is read in pieces.
 
   Args:
+    reader: the model.
     rows: one document each, of equal lengths.
     update: whether the fast weights learn.
-    reset_every: tokens after which they are set back to the slow weights; what attention sees is kept.
+    reset_every: tokens after which fast weights are reset to the slow weights; the KV cache is kept.
     start: the first token that predicts.
-    on_read: called with the tokens of each segment that was read.
+    on_read: called with the number of tokens of each piece.
   """
   mesh = reader.mesh()
   shards = row_shards(mesh)
@@ -112,35 +114,35 @@ def read_losses(
   labels = np.pad(filled[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
   labels[:, :start] = IGNORE
   chunk = reader.ttt.chunk_size if reader.ttt.layers and update else 1
-  none_begun = np.zeros(1, int)  # every segment but the last one ends with a chunk
+  no_pending = np.zeros(1, int)  # every piece but the last ends at a chunk's end
 
-  def put_tokens(x, length, fill):
+  def tokens_to_mesh(x, length, fill):
     x = np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=fill).astype(np.int32)
-    return x if mesh is None else put(x, mesh, "batch", "sequence")
+    return x if mesh is None else to_mesh(x, mesh, "batch", "sequence")
 
-  def put_counts(count):
+  def counts_to_mesh(count):
     counts = np.full(len(filled), count, np.int32)
-    return counts if mesh is None else put(counts, mesh, "batch")
+    return counts if mesh is None else to_mesh(counts, mesh, "batch")
 
   parts, position = [], 0
   with nullcontext() if mesh is None else jax.set_mesh(mesh):
     cache, _ = new_state(reader, len(filled), room_for(total), update=update)
     while position < total:
       if reset_every and position and position % reset_every == 0:
-        cache = _forget(cache)
-      left = total - position
+        cache = _reset_fast_weights(cache)
+      remaining = total - position
       if reset_every:
-        left = min(left, reset_every - position % reset_every)
-      length = segment_length([left], none_begun, chunk)
-      count = min(left, length)
-      read = slice(position, position + count)
-      losses, cache = _read(
+        remaining = min(remaining, reset_every - position % reset_every)
+      length = piece_length([remaining], no_pending, chunk)
+      count = min(remaining, length)
+      piece = slice(position, position + count)
+      losses, cache = _read_piece(
         reader,
-        put_tokens(filled[:, read], length, 0),
-        put_tokens(labels[:, read], length, IGNORE),
+        tokens_to_mesh(filled[:, piece], length, 0),
+        tokens_to_mesh(labels[:, piece], length, IGNORE),
         cache,
-        put_counts(count),
-        counted=position + count > start,
+        counts_to_mesh(count),
+        with_losses=position + count > start,
       )
       if losses is not None:
         parts.append(process_allgather(losses, tiled=True)[: len(rows), :count])
@@ -149,25 +151,25 @@ def read_losses(
   return np.concatenate(parts, axis=1)[:, -(total - start) : -1]
 
 
-@partial(jax.jit, static_argnames="counted", donate_argnames="cache")
-def _read(
+@partial(jax.jit, static_argnames="with_losses", donate_argnames="cache")
+def _read_piece(
   reader: Reader,
   tokens: Int[Array, "B T"],
   labels: Int[Array, "B T"],
   cache: Cache,
   counts: Int[Array, "B"],
   *,
-  counted: bool,
+  with_losses: bool,
 ) -> tuple[Float[Array, "B T"] | None, Cache]:
   x, cache = reader.hidden(tokens, cache, counts, aligned=True)
-  if not counted:
+  if not with_losses:
     return None, cache
   return hidden_losses(x, labels, reader.embed, reader.norm, reader.head)[0], cache
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _forget(cache: Cache) -> Cache:
-  """The cache with fast weights that have learned nothing, at a chunk's end."""
+def _reset_fast_weights(cache: Cache) -> Cache:
+  """Resets the fast weights in the cache to the slow weights; valid at a chunk's end."""
   layers = tuple(
     layer._replace(fast=jax.tree.map(jnp.zeros_like, layer.fast)) for layer in cache.layers
   )
@@ -177,7 +179,7 @@ def _forget(cache: Cache) -> Cache:
 def bootstrap(
   values: Float[np.ndarray, "documents"], *, seed: int, level: float = 0.95
 ) -> tuple[float, float] | tuple[None, None]:
-  """The percentile interval of the mean over documents drawn again with replacement; None of one."""
+  """Returns the bootstrap percentile interval of the mean over documents; None for a single document."""
   if len(values) < 2:
     return None, None
   draws = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLES, len(values)))
@@ -189,22 +191,22 @@ def evaluate_perplexity(
   reader: Reader,
   rows: Int[np.ndarray, "documents T"],
   config: PerplexityConfig,
-  cells: Cells,
+  results: ResultFile,
   *,
   on_read: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Any]:
-  """Reads every document in every way that `cells` does not hold yet; returns the report.
+  """Reads every document in every mode and context that `results` does not hold yet; returns the report.
 
-  The block is the last `config.block` tokens of a row; with c tokens of context the row is read from
-  c tokens before it, as if it began there. Losses by position are those of the longest context.
+  The block is the last `config.block` tokens of a row. With c tokens of context, reading starts c tokens
+  before the block. Losses by position are those of the longest context.
   """
   at_once = config.batch * row_shards(reader.mesh())
-  ways = modes(reader, config)
+  all_modes = modes(reader, config)
   for first in range(0, len(rows), at_once):
     documents = range(first, min(first + at_once, len(rows)))
-    for mode in ways:
+    for mode in all_modes:
       for context in sorted(config.lengths):
-        if all((mode.name, context, d) in cells for d in documents):
+        if all((mode.name, context, d) in results for d in documents):
           on_read((context + config.block) * len(documents))
           continue
         longest = context == max(config.lengths)
@@ -217,16 +219,16 @@ def evaluate_perplexity(
           on_read=on_read,
         )
         for document, of_row in zip(documents, losses):
-          if (mode.name, context, document) not in cells:
+          if (mode.name, context, document) not in results:
             result = {"block": of_row[-config.block :].mean()}
             if longest:
               result["positions"] = [of_row[a:b].mean() for a, b in _edges(config)]
-            cells.add((mode.name, context, document), result)
-  return _report(ways, len(rows), config, cells)
+            results.add((mode.name, context, document), result)
+  return _report(all_modes, len(rows), config, results)
 
 
 def tokens_to_read(reader: Reader, documents: int, config: PerplexityConfig) -> int:
-  """What `on_read` will have been told in all."""
+  """Returns the sum of the numbers of tokens that `on_read` will get."""
   each = sum(context + config.block for context in config.lengths)
   return documents * len(modes(reader, config)) * each
 
@@ -234,7 +236,7 @@ def tokens_to_read(reader: Reader, documents: int, config: PerplexityConfig) -> 
 def settings(
   reader: Reader, rows: Int[np.ndarray, "documents T"], config: PerplexityConfig
 ) -> dict[str, Any]:
-  """What a result in `Cells` depends on; contexts and ways to read may be added to those there are."""
+  """Returns the settings of the result file; contexts and modes are not part, so that more can be added."""
   return {
     "evaluation": "perplexity",
     "model": reader.fingerprint(),
@@ -250,13 +252,15 @@ def _edges(config: PerplexityConfig) -> Sequence[tuple[int, int]]:
   return list(pairwise(edges.tolist()))
 
 
-def _report(ways, documents: int, config: PerplexityConfig, cells: Cells) -> dict[str, Any]:
+def _report(
+  all_modes, documents: int, config: PerplexityConfig, results: ResultFile
+) -> dict[str, Any]:
   def losses(mode, context):
-    return np.array([cells[mode.name, context, d]["block"] for d in range(documents)])
+    return np.array([results[mode.name, context, d]["block"] for d in range(documents)])
 
   def positions(mode):
-    of = [cells[mode.name, max(config.lengths), d]["positions"] for d in range(documents)]
-    return np.array(of)
+    longest = max(config.lengths)
+    return np.array([results[mode.name, longest, d]["positions"] for d in range(documents)])
 
   def summary(values):
     low, high = bootstrap(values, seed=config.seed)
@@ -264,23 +268,28 @@ def _report(ways, documents: int, config: PerplexityConfig, cells: Cells) -> dic
 
   contexts = []
   for context in sorted(config.lengths):
-    for mode in ways:
-      of = summary(losses(mode, context))
-      row = {"context": context, "mode": mode.name, **of, "perplexity": float(np.exp(of["loss"]))}
-      frozen = [way for way in ways if way.name == "frozen" and mode.update]
-      if frozen:  # documents differ more than ways to read them: the interval of the difference
+    for mode in all_modes:
+      loss = summary(losses(mode, context))
+      row = {
+        "context": context,
+        "mode": mode.name,
+        **loss,
+        "perplexity": float(np.exp(loss["loss"])),
+      }
+      frozen = [other for other in all_modes if other.name == "frozen" and mode.update]
+      if frozen:  # paired differences: losses vary more between documents than between modes
         gain = summary(losses(frozen[0], context) - losses(mode, context))
         row |= {"gain": gain["loss"], "gain_low": gain["low"], "gain_high": gain["high"]}
       contexts.append(row)
   by_position = [
-    {"from": a, "to": b, **{mode.name: summary(positions(mode)[:, i]) for mode in ways}}
+    {"from": a, "to": b, **{mode.name: summary(positions(mode)[:, i]) for mode in all_modes}}
     for i, (a, b) in enumerate(_edges(config))
   ]
   return {
     "asked": dataclasses.asdict(config),
     "documents": documents,
     "block": config.block,
-    "modes": [mode.name for mode in ways],
+    "modes": [mode.name for mode in all_modes],
     "by_context": contexts,
     "by_position": by_position,
   }

@@ -1,4 +1,4 @@
-"""`ttt-jax eval perplexity`: documents in; a table, JSON and a picture out."""
+"""`ttt-jax eval perplexity`: reads documents and writes a table, JSON and a plot."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from ttt_jax.checkpoints.runs import evaluated_model
 from ttt_jax.config import Config
 from ttt_jax.data import heldout_rows
 from ttt_jax.data.load import load_data
-from ttt_jax.evaluation.cells import Cells
 from ttt_jax.evaluation.perplexity import (
   PerplexityConfig,
   evaluate_perplexity,
@@ -20,29 +19,31 @@ from ttt_jax.evaluation.perplexity import (
 )
 from ttt_jax.evaluation.plots import plot_perplexity
 from ttt_jax.evaluation.progress import EvaluationProgress
+from ttt_jax.evaluation.result_file import ResultFile
 from ttt_jax.files import write_json
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.parallel.mesh import make_mesh
-from ttt_jax.parallel.processes import is_main, on_main, together
+from ttt_jax.parallel.processes import is_main, on_every_process, on_main
 
 
 def run_perplexity(
   config: Config,
-  how: PerplexityConfig,
+  evaluation: PerplexityConfig,
   *,
   is_run: bool,
   out: Path | None = None,
   console: Console | None = None,
 ) -> dict[str, Any]:
-  """Evaluates, prints, and writes `perplexity.json` and `.png`, and each result at once to `cells.jsonl`.
+  """Evaluates, prints, writes `perplexity.json` and `.png`, and each result at once to `cells.jsonl`.
 
-  The same call again goes on after the last document that was read.
+  The same call again resumes after the last document that was read.
 
   Args:
     config: the model, and the held-out documents that it reads.
-    how: what is read, and how.
-    is_run: whether the model is in a run's checkpoints; else it is that of `init_from`.
-    out: directory, made if it is not there; None: `runs/perplexity_NAME`.
+    evaluation: the options of the evaluation.
+    is_run: whether the model is in a run's checkpoints; otherwise it is that of `init_from`.
+    out: the directory, created if missing; None for `runs/perplexity_NAME`.
+    console: the output; None for that of the main process.
 
   Raises:
     UserError: no document is long enough; `out` holds results of other settings.
@@ -50,21 +51,23 @@ def run_perplexity(
   config = resolve_run(config) if is_run else resolve(config)
   out = Path("runs") / f"perplexity_{config.name}" if out is None else out
   console = Console(quiet=not is_main()) if console is None else console
-  corpus = together(lambda: load_data(config))
+  corpus = on_every_process(lambda: load_data(config))
   console.print(corpus.report(), highlight=False)
   rows = heldout_rows(
     corpus.sources,
-    seq_len=how.tokens,
-    max_documents=how.documents,
-    seed=how.seed,
+    seq_len=evaluation.tokens,
+    max_documents=evaluation.documents,
+    seed=evaluation.seed,
     name="the longest of --lengths and the --block behind it",
   )
-  if len(rows) < how.documents:
-    console.print(f"{len(rows)} held-out documents have {how.tokens} tokens", highlight=False)
+  if len(rows) < evaluation.documents:
+    console.print(
+      f"{len(rows)} held-out documents have {evaluation.tokens} tokens", highlight=False
+    )
   model = Reader.of(evaluated_model(config, make_mesh(config.mesh), is_run=is_run), donate=True)
-  cells = Cells(out / "cells.jsonl", settings(model, rows, how))
-  with EvaluationProgress("reading", tokens_to_read(model, len(rows), how)) as progress:
-    report = evaluate_perplexity(model, rows, how, cells, on_read=progress.advance)
+  results = ResultFile(out / "cells.jsonl", settings(model, rows, evaluation))
+  with EvaluationProgress("reading", tokens_to_read(model, len(rows), evaluation)) as progress:
+    report = evaluate_perplexity(model, rows, evaluation, results, on_read=progress.advance)
   report = {"name": config.name, "layers": list(model.ttt.layers), **report}
   on_main(lambda: _write(report, out, console))
   return report

@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn with matplotlib from the JSON files that it writes."""
+"""Draws the plots of runs and evaluations with matplotlib, from the JSON files that they write."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, whose state is the user's
 
-# Columns of the table by position: label, colour, marker. Dark to light in the order of interest.
+# Label, colour and marker of the columns of the table by position, dark to light in the order of interest.
 _CURVES = {
   "loss": ("fast weights updating", "#0b4f9e", "o"),
   "loss_updates_off": ("same model, updates off", "#d1620b", "s"),
@@ -17,13 +17,13 @@ _CURVES = {
 
 
 def subplots(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-  """A figure of so many inches, and its axes, `[rows, columns]`."""
+  """Returns a figure of `width` by `height` inches, and its axes, `[rows, columns]`."""
   figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
   return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def shares(table: list[dict[str, Any]]) -> list[float]:
-  """What was known again by distance; nothing is drawn where nothing was asked."""
+  """Returns the recall accuracy by distance; NaN, which is not drawn, where there were no queries."""
   return [float("nan") if row["right"] is None else row["right"] for row in table]
 
 
@@ -38,7 +38,7 @@ def _axes(title: str, x: str, y: str):
 
 
 def plot_by_position(summary: dict[str, Any], path: Path) -> None:
-  """Held-out loss against position in the document, one curve per way of reading."""
+  """Plots held-out loss against position in the document, one curve per column."""
   table = summary["heldout_by_position"]
   figure, axes = _axes(
     f"Held-out loss along a document ({summary['heldout_documents']} documents, "
@@ -59,7 +59,7 @@ def plot_by_position(summary: dict[str, Any], path: Path) -> None:
 
 
 def plot_training(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-  """Training loss against the step, a running mean over its noisy trace, one colour per run."""
+  """Plots training loss against the step, and its running mean, one colour per run."""
   figure, axes = _axes("Training loss", "step", "loss (nats per token)")
   for (name, records), color in zip(runs.items(), ("#0b4f9e", "#5c5c5c")):
     steps = [r["step"] for r in records if r["loss"] is not None]
@@ -75,13 +75,13 @@ def plot_training(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
   figure.savefig(path)
 
 
-# Ways to read in `perplexity.json`: colour, marker; a reset has those of the last entry.
+# Colour and marker of the modes in `perplexity.json`; all modes with resets share _RESET.
 _MODES = {"updating": ("#0b4f9e", "o"), "frozen": ("#d1620b", "s"), "plain": ("#0b4f9e", "o")}
 _RESET = ("#3f8f4f", "v")
 
 
 def plot_perplexity(report: dict[str, Any], path: Path) -> None:
-  """Loss of the last block against the text before it, and by position, with intervals."""
+  """Plots the loss of the last block against its context, and by position, with intervals."""
   figure, ((left, right),) = subplots(1, 2, 11.0, 4.4)
   for mode in report["modes"]:
     color, marker = _MODES.get(mode, _RESET)
@@ -118,11 +118,11 @@ def plot_perplexity(report: dict[str, Any], path: Path) -> None:
 
 
 def plot_recall(report: dict[str, Any], path: Path) -> None:
-  """The part of values that were known again, by the distance in windows."""
+  """Plots recall accuracy by the distance in windows."""
   figure, axes = _axes(
-    f"Values known again ({report['documents']} documents)",
-    f"windows of {report['window']} tokens since the key came last",
-    "right",
+    f"Recall accuracy ({report['documents']} documents)",
+    f"windows of {report['window']} tokens since the key's last occurrence",
+    "recall accuracy",
   )
   looks = (("#0b4f9e", "o"), ("#d1620b", "s"), ("#5c5c5c", "^"))
   for (name, table), (color, marker) in zip(report["by_distance"].items(), looks):
@@ -139,16 +139,16 @@ def plot_recall(report: dict[str, Any], path: Path) -> None:
 
 
 def plot_bench(report: dict[str, Any], path: Path) -> None:
-  """Time against the dense MLP, with the FLOPs' ratio as a line, and memory; bytes sent, if any."""
+  """Plots time and memory relative to the dense MLP, and the states sent per device, if any."""
   exchange = [record for record in report["exchange"] if "," not in record["case"]]
   panels = 3 if exchange else 2
   figure, axes = subplots(1, panels, 4.6 * panels, 4.2)
   sizes = report["config"]
   names = [record["case"] for record in report["mlp"] if record["what"] == "forward"]
-  for axis, what_is_drawn in zip(axes[0], ("time", "memory")):
+  for axis, quantity in zip(axes[0], ("time", "memory")):
     for offset, what, color in ((-0.2, "forward", "#7fb0e0"), (0.2, "both passes", "#0b4f9e")):
       records = {r["case"]: r for r in report["mlp"] if r["what"] == what}
-      if what_is_drawn == "time":
+      if quantity == "time":
         values = [records[n]["median_seconds"] / records["dense"]["median_seconds"] for n in names]
       else:
         values = [records[n]["total_bytes"] / records["dense"]["total_bytes"] for n in names]
@@ -182,7 +182,7 @@ def plot_bench(report: dict[str, Any], path: Path) -> None:
 
 
 def plot_ruler(report: dict[str, Any], path: Path) -> None:
-  """A heat map of scores in percent: a row for each task and their average, a column for each length."""
+  """Plots scores in percent as a heat map: a row per task and for their average, a column per length."""
   lengths = [int(length) for length in report["averages"]]
   tasks = list(dict.fromkeys(cell["task"] for cell in report["cells"]))
   scores = np.full((len(tasks) + 1, len(lengths)), np.nan)
@@ -191,7 +191,7 @@ def plot_ruler(report: dict[str, Any], path: Path) -> None:
   scores[-1] = 100 * np.array(list(report["averages"].values()), float)  # None is NaN
   figure, ((axes,),) = subplots(1, 1, 3.6 + 0.85 * len(lengths), 1.6 + 0.36 * len(scores))
   image = axes.imshow(scores, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-  axes.set_facecolor("0.92")  # where nothing was asked: not the white of a score of 0
+  axes.set_facecolor("0.92")  # cells without samples: not the white of a score of 0
   for (row, column), score in np.ndenumerate(scores):
     if np.isfinite(score):
       color = "white" if score > 60 else "black"
@@ -203,8 +203,8 @@ def plot_ruler(report: dict[str, Any], path: Path) -> None:
   axes.spines[:].set_visible(False)
   axes.tick_params(length=0)
   settings = report["settings"]
-  how = "\nonly the fast weights carry the document" if settings["strict"] else ""
-  title = f"RULER: {report['name']}, {settings['samples']} samples each, %{how}"
+  note = "\nonly the fast weights carry the document" if settings["strict"] else ""
+  title = f"RULER: {report['name']}, {settings['samples']} samples each, %{note}"
   figure.suptitle(title, x=0.02, ha="left", fontsize=11)
   figure.colorbar(image, ax=axes, fraction=0.05, aspect=35, pad=0.02).outline.set_visible(False)
   figure.savefig(path)

@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere."""
+"""Progress displays of training and evaluation: a bar on a terminal, a line now and then elsewhere."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -14,41 +14,52 @@ from rich.progress import (
 
 from ttt_jax.parallel.processes import is_main
 
-_LINES = 20  # how many lines a whole run writes where no bar can be drawn
+T = TypeVar("T")
+
+_LINES = 20  # lines of a whole training run where no bar can be drawn
 
 
-def _bar(console: Console) -> Progress:
-  """How much is done, a `status`, and the time left; nothing where it cannot be drawn."""
-  return Progress(
-    TextColumn("{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TextColumn("{task.fields[status]}"),
-    TimeElapsedColumn(),
-    TextColumn("left"),
-    TimeRemainingColumn(),
-    console=console,
-    disable=not console.is_terminal,
-  )
+class _Display:
+  """The bar on a terminal, shown inside a `with`: how much is done, a `status`, and the time left."""
 
+  def __init__(self, title: str, total: int, *, console: Console, done: int = 0, status: str = ""):
+    self._console = console
+    self._progress = Progress(
+      TextColumn("{task.description}"),
+      BarColumn(),
+      MofNCompleteColumn(),
+      TextColumn("{task.fields[status]}"),
+      TimeElapsedColumn(),
+      TextColumn("left"),
+      TimeRemainingColumn(),
+      console=console,
+      disable=not console.is_terminal,
+    )
+    self._task = self._progress.add_task(title, total=total, completed=done, status=status)
 
-class TrainingProgress:
-  """Loss, speed and time left of a training run; None for `console`: the main process's output."""
-
-  def __init__(self, title: str, done: int, steps: int, console: Console | None = None):
-    self._console = Console(quiet=not is_main()) if console is None else console
-    self._title, self._steps = title, steps
-    self._every = max(1, steps // _LINES)
-    self._next_line = done + 1
-    self._progress = _bar(self._console)
-    self._task = self._progress.add_task(title, total=steps, completed=done, status="compiling")
-
-  def __enter__(self) -> "TrainingProgress":
+  def __enter__(self: T) -> T:
     self._progress.start()
     return self
 
   def __exit__(self, *exception) -> None:
     self._progress.stop()
+
+
+class TrainingProgress(_Display):
+  """Shows loss, speed and time left of a training run: a bar on a terminal, some lines elsewhere.
+
+  Args:
+    title: what is trained.
+    done, steps: the steps that were done before, and those of the whole run.
+    console: the output; None for that of the main process.
+  """
+
+  def __init__(self, title: str, done: int, steps: int, console: Console | None = None):
+    console = Console(quiet=not is_main()) if console is None else console
+    super().__init__(title, steps, console=console, done=done, status="compiling")
+    self._title, self._steps = title, steps
+    self._every = max(1, steps // _LINES)
+    self._next_line = done + 1
 
   def update(self, done: int, record: dict[str, Any]) -> None:
     """Shows the newest record."""
@@ -71,29 +82,20 @@ class TrainingProgress:
     self._console.print(f"[yellow]{message}[/yellow]")
 
 
-class EvaluationProgress:
-  """How far an evaluation is: a bar on a terminal; what is finished is a line everywhere."""
+class EvaluationProgress(_Display):
+  """Shows how far an evaluation is: a bar on a terminal, and everywhere a line for what is finished."""
 
   def __init__(self, title: str, total: int):
-    self._console = Console(quiet=not is_main())
-    self._progress = _bar(self._console)
-    self._task = self._progress.add_task(title, total=total, status="")
-
-  def __enter__(self) -> "EvaluationProgress":
-    self._progress.start()
-    return self
-
-  def __exit__(self, *exception) -> None:
-    self._progress.stop()
+    super().__init__(title, total, console=Console(quiet=not is_main()))
 
   def update(self, done: int, status: str) -> None:
-    """Shows how much is done, and what is being done."""
+    """Shows the amount that is done, and a status."""
     self._progress.update(self._task, completed=done, status=status)
 
   def advance(self, more: int) -> None:
-    """Shows that so much more is done."""
+    """Shows that `more` is done since the last call."""
     self._progress.advance(self._task, more)
 
   def note(self, text: str) -> None:
-    """A line that stays."""
+    """Prints a line that stays."""
     self._console.print(text, highlight=False)

@@ -1,9 +1,9 @@
-"""Associative recall: what was said long before the attention's window, and is asked for once more.
+"""Measures associative recall: whether a model predicts a value that it read before the attention window.
 
-A document is made of two-byte words. Half are pairs, a key (a capital) with its value (a small letter),
-which each document draws anew; half are noise, two digits. A key comes again and again, with the same
-value: some keys often, some seldom, so that the distances to the last time spread over all scales. After
-a key that came before, the value is known to whoever remembers it; nothing else can be foreseen.
+A document is made of two-byte words. Half are pairs of a key (a capital) and its value (a small letter),
+drawn for each document; half are noise, two digits. A key always has the same value. Some keys are frequent
+and some rare, so that the distances between their occurrences spread over all scales. Only the value of a
+key that occurred before is predictable.
 """
 
 import json
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from ttt_jax.errors import UserError
-from ttt_jax.evaluation.heldout import over_rows
+from ttt_jax.evaluation.heldout import map_rows
 from ttt_jax.files import write_text
 from ttt_jax.nn.transformer import Transformer
 
@@ -32,7 +32,7 @@ _FILE = "recall.jsonl"
 
 
 def make_document(tokens: int, seed: int, index: int) -> str:
-  """Document `index` of a seed, of so many bytes, an even number."""
+  """Generates document `index` of a seed, of `tokens` bytes, an even number."""
   rng = np.random.default_rng([seed, index])
   words = tokens // 2
   rates = 1 / rng.permutation(np.arange(1, len(_KEYS) + 1))  # Zipf: gaps of all lengths
@@ -44,10 +44,10 @@ def make_document(tokens: int, seed: int, index: int) -> str:
 
 
 def write_documents(directory: str | Path, *, documents: int, tokens: int, seed: int) -> Path:
-  """Writes documents for `data.path`, as `recall.jsonl` in a directory that has none yet.
+  """Writes documents for `data.path` to `recall.jsonl` in a directory, which must not have one.
 
   Raises:
-    UserError: sizes out of range, or the file is there already.
+    UserError: a size is out of range, or the file exists.
   """
   if documents < 2 or tokens < 4 or tokens % 2:
     raise UserError(
@@ -63,10 +63,10 @@ def write_documents(directory: str | Path, *, documents: int, tokens: int, seed:
 
 
 def distances(row: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
-  """For every key how many tokens before it came last, 0 for one that is new and for other tokens.
+  """Returns for every key the tokens since its last occurrence, 0 for a new key and for other tokens.
 
   Raises:
-    UserError: no key of the row comes a second time: it is another kind of text.
+    UserError: no key of the row occurs twice: it is another kind of text.
   """
   result = np.zeros(len(row), np.int64)
   last = {}
@@ -85,8 +85,8 @@ def distances(row: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
 def recalled(
   model: Transformer, rows: Int[np.ndarray, "B T"], mesh: Mesh, *, update: bool = True
 ) -> Bool[np.ndarray, "B S"]:
-  """Whether the likeliest token after each token but the last is the one that comes."""
-  return over_rows(partial(_likeliest, model, update=update), rows, mesh)[:, :-1] == rows[:, 1:]
+  """Tells for each token but the last whether the likeliest next token is the actual one."""
+  return map_rows(partial(_likeliest, model, update=update), rows, mesh)[:, :-1] == rows[:, 1:]
 
 
 @partial(jax.jit, static_argnames="update")
@@ -97,28 +97,28 @@ def _likeliest(model: Transformer, rows: Int[Array, "B T"], *, update: bool) -> 
 def by_distance(
   right: Bool[np.ndarray, "B S"], rows: Int[np.ndarray, "B T"], window: int, windows: int = 16
 ) -> list[dict[str, Any]]:
-  """How often the value was right, by the distance to the last time in attention windows, doubling.
+  """Returns the recall accuracy by the distance to the key's last occurrence, in bins that double.
 
   Args:
-    right: from `recalled`.
+    right: the result of `recalled`.
     rows: the documents.
-    window: tokens that attention sees.
-    windows: the last part begins at so many windows.
+    window: tokens that attention sees, the unit of distances.
+    windows: the distance in windows at which the last bin begins.
   """
   distance = np.stack([distances(row) for row in rows])[:, :-1]
   edges = [0, 1, *(2**i for i in range(1, windows.bit_length())), None]
   table = []
   for low, high in pairwise(edges):
-    there = (distance > low * window) & (distance > 0)
+    in_bin = (distance > low * window) & (distance > 0)
     if high is not None:
-      there &= distance <= high * window
-    count = int(there.sum())
+      in_bin &= distance <= high * window
+    count = int(in_bin.sum())
     table.append(
       {
         "from": low * window,
         "to": None if high is None else high * window,
         "queries": count,
-        "right": float(right[there].mean()) if count else None,
+        "right": float(right[in_bin].mean()) if count else None,
       }
     )
   return table

@@ -1,4 +1,4 @@
-"""`ttt-jax eval recall`: how often the model of a run knows a value again; a table, JSON and a picture."""
+"""`ttt-jax eval recall`: measures recall accuracy and writes a table, JSON and a plot."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ttt_jax.evaluation.plots import plot_recall
 from ttt_jax.evaluation.recall import CHANCE, by_distance, recalled
 from ttt_jax.files import write_json
 from ttt_jax.parallel.mesh import make_mesh
-from ttt_jax.parallel.processes import is_main, on_main, together
+from ttt_jax.parallel.processes import is_main, on_every_process, on_main
 
 
 def run_recall(
@@ -27,17 +27,20 @@ def run_recall(
   out: Path | None = None,
   console: Console | None = None,
 ) -> dict[str, Any]:
-  """Reads the held-out documents with updates on, off, and with the twin if the run has one.
+  """Reads the held-out documents with updates on, with updates off, and with the twin if the run has one.
 
   Writes `recall.json` and `recall.png`.
 
   Args:
-    window: tokens by which distances are counted; None: `attention.window`.
-    out: directory, made if it is not there; None: the run's.
+    config: the model, and the held-out documents that it reads.
+    is_run: whether the model is in a run's checkpoints; otherwise it is that of `init_from`.
+    window: the unit of distances, in tokens; None for `attention.window`.
+    out: the directory, created if missing; None for the run's.
+    console: the output; None for that of the main process.
 
   Raises:
-    UserError: no window and none in the config, tokens that are not bytes; documents of another kind;
-      no checkpoint.
+    UserError: neither argument nor config has a window, tokens are not bytes, the documents are not those
+      of the recall task, or there is no checkpoint.
   """
   console = Console(quiet=not is_main()) if console is None else console
   config = resolve_run(config) if is_run else resolve(config)
@@ -56,7 +59,7 @@ def run_recall(
   run_dir = Path(config.resolved_run_dir)
   out = run_dir if out is None else out
   rows = heldout_rows(
-    together(lambda: load_data(config)).sources,
+    on_every_process(lambda: load_data(config)).sources,
     seq_len=config.eval_seq_len,
     max_documents=config.eval.documents,
     seed=config.seed,
@@ -95,7 +98,7 @@ def _write(report: dict[str, Any], out: Path, console: Console) -> None:
 def _print(report: dict[str, Any], console: Console) -> None:
   tables = report["by_distance"]
   table = Table()
-  for title in ("tokens since the key came last", "windows", "asked", *tables):
+  for title in ("tokens since the key's last occurrence", "windows", "queries", *tables):
     table.add_column(title, justify="right")
   for rows in zip(*tables.values()):
     low, high, window = rows[0]["from"], rows[0]["to"], report["window"]
@@ -104,7 +107,7 @@ def _print(report: dict[str, Any], console: Console) -> None:
     shares = ("-" if row["right"] is None else f"{row['right']:.1%}" for row in rows)
     table.add_row(distance, windows, str(rows[0]["queries"]), *shares)
   console.print(
-    f"values known again, {report['documents']} held-out documents of {report['tokens']} bytes; by chance "
+    f"recall accuracy on {report['documents']} held-out documents of {report['tokens']} bytes; chance is "
     f"{report['chance']:.1%}",
     highlight=False,
   )

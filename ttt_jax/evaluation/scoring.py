@@ -1,6 +1,6 @@
-"""How likely a model finds texts, and what it writes, for many texts of different lengths together.
+"""Scores and continues batches of texts of different lengths, as an evaluation harness needs it.
 
-What an evaluation harness asks of a model, without the harness; `harness.py` is the adapter.
+`harness.py` is the adapter to the harness.
 """
 
 import json
@@ -21,10 +21,10 @@ from ttt_jax.nn.loss import IGNORE, LOGITS_AT_ONCE, in_pieces, token_losses
 from ttt_jax.nn.transformer import Transformer, next_token_logits
 
 _SMALLEST_ROW = 64
-# The names of the greatest number of new tokens, the first one that is given counts.
+# Names of the largest number of new tokens; the first one that is set counts.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _GENERATION = ("until", *_LENGTHS, "do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
-# Options of `transformers` that are not there, and the values with which they change nothing.
+# Options of `transformers` that are not supported, and their values without effect.
 _NEUTRAL = {
   "num_beams": (1,),
   "num_beam_groups": (1,),
@@ -38,20 +38,20 @@ _NEUTRAL = {
   "eta_cutoff": (0,),
   "min_length": (0,),
   "min_new_tokens": (0,),
-  "early_stopping": (False, True),  # of beams
+  "early_stopping": (False, True),  # only for beam search
   "use_cache": (False, True),
 }
 
 
 class Score(NamedTuple):
-  """Of a continuation: the sum of its tokens' log-probabilities, and whether each is the likeliest."""
+  """Holds the sum of a continuation's log-probabilities, and whether every token is the likeliest."""
 
   loglikelihood: float
   greedy: bool
 
 
 class Window(NamedTuple):
-  """Tokens that are read, of which the last ones are scored."""
+  """Holds the tokens to read, and the number of last tokens to score."""
 
   tokens: list[int]
   scored: int
@@ -66,9 +66,9 @@ def token_scores(
   update: bool = True,
   at_once: int = LOGITS_AT_ONCE,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-  """log softmax(logits)[label], and argmax(logits) == label; 0 and true where the label is IGNORE.
+  """Returns log softmax(logits)[label] and argmax(logits) == label; 0 and true where the label is IGNORE.
 
-  `at_once` logits are in memory at a time.
+  At most `at_once` logits are in memory at a time.
   """
   x, _ = model.hidden(tokens, segment_ids, update=update)
 
@@ -85,26 +85,28 @@ _token_scores = jax.jit(token_scores, static_argnames=("update", "at_once"))
 
 
 def rolling_windows(tokens: Sequence[int], first: int, max_length: int | None) -> Iterator[Window]:
-  """Windows that score every token once, the first one behind `first`, each with a whole window's context.
+  """Yields windows that score every token once; each reads `max_length` tokens if the text has them.
 
-  None for the length is one window.
+  The first token is scored after the token `first`. `max_length=None` gives one window.
   """
   length = max_length or max(len(tokens), 1)
   for start in range(0, len(tokens), length):
     end = min(start + length, len(tokens))
-    begin = max(0, end - length)  # reads `length` tokens and predicts one more than it reads anew
+    begin = max(0, end - length)  # the last window overlaps the one before it
     before = [first] if begin == 0 else [tokens[begin - 1]]
     yield Window([*before, *tokens[begin:end]], end - start)
 
 
 class Scorer:
-  """Scores and continues texts, several of like length at a time.
+  """Scores and continues texts in batches of similar length.
 
   Args:
-    model: on one device.
+    model: the model, on one device.
+    tokenizer: the model's tokenizer.
     batch_size: rows at a time; they do not change each other's results.
-    max_length: tokens that are read of a text at most, the last ones; None for all, since a model whose
-      fast weights learn reads on past the positions that its attention was trained on.
+    max_length: read only this many last tokens of a text; None for all, since a model whose fast weights
+      learn can read past the positions that its attention was trained on.
+    max_gen_toks: the largest number of new tokens where a request has none.
     update: False keeps the fast weights as they are.
   """
 
@@ -130,23 +132,23 @@ class Scorer:
 
   @property
   def prefix_id(self) -> int:
-    """What the first token of a text without context is behind: bos, else eos, else a line's end."""
+    """Returns the token before a text without context: bos, else eos, else a newline."""
     ids = (self._tokenizer.bos_id, *self._tokenizer.eos_ids)
-    known = next((token for token in ids if token is not None), None)
-    if known is not None:
-      return known
+    special = next((token for token in ids if token is not None), None)
+    if special is not None:
+      return special
     return self._tokenizer.encode("\n", add_special_tokens=False)[0]
 
   def loglikelihoods(
     self, pairs: Sequence[tuple[str, str]], show: Callable[[int], None] = lambda done: None
   ) -> list[Score]:
-    """Of every continuation behind its context, which may be empty."""
+    """Scores every continuation after its context, which may be empty."""
     return self._score([self._pair(*pair) for pair in pairs], show)
 
   def rolling(
     self, texts: Sequence[str], show: Callable[[int], None] = lambda done: None
   ) -> list[float]:
-    """The log-likelihood of all of every text; past `max_length`, by `rolling_windows`."""
+    """Returns the log-likelihood of every whole text; texts past `max_length` use `rolling_windows`."""
     windows, owners = [], []
     for owner, text in enumerate(texts):
       tokens = self._tokenizer.encode(text, add_special_tokens=False)
@@ -164,16 +166,16 @@ class Scorer:
     requests: Sequence[tuple[str, dict[str, Any]]],
     show: Callable[[int], None] = lambda done: None,
   ) -> list[str]:
-    """What the model writes behind every context, up to the first of its stop texts.
+    """Continues every context, up to the first of its stop texts.
 
     Args:
-      requests: contexts, each with the harness's options, which mean what they mean to its own model of
-        `transformers`: `until`; `max_gen_toks` or a synonym; `temperature`, which samples where it is above
+      requests: contexts, each with options that mean the same as for the harness's `transformers` model:
+        `until`; `max_gen_toks` or a synonym; `temperature`, which samples where it is above
         0 unless `do_sample` is false; `top_k`, `top_p`, `min_p`. Without a `top_k`, or with one of 0 or -1,
         all tokens are drawn from. Options of `transformers` pass with values that change nothing.
 
     Raises:
-      UserError: an option that is not known, or a value out of range.
+      UserError: an option is unknown, or a value is out of range.
     """
     groups: dict[str, list[int]] = {}
     for index, (_, options) in enumerate(requests):
@@ -181,9 +183,9 @@ class Scorer:
     prompts = [self._tokenizer.encode(context) or [self.prefix_id] for context, _ in requests]
     results, done = [""] * len(requests), 0
     for options, indices in groups.items():
-      how = self._generation(json.loads(options))
+      arguments = self._generate_arguments(json.loads(options))
       for batch in self._batches(indices, [len(prompt) for prompt in prompts]):
-        texts = self._continue([prompts[index] for index in batch], **how)
+        texts = self._continue([prompts[index] for index in batch], **arguments)
         for index, text in zip(batch, texts):
           results[index] = text
         done += len(batch)
@@ -191,18 +193,18 @@ class Scorer:
     return results
 
   def _pair(self, context: str, continuation: str) -> Window:
-    """Blanks at the context's end belong to the continuation, as tokenizers have it."""
-    bare = context.rstrip()
-    context, continuation = bare, context[len(bare) :] + continuation
+    """Encodes a pair; spaces at the context's end move to the continuation, as tokenizers expect."""
+    stripped = context.rstrip()
+    context, continuation = stripped, context[len(stripped) :] + continuation
     if context:
-      read = self._tokenizer.encode(context)
+      before = self._tokenizer.encode(context)
       whole = self._tokenizer.encode(context + continuation)
     else:
-      read = [self.prefix_id]
-      whole = read + self._tokenizer.encode(continuation, add_special_tokens=False)
-    if len(whole) <= len(read):
+      before = [self.prefix_id]
+      whole = before + self._tokenizer.encode(continuation, add_special_tokens=False)
+    if len(whole) <= len(before):
       raise UserError(f"the continuation {continuation!r} has no tokens of its own")
-    scored = len(whole) - len(read)
+    scored = len(whole) - len(before)
     if self._max_length is not None:
       if scored > self._max_length:
         raise UserError(f"a continuation has {scored} tokens, max_length={self._max_length}")
@@ -213,7 +215,7 @@ class Scorer:
     results: list[Score | None] = [None] * len(windows)
     done = 0
     for batch in self._batches(range(len(windows)), [len(window.tokens) for window in windows]):
-      rows = _rows([windows[index] for index in batch], self._batch_size)
+      rows = _padded_batch([windows[index] for index in batch], self._batch_size)
       values, greedy = map(np.asarray, _token_scores(self._model, *rows, update=self._update))
       for row, index in enumerate(batch):
         results[index] = Score(float(values[row].sum(dtype=np.float64)), bool(greedy[row].all()))
@@ -222,12 +224,12 @@ class Scorer:
     return results
 
   def _batches(self, indices: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Of like lengths, the longest first: what does not fit in memory is known at once."""
+    """Yields batches of similar length, the longest first, so that a lack of memory shows at once."""
     ordered = sorted(indices, key=lambda index: -lengths[index])
     for start in range(0, len(ordered), self._batch_size):
       yield ordered[start : start + self._batch_size]
 
-  def _generation(self, options: dict[str, Any]) -> dict[str, Any]:
+  def _generate_arguments(self, options: dict[str, Any]) -> dict[str, Any]:
     _check_options(options)
     until = options.get("until") or []
     lengths = [options[name] for name in _LENGTHS if options.get(name) is not None]
@@ -239,7 +241,7 @@ class Scorer:
     }
 
   def _continue(
-    self, prompts: list[list[int]], *, until: list[str], max_new_tokens: int, **how: Any
+    self, prompts: list[list[int]], *, until: list[str], max_new_tokens: int, **sampling: Any
   ) -> list[str]:
     if self._reader is None:
       self._reader = Reader.of(self._model)
@@ -254,7 +256,7 @@ class Scorer:
       max_new_tokens=max_new_tokens,
       stop=self._stop,
       update=self._update,
-      **how,
+      **sampling,
     )
     made: list[list[int]] = [[] for _ in prompts]
     for new in stream:
@@ -262,7 +264,7 @@ class Scorer:
         row.extend(tokens)
       if all(self._ended(row, until) for row in made):
         break
-    return [_cut(self._text(row), until) for row in made]
+    return [_before_stop(self._text(row), until) for row in made]
 
   def _ended(self, tokens: list[int], until: list[str]) -> bool:
     if tokens and tokens[-1] in self._stop:
@@ -275,7 +277,7 @@ class Scorer:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-  """Raises UserError for options that are not known, or that would have an effect and are not there."""
+  """Raises UserError for unknown options, and for unsupported ones with a value that has an effect."""
   for name in sorted(set(options) - set(_GENERATION)):
     neutral = _NEUTRAL.get(name)
     if neutral is None or options[name] not in (None, *neutral):
@@ -284,7 +286,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:
-  """The arguments of `generate` that say how tokens are drawn."""
+  """Returns the sampling arguments of `generate`."""
   samples, temperature = options.get("do_sample"), options.get("temperature")
   if temperature is not None and not float(temperature) >= (0 if not samples else 1e-9):
     raise UserError(
@@ -303,14 +305,14 @@ def _sampling(options: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _cut(text: str, until: Sequence[str]) -> str:
+def _before_stop(text: str, until: Sequence[str]) -> str:
   for stop in until:
     text = text.split(stop)[0]
   return text
 
 
-def _rows(windows: Sequence[Window], rows: int):
-  """Tokens, labels and segments, of one of few shapes: padding behind the tokens, and in rows left over."""
+def _padded_batch(windows: Sequence[Window], rows: int):
+  """Returns right-padded tokens, labels and segment ids, of one of few shapes; surplus rows are padding."""
   longest = max(len(window.tokens) for window in windows) - 1
   step = max(_SMALLEST_ROW, 1 << max(0, longest.bit_length() - 3))
   shape = (rows, -(-longest // step) * step)

@@ -1,1 +1,1 @@
-"""Text from a model whose fast weights learn on: prompts, sampling, streaming, saved states."""
+"""Generates text while fast weights keep learning: prefill, sampling, streaming, saved states."""

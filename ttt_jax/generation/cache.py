@@ -1,6 +1,6 @@
-"""What a model keeps of the rows it reads on with, and how a block reads behind it.
+"""Caches what every layer has read, and reads new tokens with these caches.
 
-Rows of a batch begin and end their chunks at places of their own: each keeps the tokens of its unfinished
+Rows of a batch begin and end their chunks at different tokens: each row keeps the tokens of its unfinished
 chunk, and learns them when the chunk is full.
 """
 
@@ -22,11 +22,11 @@ from ttt_jax.parallel.mesh import Axes, constrain, context_size, over_shards
 
 
 class FastCache(NamedTuple):
-  """What a TTT layer keeps of every row it reads: what it learned, and the chunk not yet learned.
+  """A TTT layer keeps for every row its state, and the unfinished chunk that it has not learned yet.
 
   Attributes:
     s: the state after the last full chunk.
-    z, source: activations and target sources of the tokens behind it; the rest is of no meaning.
+    z, source: activations and target sources of the tokens after that chunk; other entries are arbitrary.
   """
 
   s: Float[Array, "B F D"]
@@ -41,11 +41,11 @@ FAST_CACHE = FastCache(
 
 
 class LayerCache(NamedTuple):
-  """What a layer keeps of the text read.
+  """A layer keeps this of the tokens it has read.
 
   Attributes:
-    attention: keys and values, or what the layer's mixer keeps in their place.
-    fast: of its fast weight; None where none learns.
+    attention: the KV cache, or the cache of another mixer.
+    fast: the cache of its fast weight; None where no fast weight learns.
   """
 
   attention: KeyValueCache | Any
@@ -55,7 +55,7 @@ class LayerCache(NamedTuple):
 def read_block(
   block: Block, x, embeddings, rotary, cache: LayerCache, lengths, counts, *, aligned: bool
 ) -> tuple[Float[Array, "B T D"], LayerCache]:
-  """A block's output for new tokens behind those in the cache, and the cache with them."""
+  """Returns a block's output for new tokens after the cached ones, and the cache with the new tokens."""
   with jax.named_scope("attention"):
     y, attention = block.attention.read(
       block.attention_norm(x), rotary, cache.attention, lengths, counts
@@ -75,7 +75,7 @@ def read_block(
 
 
 def empty_fast_cache(mlp: TttMlp, rows: int, dtype: DTypeLike) -> FastCache:
-  """The cache of rows that have read nothing."""
+  """Returns the cache of rows that have read nothing."""
   f, d = mlp.down.shape
   c = mlp.ttt.chunk_size
   return FastCache(
@@ -93,26 +93,26 @@ def read_token(
   lengths: Int[Array, "B"],
   counts: Int[Array, "B"],
 ) -> tuple[Float[Array, "B 1 D"], FastCache]:
-  """The output of one token per row, which joins the row's unfinished chunk if its count is 1.
+  """Returns the output of one token per row; a token of count 1 joins its row's unfinished chunk.
 
-  A chunk that is full thereby is learned by `learn_pending`, before the row's next token.
+  If the chunk is then full, `learn_pending` has to learn it before the row's next token.
   """
   z = mlp.hidden(h)
   c = cache.z.shape[1]
   rows = jnp.arange(z.shape[0], dtype=jnp.int32)
-  place = jnp.where(counts > 0, lengths % c, c)  # out of bounds: dropped
+  slot = jnp.where(counts > 0, lengths % c, c)  # out of bounds: dropped
 
-  def put(old, x):
-    return old.at[rows, place].set(x[:, 0].astype(old.dtype), mode="drop", unique_indices=True)
+  def write_token(old, x):
+    return old.at[rows, slot].set(x[:, 0].astype(old.dtype), mode="drop", unique_indices=True)
 
   slow = project("btf,fd->btd", z, mlp.down, accumulation_dtype(h.dtype))
   fast = matmul("btf,bfd->btd", z, cache.s.astype(z.dtype))
-  cache = cache._replace(z=put(cache.z, z), source=put(cache.source, source))
+  cache = cache._replace(z=write_token(cache.z, z), source=write_token(cache.source, source))
   return (slow + fast).astype(h.dtype), cache
 
 
 def learn_pending(mlp: TttMlp, cache: FastCache, row: Int[Array, ""]) -> FastCache:
-  """The cache after one row's chunk, which is full, was learned."""
+  """Learns one row's full chunk and returns the cache with its new state."""
   of_row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), cache)
   _, state = mlp.fast_weight(
     of_row.z, of_row.source, mlp.params(cache.z.dtype), state=FastWeightState(of_row.s)
@@ -131,11 +131,12 @@ def read_tokens(
   *,
   aligned: bool,
 ) -> tuple[Float[Array, "B T D"], FastCache]:
-  """The output of T new tokens, of which `counts` of a row are there, and what is learned of them.
+  """Returns the output of T right-padded new tokens, and the cache after learning their full chunks.
 
   Args:
-    aligned: no row that reads has an unfinished chunk. Else the new tokens are moved behind it, which
-      takes room for another chunk.
+    counts: the number of real tokens per row.
+    aligned: no row with new tokens has an unfinished chunk. Otherwise the new tokens are appended to that
+      chunk, which takes room for one more chunk.
   """
   z, c = mlp.hidden(h), mlp.ttt.chunk_size
   pending = jnp.zeros_like(lengths) if aligned else lengths % c
@@ -156,11 +157,11 @@ def read_tokens(
     out_dims=(tokens, *FAST_CACHE),
   )
   if not aligned:
-    place = pending[:, None] + jnp.arange(h.shape[1], dtype=jnp.int32)[None]
-    y = jnp.take_along_axis(y, place[..., None], axis=1)
-  reads = (counts > 0)[:, None, None]  # other rows keep the chunk that they have begun
+    index = pending[:, None] + jnp.arange(h.shape[1], dtype=jnp.int32)[None]
+    y = jnp.take_along_axis(y, index[..., None], axis=1)
+  has_tokens = (counts > 0)[:, None, None]  # other rows keep their unfinished chunk
   z, source = (
-    jnp.where(reads, new.astype(old.dtype), old)
+    jnp.where(has_tokens, new.astype(old.dtype), old)
     for old, new in ((cache.z, z), (cache.source, source))
   )
   return y, FastCache(s, z, source)
@@ -185,16 +186,16 @@ def _read_chunks(mlp: TttMlp, z, source, params, s, lengths, *, axes: Axes):
 def join_chunk(
   old: Float[Array, "B C N"], new: Float[Array, "B T N"], pending: Int[Array, "B"], *, room: int
 ) -> Float[Array, "B L N"]:
-  """The first `pending` tokens of `old`, then all of `new`, then anything: T + room tokens."""
+  """Joins the first `pending` tokens of `old` and all of `new`, padded to T + room tokens by any values."""
   both = jnp.concatenate([old.astype(new.dtype), new], axis=1)
-  place = jnp.arange(new.shape[1] + room, dtype=jnp.int32)[None]
-  behind = old.shape[1] + place - pending[:, None]
-  index = jnp.where(place < pending[:, None], place, jnp.minimum(behind, both.shape[1] - 1))
+  position = jnp.arange(new.shape[1] + room, dtype=jnp.int32)[None]
+  from_new = old.shape[1] + position - pending[:, None]
+  index = jnp.where(position < pending[:, None], position, jnp.minimum(from_new, both.shape[1] - 1))
   return jnp.take_along_axis(both, index[..., None], axis=1)
 
 
 def chunk_at(x, start, size, context_axis):
-  """The tokens `start` to `start + size - 1` of each row, zeros behind the row's end; on every shard."""
+  """Returns tokens `start` to `start + size - 1` of each row on every shard, zeros past the row's end."""
   index = start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
   if context_axis is not None:
     index -= x.shape[1] * jax.lax.axis_index(context_axis)

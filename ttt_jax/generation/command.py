@@ -1,4 +1,4 @@
-"""`ttt-jax generate`: prompts in, text out as it is made."""
+"""`ttt-jax generate`: continues prompts and prints the text as it is generated."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ from ttt_jax.generation.state import GenerationState, load_state
 
 
 def run(parsed: argparse.Namespace, fields: Fields) -> None:
-  """Reads what is to be read, then writes; prints text on stdout, everything else on stderr."""
+  """Prefills the prompts, then generates; prints text on stdout, everything else on stderr."""
   console = Console(stderr=True)
   prompts = _prompts(parsed)
   tokenizer = open_tokenizer(parsed.model)
@@ -40,7 +40,7 @@ def run(parsed: argparse.Namespace, fields: Fields) -> None:
     update=not parsed.no_update,
   )
   if len(prompts) == 1:
-    _show_as_made(stream, tokenizer)
+    _print_stream(stream, tokenizer)
     result = stream.result()
   else:
     for _ in stream:
@@ -55,9 +55,9 @@ def run(parsed: argparse.Namespace, fields: Fields) -> None:
 
 
 def _prompts(parsed: argparse.Namespace) -> list[str]:
-  prompts = [*parsed.prompt, *(_read(path) for path in parsed.prompt_file)]
+  prompts = [*parsed.prompt, *(_load_text(path) for path in parsed.prompt_file)]
   if not prompts and not sys.stdin.isatty():
-    prompts = [_piped()]
+    prompts = [_stdin_text()]
   if not prompts:
     raise UserError(
       "there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in"
@@ -65,14 +65,14 @@ def _prompts(parsed: argparse.Namespace) -> list[str]:
   return prompts
 
 
-def _piped() -> str:
+def _stdin_text() -> str:
   try:
     return sys.stdin.read().removeprefix("\ufeff")
   except UnicodeDecodeError as error:
-    raise UserError(f"what is piped in is not {sys.stdin.encoding} text: {error}") from error
+    raise UserError(f"the piped text is not valid {sys.stdin.encoding}: {error}") from error
 
 
-def _read(path: Path) -> str:
+def _load_text(path: Path) -> str:
   try:
     return path.read_text(encoding="utf-8-sig")
   except OSError as error:
@@ -88,14 +88,14 @@ def _start(
   rows: int,
   console: Console,
 ) -> GenerationState | None:
-  """What the model knows before the prompts: a saved state, or what it learned from a text."""
+  """Returns the state before the prompts: that of --load-state, or the fast weights after --learn."""
   if parsed.load_state is not None:
     return load_state(parsed.load_state, model)
   if parsed.learn is None:
     return None
   if not model.ttt.layers:
     raise UserError(f"--learn: {parsed.model} has no fast weights to learn with; see --ttt.layers")
-  text = _encode(tokenizer, _read(parsed.learn))
+  text = _encode(tokenizer, _load_text(parsed.learn))
   result = generate(model, [text] * rows, max_new_tokens=0)
   _say(console, f"learned {parsed.learn}: {len(text)} tokens in {result.read_seconds:.1f} s")
   return result.state.fast_weights_only()
@@ -109,8 +109,8 @@ def _text(tokenizer: Tokenizer, tokens: np.ndarray | list[int]) -> str:
   return tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
 
 
-def _show_as_made(stream: Stream, tokenizer: Tokenizer) -> None:
-  """Prints what has become certain: a character may need tokens that are yet to come."""
+def _print_stream(stream: Stream, tokenizer: Tokenizer) -> None:
+  """Prints text as soon as later tokens cannot change it: a character may take several tokens."""
   tokens, shown = [], ""
   for (made,) in stream:
     tokens.extend(made)

@@ -1,4 +1,4 @@
-"""A model laid out to read on, token by token, with a cache of what it has read."""
+"""Unstacks a model's layers for inference, and reads token by token with their caches."""
 
 import dataclasses
 import hashlib
@@ -29,11 +29,11 @@ from ttt_jax.parallel.trees import named_leaves
 
 
 class Cache(NamedTuple):
-  """What a model keeps of the rows it reads.
+  """Holds the caches of all layers for the rows of a batch.
 
   Attributes:
-    lengths: tokens read of each row: the next one's position.
-    layers: from the first to the last.
+    lengths: tokens read per row, which is the next token's position.
+    layers: the caches from the first layer to the last.
   """
 
   lengths: Int[Array, "B"]
@@ -47,11 +47,11 @@ class Cache(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Reader:
-  """Every layer of a `Transformer` by itself, as a program that reads token by token needs them.
+  """Holds the layers of a `Transformer` unstacked, for programs that read token by token.
 
-  Cut out of the stacked layers inside of such a program, they would be copied again at every call.
-  A reader takes the memory of the layers once more: delete the model if it is not needed, or donate it.
-  It keeps the parameters that it was made of, whatever is written into the model afterwards.
+  A program that slices stacked layers copies them at every call. A reader is a second copy of the layers in
+  memory: delete the model if you do not need it, or donate it. The reader keeps its parameters when the
+  model's are replaced.
   """
 
   embed: Embed
@@ -64,28 +64,29 @@ class Reader:
 
   @staticmethod
   def of(model: "Transformer | Reader", *, donate: bool = False) -> "Reader":
-    """The reader of a model: the same one at every call, while the model and its parameters stay.
+    """Returns the reader of a model, and the same reader again while the model's parameters are the same.
 
     Args:
-      model: one whose parameters change or go takes the reader that is kept for it along.
-      donate: delete the model's stacked layers one array after another, so that there are never two
-        copies of them; the model cannot be used afterwards.
+      model: the model; its reader is released when one of its parameters is replaced or freed.
+      donate: delete the model's stacked layers one array after another, so that two copies never exist;
+        the model cannot be used afterwards.
     """
     if isinstance(model, Reader):
       return model
     if donate:
-      return _reader(model, _take_apart(model))
+      return _reader(model, _unstacked_in_place(model))
     leaves = jax.tree.leaves(model)
     if not all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in leaves):
-      return _reader(model, _copied_layers(model))  # shapes only: nothing to be kept
-    kept = _KEPT.get(id(model))
-    if kept is not None:
-      arrays, reader = kept
+      return _reader(model, _copied_layers(model))  # shapes only: not worth caching
+    cached = _READERS.get(id(model))
+    if cached is not None:
+      arrays, reader = cached
       configs = reader.model, reader.attention, reader.ttt
-      if _are(arrays, leaves) and configs == (model.model, model.attention, model.ttt):
+      if _same_arrays(arrays, leaves) and configs == (model.model, model.attention, model.ttt):
         return reader
     reader = _reader(model, _copied_layers(model))
-    _KEPT[id(model)] = _references(leaves, partial(_KEPT.pop, id(model), None)), reader
+    forget = partial(_READERS.pop, id(model), None)
+    _READERS[id(model)] = _references(leaves, forget), reader
     return reader
 
   def read(
@@ -96,9 +97,9 @@ class Reader:
     *,
     aligned: bool = False,
   ) -> tuple[Float[Array, "B V"], Cache]:
-    """Reads new tokens behind those in a cache, made by `empty_cache`; fast weights learn on.
+    """Reads new tokens after the cached ones; fast weights keep learning.
 
-    Arguments are those of `hidden`.
+    The arguments are those of `hidden`.
 
     Returns:
       The logits of the successor of each row's last new token, in float32 or wider, and the cache.
@@ -117,22 +118,23 @@ class Reader:
     *,
     aligned: bool = False,
   ) -> tuple[Float[Array, "B T D"], Cache]:
-    """What the logits of every new token are made of, and the cache with the new tokens.
+    """Returns the last block's output for every new token, and the cache with the new tokens.
 
-    A row's chunk that is full after a call with one token is not learned yet: `learn_pending` does
-    that, before the row's next token.
+    If a call with one token completes a row's chunk, `learn_pending` has to learn the chunk before the
+    row's next token.
 
     Args:
-      tokens: T new tokens a row, of which the first `counts` are there; the others fill up rows of
-        different lengths.
-      aligned: no row that reads has an unfinished chunk, which saves work.
+      tokens: T new tokens per row, right-padded.
+      cache: the cache, first made by `empty_cache`.
+      counts: the number of real tokens per row.
+      aligned: no row with new tokens has an unfinished chunk, which saves work.
     """
-    place = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=cache.lengths.dtype)[None]
+    position = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=cache.lengths.dtype)[None]
     config = self.model
     angles = rotary_angles(
-      place.reshape(-1), config.head_size, config.rope_theta, config.rope_scaling
+      position.reshape(-1), config.head_size, config.rope_theta, config.rope_scaling
     )
-    rotary = tuple(a.reshape(*place.shape, -1) for a in angles)
+    rotary = tuple(a.reshape(*position.shape, -1) for a in angles)
     with jax.named_scope("embed"):
       x = embeddings = constrain(self.embed(tokens), "batch", split_tokens(tokens), None)
     layers = []
@@ -145,7 +147,7 @@ class Reader:
     return x, Cache(cache.lengths + counts, tuple(layers))
 
   def learn_pending(self, cache: Cache, row: Int[Array, ""]) -> Cache:
-    """The cache after every TTT layer learned one row's chunk, which is full."""
+    """Learns one row's full chunk in every TTT layer and returns the cache with the new states."""
     layers = tuple(
       layer
       if layer.fast is None
@@ -155,10 +157,12 @@ class Reader:
     return cache._replace(layers=layers)
 
   def empty_cache(self, rows: int, capacity: int, *, update: bool = True) -> Cache:
-    """Of rows that have read nothing, with room for `capacity` tokens each.
+    """Returns the cache of rows that have read nothing, with room for `capacity` tokens each.
 
     Args:
-      update: whether fast weights learn; False keeps nothing for them and reads with W.
+      rows: the number of rows.
+      capacity: tokens per row.
+      update: whether fast weights learn; False caches nothing for them and reads with W.
     """
     dtype = jnp.dtype(self.model.dtype)
     layers = []
@@ -169,65 +173,67 @@ class Reader:
     return Cache(jnp.zeros((rows,), jnp.int32), tuple(layers))
 
   def mesh(self) -> Mesh | None:
-    """The mesh that the parameters lie on; None for a single device."""
-    where = self.embed.table[...].sharding
-    return where.mesh if isinstance(where, NamedSharding) and where.mesh.size > 1 else None
+    """Returns the mesh of the parameters; None for a single device."""
+    sharding = self.embed.table[...].sharding
+    return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
 
   def fingerprint(self) -> str:
-    """A number that tells models apart: of their configs and of every bit of their parameters.
+    """Returns a hash of the configs and of every bit of the parameters, which tells models apart.
 
-    All parameters are read for it, once.
+    The first call reads all parameters.
     """
     leaves = jax.tree.leaves(self)
-    arrays, known = self.__dict__.get(_FINGERPRINT, ((), ""))
-    if not known or not _are(arrays, leaves):
-      known = self._computed_fingerprint()
-      object.__setattr__(self, _FINGERPRINT, (_references(leaves), known))
-    return known
+    arrays, fingerprint = self.__dict__.get(_FINGERPRINT, ((), ""))
+    if not fingerprint or not _same_arrays(arrays, leaves):
+      fingerprint = self._computed_fingerprint()
+      object.__setattr__(self, _FINGERPRINT, (_references(leaves), fingerprint))
+    return fingerprint
 
   def _computed_fingerprint(self) -> str:
     configs = [
       {
         name: value
         for name, value in dataclasses.asdict(config).items()
-        # A field that a later version adds changes nothing where it is not used.
-        if name not in computed and value != getattr(type(config)(), name)
+        # A field at its default does not count, so that a later version can add fields.
+        if name not in ignored and value != getattr(type(config)(), name)
       }
-      for config, computed in zip((self.model, self.attention, self.ttt), _HOW_COMPUTED)
+      for config, ignored in zip((self.model, self.attention, self.ttt), _IGNORED_FIELDS)
     ]
     sums = {name: int(x) for name, x in named_leaves(_bit_sums(self), ".").items()}
     text = json.dumps([configs, sums], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# Fields of the three configs that say how numbers are computed, not which; a layer's mixer and its short
-# convolution show in the names of its parameters.
-_HOW_COMPUTED = (
+# Fields of the model, attention and ttt configs that do not count in the fingerprint: they choose how the
+# same numbers are computed, or, as a layer's mixer and short convolution, show in the names of its
+# parameters.
+_IGNORED_FIELDS = (
   ("remat",),
   ("implementation", "balance", "mixer", "mixer_layers", "short_conv"),
   ("implementation", "merge", "collective", "wire_dtype"),
 )
 
 
-_FINGERPRINT = "_fingerprint"  # of a reader: references to its parameters, and theirs
-# By the id of a model: references to its parameters, and the reader made of them.
-_KEPT: dict[int, tuple[tuple[weakref.ref, ...], Reader]] = {}
+# The attribute in which a reader keeps references to its parameters, and their fingerprint.
+_FINGERPRINT = "_fingerprint"
+# Readers by the id of their model, each with references to the model's parameters.
+_READERS: dict[int, tuple[tuple[weakref.ref, ...], Reader]] = {}
 
 
 def _references(
   leaves: list[Array], forget: Callable[[], Any] = lambda: None
 ) -> tuple[weakref.ref, ...]:
-  """Weak references, so that what is kept for some arrays does not outlive them."""
+  """Makes weak references to arrays; `forget` is called when one of the arrays is freed."""
   return tuple(weakref.ref(x, lambda _: forget()) for x in leaves)
 
 
-def _are(arrays: tuple[weakref.ref, ...], leaves: list[Array]) -> bool:
-  """Whether they refer to these very arrays: a module's parameters may be written anew."""
-  return len(arrays) == len(leaves) and all(ref() is x for ref, x in zip(arrays, leaves))
+def _same_arrays(references: tuple[weakref.ref, ...], leaves: list[Array]) -> bool:
+  """Tells whether the references are to these very arrays: a module's parameters may be replaced."""
+  return len(references) == len(leaves) and all(ref() is x for ref, x in zip(references, leaves))
 
 
 def _reader(model: Transformer, blocks: list[Block]) -> Reader:
-  # Modules of its own, so that a reader is not half new after a training step in place.
+  # New modules: else a training step that replaces parameters in place would change half of the reader.
   embed, norm, head = jax.tree.map(lambda x: x, (model.embed, model.norm, model.head))
   return Reader(embed, blocks, norm, head, model.model, model.attention, model.ttt)
 
@@ -236,9 +242,9 @@ def _copied_layers(model: Transformer) -> list[Block]:
   return [_layer(model.groups[g][p], r) for g, p, r in model.layers()]
 
 
-def _take_apart(model: Transformer) -> list[Block]:
-  """The layers of a model whose stacks are deleted, each as soon as it is cut."""
-  cut = {}
+def _unstacked_in_place(model: Transformer) -> list[Block]:
+  """Slices a model's stacked layers, deletes each stack as soon as it is sliced, and returns the layers."""
+  layers = {}
   for g, group in enumerate(model.groups):
     for p, stacked in enumerate(group):
       stacks, structure = jax.tree.flatten(stacked)
@@ -247,8 +253,8 @@ def _take_apart(model: Transformer) -> list[Block]:
         parts.append(_slices(stack))
         stack.delete()
       for r, layer in enumerate(zip(*parts)):
-        cut[g, p, r] = jax.tree.unflatten(structure, layer)
-  return [cut[place] for place in model.layers()]
+        layers[g, p, r] = jax.tree.unflatten(structure, layer)
+  return [layers[index] for index in model.layers()]
 
 
 @jax.jit
@@ -263,11 +269,11 @@ def _layer(blocks: Block, repeat: int) -> Block:
 
 @jax.jit
 def _bit_sums(reader: Reader) -> Any:
-  """Of every parameter, the sum of its numbers' bits times their places: equal on every mesh."""
+  """Sums each parameter's elements as integers, weighted by their index from 1: equal on every mesh."""
 
   def bit_sum(x):
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    places = jnp.arange(1, bits.size + 1, dtype=jnp.uint32).reshape(bits.shape)
-    return jnp.sum(bits.astype(jnp.uint32) * places, dtype=jnp.uint32)
+    indices = jnp.arange(1, bits.size + 1, dtype=jnp.uint32).reshape(bits.shape)
+    return jnp.sum(bits.astype(jnp.uint32) * indices, dtype=jnp.uint32)
 
   return jax.tree.map(bit_sum, reader)

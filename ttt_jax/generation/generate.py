@@ -1,7 +1,8 @@
-"""Generation in batches: prompts are read in segments, then one token per row and step.
+"""Generates in batches: prompts are prefilled in pieces, then every step makes one token per row.
 
-Rows have prompts of different lengths, fast weights and chunks of their own. Two programs do the work,
-`_read` for a segment and `_write` for a run of steps; a third, `_learn`, runs when a row's chunk is full.
+Rows have prompts of different lengths, and each row has its own fast weights and chunks. Two compiled
+programs do the work, `_prefill` for a piece and `_write` for several steps; a third, `_learn`, runs when a
+row's chunk is full.
 """
 
 import time
@@ -19,32 +20,32 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.errors import UserError
 from ttt_jax.generation.decoder import Cache, Reader
-from ttt_jax.generation.pieces import room_for, row_shards, segment_length
+from ttt_jax.generation.pieces import piece_length, room_for, row_shards
 from ttt_jax.generation.sampling import check_sampling, sample
 from ttt_jax.generation.state import (
-  NOTHING,
+  NO_TOKEN,
   GenerationState,
+  copy_to_model,
   grow,
   new_state,
-  place,
   state_shardings,
 )
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.parallel.parameters import shardings
 
-_STEPS = 16  # tokens made between two looks of the host
+_STEPS = 16  # tokens per row of one call of `_write`, after which the host sees them
 
 
 @dataclass(frozen=True)
 class Generation:
-  """What `generate` returns.
+  """`generate` returns this: the tokens, and the state from which another call continues.
 
   Attributes:
-    tokens: prompts and what follows; rows that are shorter end with -1.
-    prompt_lengths, lengths: tokens of each row: given, and in all.
-    state: to go on from.
-    read_seconds, write_seconds: for the prompts, and for the new tokens; both with compilation, if any.
+    tokens: prompts and new tokens, right-padded with -1.
+    prompt_lengths, lengths: the number of prompt tokens and of all tokens, per row.
+    state: the state after these tokens.
+    read_seconds, write_seconds: time for the prompts and for the new tokens, both with compilation, if any.
   """
 
   tokens: Int[np.ndarray, "B T"]
@@ -56,7 +57,7 @@ class Generation:
 
   @property
   def new_tokens(self) -> list[np.ndarray]:
-    """What was made for each row."""
+    """Returns the new tokens of each row."""
     return [
       row[start:end] for row, start, end in zip(self.tokens, self.prompt_lengths, self.lengths)
     ]
@@ -76,30 +77,31 @@ def generate(
   state: GenerationState | None = None,
   update: bool = True,
 ) -> Generation:
-  """Continues every row; its fast weights learn along the prompt and along what it writes.
+  """Continues every row; its fast weights learn along the prompt and along the new tokens.
 
-  A row's chunks are counted from its first token, over prompt and new tokens, and over what earlier calls
-  read into `state`. A chunk is learned when it is full; its own tokens are read with the weights before.
-  Runs on the devices that hold the model, prompts split over the mesh's `context` axis, rows over `data`
-  and `fsdp`.
+  A row's chunks are counted from its first token, over the tokens of earlier calls in `state`, the prompt
+  and the new tokens. A chunk is learned when it is full; its own tokens are read with the state before it.
+  Runs on the devices that hold the model, with prompts split over the mesh's `context` axis and rows over
+  `data` and `fsdp`.
 
   Args:
-    model: its layers are copied once, and the copy stays until its parameters change or go; give
-      `Reader.of(model, donate=True)` where there is no room for both.
-    tokens: prompts, `[B, T]` or lists of different lengths. With a state, what follows it: may be empty.
-    max_new_tokens: for each row.
-    temperature: 0 takes the likeliest token.
-    top_k: draw from so many of the likeliest tokens; None from all.
-    top_p: draw, of these, from the fewest whose probabilities sum to at least this; None from all.
-    min_p: draw from the tokens that are at least this times as likely as the likeliest; None from all.
-    seed: of the draws. A row's draws do not depend on the other rows, nor on interruptions.
-    stop: tokens after which a row ends; None for the model's own, () for none.
-    state: what an earlier call returned, with as many rows; it stays usable.
+    model: the model. Its layers are copied once, and the copy stays until a parameter is replaced or freed;
+      give `Reader.of(model, donate=True)` where memory does not hold both.
+    tokens: prompts, `[B, T]` or lists of different lengths. With a state they follow its tokens, and may be
+      empty.
+    max_new_tokens: the largest number of new tokens per row.
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: draw from this many likeliest tokens; None for all.
+    top_p: draw, of these, from the fewest whose probabilities sum to at least this; None for all.
+    min_p: draw from the tokens that are at least this times as likely as the likeliest; None for all.
+    seed: the seed of the draws. A row's draws do not depend on the other rows, nor on interruptions.
+    stop: tokens after which a row ends; None for the model's end tokens, () for none.
+    state: the state of an earlier call with as many rows; it stays usable.
     update: False keeps the fast weights as they are.
 
   Raises:
-    UserError: an empty prompt, a token out of the vocabulary, a value out of range, another model's
-      state.
+    UserError: a prompt is empty, a token is outside the vocabulary, a value is out of range, or the state
+      belongs to another model.
 
   Example:
       result = ttt_jax.generate(model, [[5, 7, 9], [4]], max_new_tokens=20)
@@ -124,9 +126,9 @@ def generate(
 
 
 class Stream:
-  """`generate` as an iterator: yields, for each row, the tokens made since the last time.
+  """Iterates over the new tokens of `generate`: yields, for each row, the tokens made since the last yield.
 
-  Reads the prompts when it is made. `result()` may be called at any time and says where things stand.
+  The constructor prefills the prompts. `result()` can be called at any time.
   """
 
   def __init__(
@@ -157,9 +159,9 @@ class Stream:
     _check_positions(model, self._prompts, max_new_tokens, state)
     self._mesh = model.mesh()
     self._chunk = model.ttt.chunk_size if model.ttt.layers and update else None
-    self._left = max_new_tokens
+    self._remaining = max_new_tokens
     self._written: list[list[int]] = [[] for _ in self._prompts]
-    self._how = {
+    self._sampling = {
       "seed": jnp.int32(seed),
       "temperature": jnp.float32(temperature),
       "top_k": top_k,
@@ -169,8 +171,8 @@ class Stream:
     }
     started = time.perf_counter()
     with self._devices():
-      self._start(state, max_new_tokens, update)
-      self._read_prompts()
+      self._make_cache(state, max_new_tokens, update)
+      self._prefill_prompts()
     self._read_seconds = time.perf_counter() - started
     self._write_seconds = 0.0
 
@@ -178,7 +180,7 @@ class Stream:
     return self
 
   def __next__(self) -> list[list[int]]:
-    if not self._left or not self._active.any():
+    if not self._remaining or not self._active.any():
       raise StopIteration
     started = time.perf_counter()
     with self._devices():
@@ -189,18 +191,18 @@ class Stream:
     return made
 
   def result(self) -> Generation:
-    """The tokens so far, and a state that later steps leave alone."""
+    """Returns the tokens so far, and a state that later steps do not change."""
     rows = [[*prompt, *written] for prompt, written in zip(self._prompts, self._written)]
     lengths = np.array([len(row) for row in rows], np.int64)
-    tokens = np.full((len(rows), lengths.max()), NOTHING, np.int32)
+    tokens = np.full((len(rows), lengths.max()), NO_TOKEN, np.int32)
     for row, filled in zip(rows, tokens):
       filled[: len(row)] = row
-    kept = jax.tree.map(lambda x: jnp.copy(x[: len(rows)]), (self._cache, self._logits))
+    copies = jax.tree.map(lambda x: jnp.copy(x[: len(rows)]), (self._cache, self._logits))
     return Generation(
       tokens=tokens,
       prompt_lengths=np.array([len(prompt) for prompt in self._prompts], np.int64),
       lengths=lengths,
-      state=GenerationState(*kept, self._reader),
+      state=GenerationState(*copies, self._reader),
       read_seconds=self._read_seconds,
       write_seconds=self._write_seconds,
     )
@@ -208,10 +210,10 @@ class Stream:
   def _devices(self):
     return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-  def _start(self, state: GenerationState | None, max_new_tokens: int, update: bool) -> None:
-    """Places a cache with room for all that will be read."""
+  def _make_cache(self, state: GenerationState | None, max_new_tokens: int, update: bool) -> None:
+    """Makes the cache, or copies that of `state`, with room for the prompts and all new tokens."""
     real = len(self._prompts)
-    rows = real + -real % row_shards(self._mesh)  # rows of nothing fill up
+    rows = real + -real % row_shards(self._mesh)  # empty rows fill up the shards
     new = np.array([len(prompt) + max_new_tokens for prompt in self._prompts])
     self._active = np.arange(rows) < real
     if state is None:
@@ -219,25 +221,25 @@ class Stream:
       room = room_for(int(new.max()))
       self._cache, self._logits = new_state(self._reader, rows, room, update=update)
       return
-    here = place(state.cache, state.logits, self._reader, split_rows=False)
-    cache, logits = jax.tree.map(lambda x: _pad_rows(x, rows), here)
+    copied = copy_to_model(state.cache, state.logits, self._reader, split_rows=False)
+    cache, logits = jax.tree.map(lambda x: _pad_rows(x, rows), copied)
     self._lengths = np.asarray(cache.lengths).astype(np.int64)
     cache = grow(cache, self._reader, room_for(int(np.max(self._lengths[:real] + new))))
-    self._cache, self._logits = place(cache, logits, self._reader, split_rows=True)
+    self._cache, self._logits = copy_to_model(cache, logits, self._reader, split_rows=True)
 
-  def _read_prompts(self) -> None:
+  def _prefill_prompts(self) -> None:
     rest = [list(prompt) for prompt in self._prompts]
     rest += [[] for _ in range(len(self._active) - len(rest))]
     while any(rest):
       begun = self._lengths % self._chunk if self._chunk else np.zeros_like(self._lengths)
-      length = segment_length([len(prompt) for prompt in rest], begun, self._chunk or 1)
-      # All rows end at a chunk's end, or at their own.
+      length = piece_length([len(prompt) for prompt in rest], begun, self._chunk or 1)
+      # Every row stops at the end of a chunk or of its prompt.
       counts = np.minimum([len(prompt) for prompt in rest], np.maximum(length - begun, 0))
       tokens = np.zeros((len(rest), length), np.int32)
       for row, count in enumerate(counts):
         tokens[row, :count] = rest[row][:count]
         del rest[row][:count]
-      self._logits, self._cache = _read(
+      self._logits, self._cache = _prefill(
         self._reader,
         tokens,
         self._logits,
@@ -249,8 +251,8 @@ class Stream:
     jax.block_until_ready(self._logits)
 
   def _write(self) -> list[list[int]]:
-    """Makes tokens until some are to be shown, a row's chunk is full, or all rows have ended."""
-    steps = min(_STEPS, self._left)
+    """Makes at most `_STEPS` tokens per row; stops at a row's full chunk, or when all rows have ended."""
+    steps = min(_STEPS, self._remaining)
     made, active, self._logits, self._cache = _write(
       self._reader,
       self._logits,
@@ -258,22 +260,22 @@ class Stream:
       self._active,
       np.int32(steps),
       chunk_size=self._chunk,
-      **self._how,
+      **self._sampling,
     )
     made = np.asarray(made)
-    made = made[:, : np.max(np.sum(made != NOTHING, axis=1))]
-    counts = np.sum(made != NOTHING, axis=1)
-    self._left -= made.shape[1]
+    made = made[:, : np.max(np.sum(made != NO_TOKEN, axis=1))]
+    counts = np.sum(made != NO_TOKEN, axis=1)
+    self._remaining -= made.shape[1]
     self._lengths += counts
     self._active = np.asarray(active)
     if self._chunk:
       for row in np.flatnonzero((counts > 0) & (self._lengths % self._chunk == 0)):
         self._cache = _learn(self._reader, self._cache, np.int32(row))
-    return [row[row != NOTHING].tolist() for row in made[: len(self._prompts)]]
+    return [row[row != NO_TOKEN].tolist() for row in made[: len(self._prompts)]]
 
 
 @partial(jax.jit, static_argnames="aligned", donate_argnames=("logits", "cache"))
-def _read(
+def _prefill(
   reader: Reader,
   tokens: Int[Array, "B T"],
   logits: Float[Array, "B V"],
@@ -282,7 +284,7 @@ def _read(
   *,
   aligned: bool,
 ) -> tuple[Float[Array, "B V"], Cache]:
-  """Reads a segment; rows without new tokens keep their logits."""
+  """Reads one piece of the prompts; rows without new tokens keep their logits."""
   new, cache = reader.read(tokens, cache, counts, aligned=aligned)
   return jnp.where((counts > 0)[:, None], new, logits), cache
 
@@ -290,42 +292,45 @@ def _read(
 def trace_read(
   model: Transformer, mesh: Mesh, rows: int, tokens: int
 ) -> tuple[jax.stages.Traced, int]:
-  """The program that reads a whole segment of prompts, traced on a mesh that need not exist.
+  """Traces the prefill of a whole piece of prompts, on a mesh that need not exist.
 
   Args:
-    model: of arrays or `jax.ShapeDtypeStruct`; only its shapes and dtypes count.
-    rows, tokens: of the prompts.
+    model: a model of arrays or `jax.ShapeDtypeStruct`; only its shapes and dtypes count.
+    mesh: the mesh.
+    rows, tokens: the size of the prompts.
 
   Returns:
-    The program, to be compiled under `jax.set_mesh(mesh)`, and the tokens of a row in a segment.
+    The program, to be compiled under `jax.set_mesh(mesh)`, and the tokens per row of a piece.
   """
 
-  def placed(shapes, where):
+  def with_shardings(shapes, shardings):
     return jax.tree.map(
-      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      shapes,
+      shardings,
     )
 
   reader = jax.eval_shape(Reader.of, model)
-  reader = placed(reader, shardings(reader, mesh))
+  reader = with_shardings(reader, shardings(reader, mesh))
   config = reader.model
   with jax.set_mesh(mesh):
-    segment = segment_length([tokens], np.zeros(1, int), reader.ttt.chunk_size)
+    length = piece_length([tokens], np.zeros(1, int), reader.ttt.chunk_size)
     state = {
       "cache": jax.eval_shape(lambda: reader.empty_cache(rows, room_for(tokens))),
       "logits": jax.ShapeDtypeStruct(
         (rows, config.vocab_size), accumulation_dtype(jnp.dtype(config.dtype))
       ),
     }
-    state = placed(state, state_shardings(state, mesh, split_rows=True))
-    program = _read.trace(
+    state = with_shardings(state, state_shardings(state, mesh, split_rows=True))
+    program = _prefill.trace(
       reader,
-      jax.ShapeDtypeStruct((rows, segment), jnp.int32),
+      jax.ShapeDtypeStruct((rows, length), jnp.int32),
       state["logits"],
       state["cache"],
       jax.ShapeDtypeStruct((rows,), jnp.int32),
       aligned=True,
     )
-  return program, segment
+  return program, length
 
 
 @partial(
@@ -350,23 +355,23 @@ def _write(
 ) -> tuple[Int[Array, "B steps"], Bool[Array, "B"], Float[Array, "B V"], Cache]:
   """Draws a token for every active row and reads it, up to `limit` times.
 
-  Ends earlier when all rows have ended, or when a chunk is full and has to be learned.
+  Stops earlier when all rows have ended, or when a chunk is full and has to be learned.
 
   Returns:
-    The tokens (-1 where a row made none), the rows that go on, and where they stand.
+    The tokens (-1 where a row made none), the rows that have not ended, the logits and the cache.
   """
   ends = jnp.asarray(stop, jnp.int32)
 
-  def goes_on(carry):
+  def unfinished(carry):
     step, active, full, *_ = carry
     return (step < limit) & jnp.any(active) & ~full
 
-  def make(carry):
+  def step_once(carry):
     step, active, _, made, logits, cache = carry
     token = sample(logits, seed, cache.lengths, temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     new, cache = reader.read(jnp.where(active, token, 0)[:, None], cache, active.astype(jnp.int32))
     logits = jnp.where(active[:, None], new, logits)
-    made = made.at[:, step].set(jnp.where(active, token, NOTHING))
+    made = made.at[:, step].set(jnp.where(active, token, NO_TOKEN))
     full = jnp.zeros((), bool)
     if chunk_size is not None:
       full = jnp.any(active & (cache.lengths % chunk_size == 0))
@@ -374,9 +379,9 @@ def _write(
       active &= jnp.all(token[:, None] != ends[None], axis=1)
     return step + 1, active, full, made, logits, cache
 
-  made = jnp.full((logits.shape[0], _STEPS), NOTHING, jnp.int32)
+  made = jnp.full((logits.shape[0], _STEPS), NO_TOKEN, jnp.int32)
   start = (jnp.int32(0), active, jnp.zeros((), bool), made, logits, cache)
-  _, active, _, made, logits, cache = jax.lax.while_loop(goes_on, make, start)
+  _, active, _, made, logits, cache = jax.lax.while_loop(unfinished, step_once, start)
   return made, active, logits, cache
 
 
@@ -386,7 +391,7 @@ def _learn(reader: Reader, cache: Cache, row: Int[Array, ""]) -> Cache:
 
 
 def _prompts(tokens, vocab_size: int, state: GenerationState | None) -> list[list[int]]:
-  """The prompts as lists; raises UserError for what cannot be read."""
+  """Returns the prompts as lists; raises UserError for prompts that the model cannot read."""
   if isinstance(tokens, (jax.Array, np.ndarray)):
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
       raise UserError(
@@ -419,7 +424,7 @@ def _check_positions(model, prompts, max_new_tokens, state) -> None:
   if limit is not None and longest > limit:
     warnings.warn(
       f"{longest} tokens are more than the model's max_positions={limit}: its attention was not trained "
-      "there; its fast weights read on",
+      "there; its fast weights keep learning",
       stacklevel=4,
     )
 

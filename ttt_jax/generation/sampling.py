@@ -1,4 +1,4 @@
-"""Which token comes next, given the logits, and which is the last."""
+"""Draws the next token from logits, and names the tokens that end a text."""
 
 import math
 
@@ -12,12 +12,12 @@ from ttt_jax.errors import UserError
 
 
 def stop_tokens(model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-  """The tokens that end a text: the model's own, and those that end its tokenizer's texts.
+  """Returns the ids that end a text, of the model's config and of its tokenizer.
 
-  A model that was trained from scratch has none of its own.
+  The config of a model that was trained from scratch has none.
   """
-  known = () if tokenizer is None else tokenizer.eos_ids
-  ids = dict.fromkeys((*model.eos_ids, *known))
+  tokenizer_ids = () if tokenizer is None else tokenizer.eos_ids
+  ids = dict.fromkeys((*model.eos_ids, *tokenizer_ids))
   return tuple(token for token in ids if token < model.vocab_size)
 
 
@@ -45,11 +45,11 @@ def sample(
   top_p: float | None,
   min_p: float | None = None,
 ) -> Int[Array, "B"]:
-  """A token per row from `softmax(logits / temperature)`, or the likeliest at temperature 0.
+  """Draws a token per row from `softmax(logits / temperature)`, or takes the likeliest at temperature 0.
 
-  Only the `top_k` likeliest tokens are drawn from, of these the fewest whose probabilities sum to at least
-  `top_p`, and of these the ones at least `min_p` times as likely as the likeliest. What a row draws depends
-  on the seed, its index and the position of the token alone: not on the rows beside it, nor on where a text
+  Candidates are the `top_k` likeliest tokens, of these the fewest whose probabilities sum to at least
+  `top_p`, and of these the tokens at least `min_p` times as likely as the likeliest. A row's draw depends
+  only on the seed, the row's index and the token's position: neither on other rows, nor on where generation
   was interrupted.
   """
   likeliest = jnp.argmax(logits, axis=-1)
@@ -61,7 +61,7 @@ def sample(
       p = jax.nn.softmax(scaled, axis=-1)
       before = jnp.cumsum(p, axis=-1) - p
       scaled = jnp.where(before < top_p, scaled, -jnp.inf)
-    if min_p:  # log p - log max p, whatever has been dropped before
+    if min_p:  # log p - log max p does not depend on the tokens dropped before
       scaled = jnp.where(scaled - scaled[:, :1] >= math.log(min_p), scaled, -jnp.inf)
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
 
@@ -69,8 +69,8 @@ def sample(
       key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
       return jax.random.categorical(key, scaled)
 
-    place = jax.vmap(of_row)(rows, position, scaled)
-    return jnp.take_along_axis(token, place[:, None], axis=1)[:, 0]
+    index = jax.vmap(of_row)(rows, position, scaled)
+    return jnp.take_along_axis(token, index[:, None], axis=1)[:, 0]
 
   chosen = jax.lax.cond(temperature > 0, draw, lambda _: likeliest.astype(jnp.int32), None)
   return chosen.astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""What generation leaves behind, to read and write on: in memory, and in a file."""
+"""Holds, saves and loads the state from which a generation continues."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from ttt_jax.errors import UserError
-from ttt_jax.files import whole_file
+from ttt_jax.files import atomic_file
 from ttt_jax.generation.cache import FAST_CACHE
 from ttt_jax.generation.decoder import Cache, Reader
 from ttt_jax.nn.attention import KEYS_AND_VALUES
@@ -24,9 +24,9 @@ from ttt_jax.parallel.mesh import sharding
 from ttt_jax.parallel.trees import named_leaves
 
 _FORMAT = "ttt_jax generation state 1"
-NOTHING = -1  # in place of a token
+NO_TOKEN = -1  # fills rows up where there is no token
 
-# Logical dimensions of the arrays of a `Cache` but for those of mixers, and of the logits.
+# Logical dimensions of the logits and of the arrays of a `Cache`, except mixers' caches.
 _DIMENSIONS = {
   "lengths": ("batch",),
   "logits": ("batch",),
@@ -37,14 +37,14 @@ _DIMENSIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class GenerationState:
-  """Where every row of a generation stands.
+  """Holds all that generation needs to continue its rows.
 
   Attributes:
-    cache: fast weights, unfinished chunks, keys and values or the states in their place;
-      `cache.lengths` tokens of a row were read.
-    logits: of each row's next token; of no meaning where nothing was read.
-    origin: the model whose parameters give the cache its meaning, or its fingerprint. The model is kept
-      in memory until the fingerprint is asked for, or the state is saved.
+    cache: fast weights, unfinished chunks, and the KV cache or the states of other mixers, after
+      `cache.lengths` tokens of each row.
+    logits: the logits of each row's next token; arbitrary where no token was read.
+    origin: the model that made the cache, or its fingerprint. The model stays in memory until `model` is
+      read or the state is saved.
   """
 
   cache: Cache
@@ -53,31 +53,31 @@ class GenerationState:
 
   @property
   def model(self) -> str:
-    """The fingerprint of the model.
+    """Returns the fingerprint of the model.
 
     Raises:
-      UserError: the model's arrays were deleted or donated since.
+      UserError: the model's arrays have been deleted or donated.
     """
     if isinstance(self.origin, str):
       return self.origin
     if any(x.is_deleted() for x in jax.tree.leaves(self.origin)):
       raise UserError(
         "the state's model was deleted or donated before its fingerprint was taken: save the state, or "
-        "ask for state.model, before that"
+        "read state.model, before you delete the model"
       )
     fingerprint = self.origin.fingerprint()
     object.__setattr__(self, "origin", fingerprint)
     return fingerprint
 
   def check(self, reader: Reader) -> None:
-    """Raises UserError unless the state is of this model; only another reader takes fingerprints."""
+    """Raises UserError unless this model made the state; computes fingerprints only for another reader."""
     if self.origin is not reader:
       check_model(self.model, reader.fingerprint())
 
   def fast_weights_only(self) -> "GenerationState":
-    """What was learned, without the text: no keys and values, linear attention empty, positions from 0.
+    """Returns a state with only the fast weights: empty attention caches, positions from 0.
 
-    The tokens behind the last full chunk were never learned, and are gone.
+    The tokens after the last full chunk are dropped: no fast weight has learned them.
     """
     layers = tuple(
       layer._replace(
@@ -97,9 +97,9 @@ class GenerationState:
     )
 
   def save(self, path: str | Path) -> None:
-    """Writes the state to a safetensors file; one that is there is replaced only by a whole one.
+    """Writes the state to a safetensors file; an existing file stays until the new one is whole.
 
-    Slots for tokens that were not read yet are left out.
+    Empty slots of the KV cache are left out.
     """
     longest = int(jnp.max(self.cache.lengths, initial=0))
     layers = tuple(
@@ -108,7 +108,7 @@ class GenerationState:
     )
     arrays = named_leaves(Cache(self.cache.lengths, layers), ".") | {"logits": self.logits}
     metadata = {"format": _FORMAT, "model": self.model}
-    with whole_file(path) as unfinished:
+    with atomic_file(path) as unfinished:
       save_file(
         {name: jax.device_put(x, jax.devices()[0]) for name, x in arrays.items()},
         unfinished,
@@ -117,17 +117,17 @@ class GenerationState:
 
 
 def _first_slots(cache: Any, slots: int) -> Any:
-  """The keys and values of that many tokens; a state has no tokens."""
+  """Cuts a KV cache to its first slots; the cache of another mixer has no slots and stays as it is."""
   if not isinstance(cache, KeyValueCache):
     return cache
   return jax.tree.map(lambda x: x[:, :slots], cache)
 
 
 def load_state(path: str | Path, model: Transformer | Reader) -> GenerationState:
-  """A state that was saved, on the model's devices: the mesh may be another one.
+  """Loads a saved state onto the model's devices; the mesh may differ from the one that saved it.
 
   Raises:
-    UserError: no such file, not a state, or one of another model.
+    UserError: the file does not exist, is not a state, or is the state of another model.
   """
   path = Path(path)
   if not path.is_file():
@@ -153,21 +153,21 @@ def load_state(path: str | Path, model: Transformer | Reader) -> GenerationState
   return GenerationState(cache, logits, metadata["model"])
 
 
-def check_model(state_of: str, model: str) -> None:
-  """Raises UserError unless a state's fingerprint is the model's."""
-  if state_of != model:
+def check_model(state_model: str, model: str) -> None:
+  """Raises UserError unless the fingerprint of a state's model equals that of `model`."""
+  if state_model != model:
     raise UserError(
-      f"the state is of a model with fingerprint {state_of}, this one's is {model}: keys, values and "
-      "fast weights of one model mean nothing to another"
+      f"the state is of a model with fingerprint {state_model}, this model has {model}: give the state's "
+      "model, since keys, values and fast weights belong to their model"
     )
 
 
 def new_state(
   reader: Reader, rows: int, tokens: int, *, update: bool
 ) -> tuple[Cache, Float[Array, "B V"]]:
-  """The cache of rows that have read nothing, with room for `tokens` each, and logits of no meaning.
+  """Returns an empty cache with room for `tokens` per row, and placeholder logits.
 
-  Made where the model is, split over its mesh as it reads them: never whole on one device.
+  Both are allocated on the model's devices in their sharded layout: never whole on one device.
   """
   config = reader.model
 
@@ -175,20 +175,20 @@ def new_state(
     logits = jnp.zeros((rows, config.vocab_size), accumulation_dtype(jnp.dtype(config.dtype)))
     return {"cache": reader.empty_cache(rows, tokens, update=update), "logits": logits}
 
-  where = _where(jax.eval_shape(make), reader, split_rows=True)
-  return tuple(jax.jit(make, out_shardings=where)().values())
+  shardings = _shardings(jax.eval_shape(make), reader, split_rows=True)
+  return tuple(jax.jit(make, out_shardings=shardings)().values())
 
 
-def place(
+def copy_to_model(
   cache: Cache, logits: Float[Array, "B V"], reader: Reader, *, split_rows: bool
 ) -> tuple[Cache, Float[Array, "B V"]]:
-  """Copies, which can be donated, where the model is, split over its mesh as it reads them."""
+  """Returns copies, which can be donated, on the model's devices in their sharded layout."""
   arrays = {"cache": cache, "logits": logits}
-  where = _where(arrays, reader, split_rows=split_rows)
-  return tuple(jax.tree.map(jnp.copy, jax.device_put(arrays, where)).values())
+  shardings = _shardings(arrays, reader, split_rows=split_rows)
+  return tuple(jax.tree.map(jnp.copy, jax.device_put(arrays, shardings)).values())
 
 
-def _where(arrays: dict[str, Any], reader: Reader, *, split_rows: bool) -> Any:
+def _shardings(arrays: dict[str, Any], reader: Reader, *, split_rows: bool) -> Any:
   mesh = reader.mesh()
   if mesh is None:
     return reader.embed.table[...].sharding
@@ -196,19 +196,18 @@ def _where(arrays: dict[str, Any], reader: Reader, *, split_rows: bool) -> Any:
 
 
 def state_shardings(arrays: dict[str, Any], mesh: Mesh, *, split_rows: bool) -> dict[str, Any]:
-  """Where a `cache` and `logits` lie on the mesh: as the model reads them, or with whole rows."""
-
+  """Returns the sharding of every array of `cache` and `logits`; `split_rows=False` does not split rows."""
   dimensions = _DIMENSIONS | mixer_cache_dims()
 
-  def where(path, _):
+  def array_sharding(path, _):
     dims = dimensions[jax.tree_util.keystr(path[-1:], simple=True)]
     return sharding(mesh, *(dims if split_rows else (None, *dims[1:])))
 
-  return jax.tree.map_with_path(where, arrays)
+  return jax.tree.map_with_path(array_sharding, arrays)
 
 
 def grow(cache: Cache, reader: Reader, capacity: int) -> Cache:
-  """The cache with slots for rows of `capacity` tokens."""
+  """Returns the cache padded to slots for rows of `capacity` tokens."""
   like = jax.eval_shape(lambda: reader.empty_cache(cache.lengths.shape[0], capacity))
 
   def fill(x, target):

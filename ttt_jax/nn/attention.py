@@ -1,4 +1,4 @@
-"""Grouped-query attention: projections, positions and norms around `ttt_jax.ops.attention.api`."""
+"""Grouped-query attention adds projections, positions and norms to `ttt_jax.ops.attention.api`."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ from ttt_jax.ops.attention.api import attention
 from ttt_jax.ops.attention.cached import KeyValueCache, attend_span, attend_token, write
 from ttt_jax.parallel.mesh import Axes, constrain, over_shards
 
-# Logical dimensions of queries, and of a cache, which is not split along the sequence.
+# Logical dimensions of queries, and of a KV cache, which is not split along the sequence.
 _HEADS = ("batch", "sequence", "heads", None)
 KEYS_AND_VALUES = KeyValueCache(*(("batch", None, "kv_heads", None),) * 2)
 
@@ -25,7 +25,7 @@ def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
 
 
 class Attention(nnx.Module):
-  """`softmax(q k^T / sqrt(K)) v` over the tokens a token sees: its document's last `window` ones."""
+  """Computes `softmax(q k^T / sqrt(K)) v` over the last `window` tokens of a token's document."""
 
   def __init__(
     self,
@@ -40,9 +40,8 @@ class Attention(nnx.Module):
     self.query = normal_init(rngs.params(), (d, h, k), param_dtype, fan_in=d)
     self.key = normal_init(rngs.params(), (d, g, k), param_dtype, fan_in=d)
     self.value = normal_init(rngs.params(), (d, g, k), param_dtype, fan_in=d)
-    gain = (
-      2 * model.num_layers
-    ) ** -0.5  # keeps the residual stream's variance independent of depth
+    # This gain keeps the residual stream's variance independent of depth.
+    gain = (2 * model.num_layers) ** -0.5
     self.out = normal_init(rngs.params(), (h, k, d), param_dtype, fan_in=h * k, gain=gain)
     bias = model.attention_bias
     self.query_bias = _zeros((h, k), param_dtype) if bias else None
@@ -77,7 +76,7 @@ class Attention(nnx.Module):
     return self._out(checkpoint_name(mixed, PROJECTED))
 
   def empty_cache(self, rows: int, capacity: int, dtype: DTypeLike) -> KeyValueCache:
-    """Of rows that have read nothing, with room for `capacity` tokens each."""
+    """Returns the cache of rows that have read nothing, with room for `capacity` tokens each."""
     slots = capacity if self.window is None else min(self.window, capacity)
     shape = (rows, slots, *self.key.shape[-2:])
     return KeyValueCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
@@ -101,12 +100,14 @@ class Attention(nnx.Module):
     lengths: Int[Array, "B"],
     counts: Int[Array, "B"],
   ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
-    """The output of new tokens behind those in a cache, and the cache with their keys and values.
+    """Returns the output of new tokens after the cached ones, and the cache with their keys and values.
 
     Args:
-      x: the input of T tokens; `counts` of a row are there, the others fill it up.
-      rotary: the angles of each row's own positions.
-      cache: what was read before, `lengths` tokens a row.
+      x: the input of T right-padded tokens.
+      rotary: the angles of each row's positions.
+      cache: keys and values of the earlier tokens.
+      lengths: the number of earlier tokens per row.
+      counts: the number of real new tokens per row.
     """
     q, k, v = self._project(x, rotary)
     k, v = (constrain(a, *dims) for a, dims in zip((k, v), KEYS_AND_VALUES))
@@ -114,12 +115,14 @@ class Attention(nnx.Module):
     if x.shape[1] == 1:
       mixed = attend_token(q, cache, lengths)
     else:
+      # Writing to a window's slots overwrites tokens that the first new token still sees.
+      cached = cache if self.window is None else before
       mixed = over_shards(
         self._attend_span,
         q,
         k,
         v,
-        *(cache if self.window is None else before),  # a ring has lost what the first token sees
+        *cached,
         lengths,
         dims=(_HEADS, *KEYS_AND_VALUES, *KEYS_AND_VALUES, ("batch",)),
         out_dims=_HEADS,

@@ -1,4 +1,4 @@
-"""The gated MLP whose down projection is a fast weight: its parameters, and how it learns along a row."""
+"""Implements the gated MLP whose down projection is a fast weight that learns along a row."""
 
 from typing import NamedTuple
 
@@ -15,19 +15,19 @@ from ttt_jax.ops.fast_weight.targets import ntp_targets
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.parallel.mesh import Axes, over_shards
 
-# Inner rate and half-life are base * exp(10 s): s then moves on the scale that AdamW moves other
-# parameters on.
-LOG_SPEED = 10.0
+# Inner rate and half-life are base * exp(LOG_SCALE s), so that AdamW's step sizes suit s as they suit other
+# parameters.
+LOG_SCALE = 10.0
 
 
 class FastWeightParams(NamedTuple):
-  """What a fast weight takes besides activations.
+  """Holds the parameters of a fast weight.
 
   Attributes:
-    w_down: the slow down projection, its initial value.
-    conv, projection: of the target, see `ntp_targets`.
+    w_down: the slow down projection, the initial value.
+    conv, projection: the parameters of the target, see `ntp_targets`.
     inner_lr: the inner rate.
-    decay: the state's factor per chunk, where a half-life is learned; else None.
+    decay: the state's factor per chunk if a half-life is learned, else None.
   """
 
   w_down: Float[Array, "F D"]
@@ -42,13 +42,13 @@ PARAM_DIMS = FastWeightParams(("mlp", None), None, None, None, None)
 
 
 class MlpStats(NamedTuple):
-  """How a TTT layer's fast weight compares with its slow one, over the rows and shards of a batch.
+  """Compares a TTT layer's fast weight with its slow weight, over the rows and shards of a batch.
 
   Attributes:
     update_ratio: mean of `|update| / |W|`, Frobenius norms, over the last chunks of the shards.
     state_ratio: largest `|S| / |W|` at the end of a shard.
-    output_ratio: `|z S| / |z W|` over about 256 tokens of every shard: the fast part of the output
-      against the slow one, each before they are added and rounded; 0 where nothing was learned.
+    output_ratio: `|z S| / |z W|` over about 256 tokens of every shard, the fast part of the output
+      against the slow part, both before they are added and rounded; 0 where nothing was learned.
     inner_lr: the inner rate.
     decay: the state's factor per chunk.
   """
@@ -61,16 +61,16 @@ class MlpStats(NamedTuple):
 
 
 def merge_stats(stats: MlpStats) -> MlpStats:
-  """Those of a batch that was read in parts, from those of its parts, stacked on a leading axis."""
+  """Combines the stats of microbatches, stacked on a leading axis, into those of the batch."""
   mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), stats)
   return mean._replace(state_ratio=jnp.max(stats.state_ratio, axis=0))
 
 
 class TttMlp(Mlp):
-  """The gated MLP that keeps learning: `W_down` is the initial value of a fast weight.
+  """The gated MLP keeps learning: `W_down` is the initial value of a fast weight.
 
-  Targets `V = conv(source) @ projection` come from the token embeddings or from the MLP's own input
-  (`ttt.target`); the update and the inner rate are those of `ttt_jax.inplace_ttt`.
+  Targets are `V = conv(source) @ projection`, with the token embeddings or the MLP's input as source
+  (`ttt.target`); the update is that of `ttt_jax.inplace_ttt`.
   """
 
   def __init__(self, model: ModelConfig, ttt: TTTConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -88,16 +88,16 @@ class TttMlp(Mlp):
     self.state_dtype = model.state_dtype
 
   def inner_lr(self, dtype: DTypeLike) -> Float[Array, ""]:
-    """`base_rate * exp(10 s)`, with s learned from 0, or `base_rate`."""
+    """Returns `base_rate * exp(10 s)` with s learned from 0, or `base_rate`."""
     if self.log_rate is None:
       return jnp.asarray(self.base_rate, dtype)
-    return self.base_rate * jnp.exp(LOG_SPEED * self.log_rate[...].astype(dtype))
+    return self.base_rate * jnp.exp(LOG_SCALE * self.log_rate[...].astype(dtype))
 
   def learned_decay(self, dtype: DTypeLike) -> Float[Array, ""] | None:
-    """`2^(-C / half-life)` of a half-life `ttt.half_life * exp(10 s)`, s learned from 0; else None."""
+    """Returns `2^(-C / h)` of the half-life `h = ttt.half_life * exp(10 s)`, s learned from 0; or None."""
     if self.log_half_life is None:
       return None
-    half_life = self.ttt.half_life * jnp.exp(LOG_SPEED * self.log_half_life[...].astype(dtype))
+    half_life = self.ttt.half_life * jnp.exp(LOG_SCALE * self.log_half_life[...].astype(dtype))
     return jnp.exp2(-self.ttt.chunk_size / half_life)
 
   def learn(
@@ -106,11 +106,11 @@ class TttMlp(Mlp):
     source: Float[Array, "B T D"],
     segment_ids: Int[Array, "B T"] | None,
   ) -> tuple[Float[Array, "B T D"], MlpStats]:
-    """The output with the fast weight updating along each row; `__call__` is the one with it at rest.
+    """Returns the output with updates along each row, and statistics; `__call__` makes no updates.
 
     Args:
       h: the MLP's input.
-      source: what the targets are made of.
+      source: the input of the targets' convolution.
       segment_ids: documents of the packed rows, 0 for padding.
     """
     wide = accumulation_dtype(h.dtype)
@@ -151,7 +151,7 @@ class TttMlp(Mlp):
     return y, tuple(x[:, None] for x in stats)  # one entry per row and shard
 
   def fast_weight(self, z, source, params: FastWeightParams, *, segment_ids=None, **options):
-    """`inplace_ttt` as the config says; `options` are its further arguments."""
+    """Calls `inplace_ttt` with the config's options; `options` are further arguments."""
     ttt = self.ttt
     v = ntp_targets(
       source,
@@ -178,10 +178,9 @@ class TttMlp(Mlp):
     )
 
   def params(self, dtype: DTypeLike) -> FastWeightParams:
-    """The parameters of the fast weight.
+    """Returns the parameters of the fast weight, in float32 or wider although the op computes in `dtype`.
 
-    In float32 or wider, although they are computed with in `dtype`: so are their gradients, which
-    `over_shards` sums over the devices.
+    Their gradients, which `over_shards` sums over the devices, are then float32 or wider too.
     """
     wide = accumulation_dtype(dtype)
     return FastWeightParams(

@@ -1,4 +1,4 @@
-"""The small parts of a decoder: normalisation, embedding, rotary positions, initialisers."""
+"""Implements the small parts of a decoder: normalisation, embedding, rotary positions, initialisers."""
 
 from functools import partial
 
@@ -15,41 +15,40 @@ from ttt_jax.nn.rope import scaled_frequencies
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.parallel.mesh import Axes, over_shards
 
-# The name, for `jax.checkpoint` policies, of the results of a layer's projections.
+# The name of the outputs of a layer's projections in `jax.checkpoint` policies.
 PROJECTED = "projected"
 
 
 def normal_init(
   key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, *, fan_in: int, gain: float = 1.0
 ) -> nnx.Param:
-  """A parameter drawn from a normal distribution of variance `gain^2 / fan_in`."""
+  """Draws a parameter from a normal distribution of variance `gain^2 / fan_in`."""
   return nnx.Param(jax.random.normal(key, shape, dtype) * (gain * fan_in**-0.5))
 
 
 def rms_normalize(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
-  """`x / sqrt(mean(x^2) + eps)` over the last axis, computed in float32 or wider."""
+  """Returns `x / sqrt(mean(x^2) + eps)` over the last axis, computed in float32 or wider."""
   wide = x.astype(accumulation_dtype(x.dtype))
   mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
   return (wide * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
-  """`rms_normalize(x) * scale`."""
+  """Returns `rms_normalize(x) * scale`."""
 
   def __init__(self, size: int, *, eps: float, param_dtype: DTypeLike):
     self.scale = nnx.Param(jnp.ones((size,), param_dtype))
     self.eps = eps
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    return _widely(jnp.multiply, rms_normalize(x, self.eps), self.scale)
+    return _in_float32(jnp.multiply, rms_normalize(x, self.eps), self.scale)
 
 
 class Embed(nnx.Module):
-  """A table of token embeddings, also usable as the output head.
+  """Looks up token embeddings in a table, which is also usable as the output head.
 
-  A token outside of the vocabulary, also a negative one, has an embedding of NaN, on every mesh: JAX's
-  own answer to an index out of bounds (`jnp.take`), which shows in every number made from it. A row of
-  zeros, or that of another token, would not.
+  A token outside the vocabulary, also a negative one, has an embedding of NaN on every mesh, as an index
+  out of bounds has in `jnp.take`. NaN shows in every result; zeros or another token's row would not.
   """
 
   def __init__(
@@ -75,34 +74,34 @@ class Embed(nnx.Module):
     )
 
   def _look_up(self, table, tokens, *, axes: Axes):
-    """`table[tokens]`; a device has some columns of the table for all rows of its fsdp group.
+    """Returns `table[tokens]`; a device holds some columns of the table for all rows of its fsdp group.
 
-    The tokens travel to the columns, and the columns found to the row they belong to: less than the
-    table where a device has fewer tokens than there are in the vocabulary. A device without a token's
-    row of the table adds zero.
+    Tokens are gathered to the columns, and the columns found go back to the tokens' rows. That is less than
+    the table if a device has fewer tokens than the vocabulary. A device without a token's row of the table
+    adds zero.
     """
-    known = in_vocabulary(tokens, table.shape[0], axes.tensor)
-    index = jnp.where(known, tokens.astype(jnp.int32), 0)
+    valid = in_vocabulary(tokens, table.shape[0], axes.tensor)
+    index = jnp.where(valid, tokens.astype(jnp.int32), 0)
     if axes.fsdp is not None:
       index = jax.lax.all_gather(index, axes.fsdp, axis=0, tiled=True)
     if axes.tensor is None:
       x = table[index].astype(self.dtype)
     else:
       index -= table.shape[0] * jax.lax.axis_index(axes.tensor)
-      here = (index >= 0) & (index < table.shape[0])
-      x = table[jnp.where(here, index, 0)].astype(self.dtype)
-      x = jnp.where(here[..., None], x, jnp.zeros_like(x))
+      local = (index >= 0) & (index < table.shape[0])
+      x = table[jnp.where(local, index, 0)].astype(self.dtype)
+      x = jnp.where(local[..., None], x, jnp.zeros_like(x))
     if axes.fsdp is not None:
       x = jax.lax.all_to_all(x, axes.fsdp, split_axis=0, concat_axis=2, tiled=True)
     if axes.tensor is not None:
       x = jax.lax.psum(x, axes.tensor)
-    return jnp.where(known[..., None], x, jnp.full_like(x, jnp.nan))
+    return jnp.where(valid[..., None], x, jnp.full_like(x, jnp.nan))
 
 
 def in_vocabulary(
   ids: Int[Array, "B T"], entries: int, tensor_axis: str | None
 ) -> Bool[Array, "B T"]:
-  """Whether an id is one of the vocabulary's, of which each device of `tensor_axis` has `entries`."""
+  """Tells which ids are in the vocabulary, of which each device of `tensor_axis` holds `entries`."""
   if ids.dtype.itemsize < 4:
     ids = ids.astype(jnp.int32)  # a narrow type may not hold the size of the vocabulary
   size = entries * (1 if tensor_axis is None else jax.lax.axis_size(tensor_axis))
@@ -117,44 +116,46 @@ def check_ids(
   *,
   ignore: int | None = None,
 ) -> None:
-  """Raises UserError at the first id outside of the vocabulary, where the ids' values are known.
+  """Raises UserError at the first id outside the vocabulary; skips arrays whose values are unknown.
 
-  Not known are those of an array that is traced or that lies on other processes' devices.
+  Values are unknown in a traced array, and in an array on other processes' devices.
 
   Args:
-    name: what the ids are.
-    ids: of tokens `[B, T]`.
-    segment_ids: 0 where a token is padding, whose id may be any.
-    ignore: an id that is allowed beside those of the vocabulary.
+    name: the name of the ids in the error.
+    ids: token ids `[B, T]`.
+    vocab_size: V; valid ids are 0 to V - 1.
+    segment_ids: 0 for padding tokens, which may have any id.
+    ignore: an id that is allowed in addition.
   """
-  if not _is_known(ids) or not (segment_ids is None or _is_known(segment_ids)):
+  if not _has_values(ids) or not (segment_ids is None or _has_values(segment_ids)):
     return
   ids = np.asarray(ids)
-  unknown = (ids < 0) | (ids >= vocab_size)
+  invalid = (ids < 0) | (ids >= vocab_size)
   if ignore is not None:
-    unknown &= ids != ignore
+    invalid &= ids != ignore
   if segment_ids is not None:
-    unknown &= np.asarray(segment_ids) != 0
-  if unknown.any():
-    place = tuple(int(i) for i in np.argwhere(unknown)[0])
+    invalid &= np.asarray(segment_ids) != 0
+  if invalid.any():
+    index = tuple(int(i) for i in np.argwhere(invalid)[0])
     also = "" if ignore is None else f", and {ignore} for a token without one"
     remedy = "" if ignore is not None else "; padding may have any id where its segment_ids are 0"
     raise UserError(
-      f"{name}[{', '.join(map(str, place))}]={ids[place]} is not in the vocabulary of {vocab_size}: "
+      f"{name}[{', '.join(map(str, index))}]={ids[index]} is not in the vocabulary of {vocab_size}: "
       f"ids are 0 to {vocab_size - 1}{also}{remedy}"
     )
 
 
-def _is_known(x: Array | np.ndarray) -> bool:
+def _has_values(x: Array | np.ndarray) -> bool:
   if isinstance(x, jax.core.Tracer):
     return False
   return not isinstance(x, jax.Array) or x.is_fully_addressable
 
 
 def project(subscripts: str, x: Array, kernel: nnx.Param | Array, out_dtype: DTypeLike) -> Array:
-  """A product with a parameter in x's dtype, accumulated in float32 or wider.
+  """Multiplies x by a parameter in x's dtype, accumulated in float32 or wider.
 
-  So is the parameter's gradient, which is not rounded to x's dtype before it is summed over devices.
+  The parameter's gradient is accumulated likewise, and not rounded to x's dtype before it is summed over
+  devices.
   """
   return _product(subscripts, x, kernel[...], jnp.dtype(out_dtype))
 
@@ -187,14 +188,14 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 def add_bias(x: Array, bias: nnx.Param | None) -> Array:
-  """`x + bias` over the last axes of x, or x."""
-  return x if bias is None else _widely(jnp.add, x, bias)
+  """Returns `x + bias` over the last axes of x, or x without a bias."""
+  return x if bias is None else _in_float32(jnp.add, x, bias)
 
 
-def _widely(function, x: Array, parameter: nnx.Param) -> Array:
-  """`function(x, parameter)` over the last axes of x, in float32 or wider and rounded to x's dtype.
+def _in_float32(function, x: Array, parameter: nnx.Param) -> Array:
+  """Returns `function(x, parameter)` over the last axes of x, in float32 or wider, rounded to x's dtype.
 
-  So the parameter's gradient, a sum over all tokens on all devices, is formed in float32 too.
+  The parameter's gradient, a sum over all tokens on all devices, is then formed in float32 or wider too.
   """
   wide = accumulation_dtype(x.dtype)
   value = parameter[...].astype(wide)
@@ -208,9 +209,9 @@ def rotary_angles(
   theta: float,
   scaling: RopeScaling | None = None,
 ) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
-  """cos and sin of `position * theta^(-2 i / head_dim)`, formed in float32 as the published models do.
+  """Returns cos and sin of `position * theta^(-2 i / head_dim)`, in float32 as in published models.
 
-  With `scaling` the frequencies are those of `ttt_jax.nn.rope`, and both are multiplied by its factor.
+  With `scaling` the frequencies are those of `ttt_jax.nn.rope`, whose factor multiplies cos and sin.
   """
   positions = positions.astype(jnp.float32)[:, None]
   if scaling is None:
@@ -225,9 +226,9 @@ def rotary_angles(
 def rotate(
   x: Float[Array, "B T H K"], cos: Float[Array, "*B T half"], sin: Float[Array, "*B T half"]
 ) -> Float[Array, "B T H K"]:
-  """Rotary position embedding of channel pairs (i, i + K/2), the layout of Llama and Qwen checkpoints.
+  """Rotates channel pairs (i, i + K/2), the layout of Llama and Qwen checkpoints, by their angles.
 
-  The angles are those of all rows, or each row's own.
+  cos and sin are shared by all rows, or given per row.
   """
   wide = accumulation_dtype(x.dtype)
   first, second = jnp.split(x.astype(wide), 2, axis=-1)

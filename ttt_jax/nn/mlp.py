@@ -1,4 +1,4 @@
-"""The gated MLP."""
+"""Implements the gated MLP."""
 
 import jax
 from flax import nnx
@@ -11,7 +11,7 @@ from ttt_jax.nn.layers import PROJECTED, normal_init, project
 
 
 class Mlp(nnx.Module):
-  """`o = z W_down` with `z = silu(h W_gate) * (h W_up)`."""
+  """Computes `o = z W_down` with `z = silu(h W_gate) * (h W_up)`."""
 
   def __init__(self, model: ModelConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
     d, f = model.d_model, model.d_ff
@@ -21,7 +21,7 @@ class Mlp(nnx.Module):
     self.down = normal_init(rngs.params(), (f, d), param_dtype, fan_in=f, gain=gain)
 
   def hidden(self, h: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-    """z, the gated activations."""
+    """Returns z, the gated activations."""
     gate, up = (
       checkpoint_name(project("btd,df->btf", h, kernel, h.dtype), PROJECTED)
       for kernel in (self.gate, self.up)

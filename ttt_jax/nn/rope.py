@@ -1,7 +1,7 @@
-"""Rotary frequencies of models stretched beyond the length they were trained on.
+"""Computes the rotary frequencies of models that read more tokens than they were trained on.
 
-The three ways that published Llama and Qwen checkpoints use, in float32 and in the order of operations
-of `transformers` (modeling_rope_utils), so that the angles agree at long positions too.
+Implements the three methods of published Llama and Qwen checkpoints, in float32 and in the order of
+operations of `transformers` (modeling_rope_utils), so that the angles agree at long positions too.
 """
 
 import math
@@ -15,12 +15,12 @@ from ttt_jax.config import RopeScaling
 def scaled_frequencies(
   head_dim: int, theta: float, scaling: RopeScaling
 ) -> tuple[Float[np.ndarray, "half"], float]:
-  """The angle per position of every channel pair, and the factor that cos and sin are multiplied with.
+  """Returns the angle per position of every channel pair, and the factor of cos and sin.
 
   Args:
     head_dim: K, channels per head.
-    theta: the base, plain frequencies are `theta^(-2 i / K)`.
-    scaling: how these are stretched; checked by `ModelConfig`.
+    theta: the base; plain frequencies are `theta^(-2 i / K)`.
+    scaling: the method and its parameters; `ModelConfig` has checked them.
   """
   periods = np.float32(theta) ** (
     np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
@@ -37,9 +37,9 @@ def _plain(periods: Float[np.ndarray, "half"]) -> Float[np.ndarray, "half"]:
 
 
 def _llama3(plain: Float[np.ndarray, "half"], scaling: RopeScaling) -> Float[np.ndarray, "half"]:
-  """Wavelengths beyond `L / low` are divided by the factor, below `L / high` kept, between blended.
+  """Divides frequencies by the factor if their wavelength exceeds `L / low`, keeps them below `L / high`.
 
-  L is the trained length; the blend is linear in L / wavelength.
+  L is the trained length. Frequencies between the two are blended, linearly in L / wavelength.
   """
   factor, low, high = (
     np.float32(x) for x in (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor)
@@ -55,9 +55,9 @@ def _llama3(plain: Float[np.ndarray, "half"], scaling: RopeScaling) -> Float[np.
 def _yarn(
   periods: Float[np.ndarray, "half"], head_dim: int, theta: float, scaling: RopeScaling
 ) -> Float[np.ndarray, "half"]:
-  """Pairs that turn more than `beta_fast` times within L are kept, fewer than `beta_slow` stretched.
+  """Keeps pairs that turn more than `beta_fast` times within L, stretches those below `beta_slow` times.
 
-  Between them the weight is a linear ramp over the pairs (Peng et al., YaRN, arXiv 2309.00071).
+  The weight of the pairs between them is a linear ramp (Peng et al., YaRN, arXiv 2309.00071).
   """
 
   def pair_that_turns(times: float) -> float:
@@ -77,7 +77,7 @@ def _yarn(
 
 
 def _yarn_attention_factor(scaling: RopeScaling) -> float:
-  """`m(mscale) / m(mscale_all_dim)` with `m(c) = 1 + 0.1 c log factor`; without both, `m(1)`."""
+  """Returns `m(mscale) / m(mscale_all_dim)` with `m(c) = 1 + 0.1 c log factor`; without both, `m(1)`."""
   if scaling.attention_factor is not None:
     return scaling.attention_factor
 

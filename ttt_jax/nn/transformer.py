@@ -1,8 +1,8 @@
-"""A decoder of the Llama / Qwen kind in which any MLP can have fast weights.
+"""Implements a decoder of the Llama / Qwen kind in which any MLP can have fast weights.
 
-Layers of one kind are stacked and scanned, and so are repeated patterns of them: `plan_groups` finds the
-shortest program for any choice of layers, so that compile time follows the number of distinct layers, not
-the depth.
+Layers of one kind are stacked and scanned, and so are repeated patterns of stacks: `group_layers` finds the
+shortest program for any choice of layers, so that compile time grows with the number of distinct layers,
+not with the depth.
 """
 
 import itertools
@@ -40,31 +40,31 @@ from ttt_jax.parallel.parameters import GATHERED, gathered
 
 
 class LayerKind(NamedTuple):
-  """What tells layers apart: parameters of one kind have equal shapes and can be stacked."""
+  """Identifies layers whose parameters have equal shapes and can be stacked."""
 
   ttt: bool
-  window: int | None  # of attention
+  window: int | None  # of attention, in tokens
   mixer: str = "attention"
 
 
-class Run(NamedTuple):
-  """`length` layers of one kind, one after another."""
+class LayerStack(NamedTuple):
+  """Describes `length` consecutive layers of one kind."""
 
   kind: LayerKind
   length: int
 
 
 class Group(NamedTuple):
-  """`repeats` times the runs of `pattern`, one after another."""
+  """Describes the stacks of `pattern`, repeated `repeats` times."""
 
-  pattern: tuple[Run, ...]
+  pattern: tuple[LayerStack, ...]
   repeats: int
 
 
 def layer_kinds(
   model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig
 ) -> tuple[LayerKind, ...]:
-  """The kind of each layer, from the first to the last."""
+  """Returns the kind of each layer, from the first to the last."""
   return tuple(
     LayerKind(
       ttt=layer in ttt.layers,
@@ -75,32 +75,34 @@ def layer_kinds(
   )
 
 
-def plan_groups(kinds: tuple[LayerKind, ...]) -> tuple[Group, ...]:
-  """Cuts the layers into repeated patterns of runs so that as few layers as possible are written out.
+def group_layers(kinds: tuple[LayerKind, ...]) -> tuple[Group, ...]:
+  """Divides the layers into repeated patterns of stacks, so that the program has as few stacks as possible.
 
-  `best[j]` is the cheapest plan for the first j layers, by layers written out, one per run, then by
-  groups: its last group covers layers i to j-1 with some period p that divides j - i.
+  `best[j]` is the cheapest division of the first j layers: the fewest stacks, then the fewest groups. Its
+  last group covers layers i to j-1 with some period p that divides j - i.
   """
   best: list[tuple[int, int, tuple[Group, ...]]] = [(0, 0, ())]
   for j in range(1, len(kinds) + 1):
-    plans = []
+    candidates = []
     for i in range(j):
       length = j - i
       for p in (p for p in range(1, length + 1) if length % p == 0):
         period = kinds[i : i + p]
         if kinds[i:j] == period * (length // p):
-          cost, groups, plan = best[i]
-          pattern = tuple(Run(kind, len(list(same))) for kind, same in itertools.groupby(period))
+          stacks, groups, division = best[i]
+          pattern = tuple(
+            LayerStack(kind, len(list(same))) for kind, same in itertools.groupby(period)
+          )
           group = Group(pattern, length // p)
-          plans.append((cost + len(pattern), groups + 1, (*plan, group)))
-          break  # a longer period of the same layers writes out more
-    best.append(min(plans, key=lambda plan: plan[:2]))
+          candidates.append((stacks + len(pattern), groups + 1, (*division, group)))
+          break  # a longer period of the same layers has more stacks
+    best.append(min(candidates, key=lambda candidate: candidate[:2]))
   return best[-1][2]
 
 
-# What is kept of a layer for the backward pass, by `model.remat`. The state that came in from other
-# shards is never exchanged twice, and no layer's gathered parameters are kept.
-_SAVED = {
+# What remat saves of a layer for the backward pass, by `model.remat`. The state from other shards is always
+# saved, so that the backward pass does not exchange it again; gathered parameters never are.
+_REMAT_POLICIES = {
   "layer": jax.checkpoint_policies.save_only_these_names(INCOMING_STATE),
   "minimal": jax.checkpoint_policies.save_only_these_names(INCOMING_STATE, PROJECTED),
   "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
@@ -108,7 +110,7 @@ _SAVED = {
 
 
 class Block(nnx.Module):
-  """`x + attention(norm(x))`, then `x + mlp(norm(x))`; `attention` is the layer's mixer of tokens."""
+  """Computes `x + attention(norm(x))`, then `x + mlp(norm(x))`; `attention` is the layer's mixer."""
 
   def __init__(
     self,
@@ -136,7 +138,7 @@ class Block(nnx.Module):
       self.mlp = Mlp(model, param_dtype=param_dtype, rngs=rngs)
 
   def __call__(self, x, embeddings, rotary, documents, *, update: bool):
-    """The block's output, and its `MlpStats` if it updated a fast weight, else None."""
+    """Returns the block's output, and its `MlpStats` if it updated a fast weight, else None."""
     with jax.named_scope("attention"):
       x = x + self.attention(self.attention_norm(x), rotary, documents)
     with jax.named_scope("mlp"):
@@ -150,16 +152,16 @@ class Block(nnx.Module):
     return x, stats
 
   def source(self, embeddings, h):
-    """What the targets of the fast weight are made of."""
+    """Returns the input of the convolution that makes the fast weight's targets."""
     source = embeddings if self.mlp.ttt.target == "input_embed" else h
     return rms_normalize(source, self.mlp_norm.eps) if self.mlp.ttt.normalize_target else source
 
 
 class Transformer(nnx.Module):
-  """Token embeddings, blocks, a final norm and a tied or untied head.
+  """The model computes token embeddings, blocks, a final norm and a tied or untied head.
 
-  `groups[g][p]` holds the blocks of run p of group g's pattern in all its repeats, stacked on a leading
-  axis; `layers` says where each layer is.
+  `groups[g][p]` holds the blocks of stack p of group g's pattern in all its repeats, on a leading axis;
+  `layers` gives the index of each layer. `stacking` describes the groups.
   """
 
   def __init__(
@@ -174,10 +176,10 @@ class Transformer(nnx.Module):
     ttt = TTTConfig() if ttt is None else ttt
     check_layers(model, attention, ttt)
     self.model, self.attention, self.ttt = model, attention, ttt
-    self.plan = plan_groups(layer_kinds(model, attention, ttt))
+    self.stacking = group_layers(layer_kinds(model, attention, ttt))
     param_dtype = jnp.dtype(model.param_dtype)
 
-    # A layer's parameters depend on the seed and its index only: a model with and one without fast
+    # A layer's parameters depend only on the seed and the layer's index: models with and without fast
     # weights start from the same values.
     layer_keys = jax.random.split(rngs.params(), model.num_layers)
 
@@ -186,13 +188,13 @@ class Transformer(nnx.Module):
 
     groups = []
     start = 0
-    for pattern, repeats in self.plan:
-      ends = list(itertools.accumulate(run.length for run in pattern))
+    for pattern, repeats in self.stacking:
+      ends = list(itertools.accumulate(stack.length for stack in pattern))
       keys = layer_keys[start : start + ends[-1] * repeats].reshape(repeats, ends[-1])
       groups.append(
         nnx.List(
-          jax.vmap(partial(make, run.kind))(keys[:, end - run.length : end].reshape(-1))
-          for run, end in zip(pattern, ends)
+          jax.vmap(partial(make, stack.kind))(keys[:, end - stack.length : end].reshape(-1))
+          for stack, end in zip(pattern, ends)
         )
       )
       start += ends[-1] * repeats
@@ -220,19 +222,19 @@ class Transformer(nnx.Module):
     update: bool = True,
     return_stats: bool = False,
   ):
-    """The logits `[B, T, V]` of every token's successor, in float32 or wider.
+    """Returns the logits `[B, T, V]` of every token's successor, in float32 or wider.
 
     Args:
-      tokens: rows of tokens. One outside of the vocabulary is an error where its value is known; in a
-        traced array its embedding is NaN, and so are the logits that depend on it.
+      tokens: rows of tokens. A token outside the vocabulary is an error if its value is known; in a traced
+        array its embedding is NaN, and so are the logits that depend on it.
       segment_ids: documents of packed rows: neighbouring documents differ, 0 is padding. No logit
         depends on another document. Padding may have any token, also -1.
       update: whether the fast weights learn along the row; False reads with W throughout.
       return_stats: also return the `MlpStats` of the TTT layers, stacked in the order of the layers
-        (None where none updates).
+        (None if no layer updates).
 
     Raises:
-      UserError: tokens or segment_ids of the wrong shape or dtype, tokens outside of the vocabulary.
+      UserError: tokens or segment_ids have the wrong shape or dtype, or tokens are outside the vocabulary.
     """
     x, stats = self.hidden(tokens, segment_ids, update=update)
     logits = next_token_logits(x, self.embed, self.norm, self.head)
@@ -245,22 +247,22 @@ class Transformer(nnx.Module):
     *,
     update: bool = True,
   ):
-    """What `next_token_logits` makes the logits of: `[B, T, D]` after the last block, and the stats.
+    """Returns the last block's output `[B, T, D]`, the input of `next_token_logits`, and the stats.
 
-    Arguments and errors are those of `__call__`; `ttt_jax.nn.loss.model_losses` reads it piece by piece.
+    Arguments and errors are those of `__call__`.
     """
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
       raise UserError(
         f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, expected integers [B, T]"
       )
-    given, tokens, documents = (tokens, segment_ids), jnp.asarray(tokens), None
+    original, tokens, documents = (tokens, segment_ids), jnp.asarray(tokens), None
     if segment_ids is not None:
       segment_ids = jnp.asarray(segment_ids)
       check_segment_ids(segment_ids, tokens.shape)
-    check_ids("tokens", given[0], self.model.vocab_size, given[1])
+    check_ids("tokens", original[0], self.model.vocab_size, original[1])
     if segment_ids is not None:
-      known = in_vocabulary(tokens, self.model.vocab_size, None)
-      tokens = jnp.where((segment_ids == 0) & ~known, 0, tokens)
+      valid = in_vocabulary(tokens, self.model.vocab_size, None)
+      tokens = jnp.where((segment_ids == 0) & ~valid, 0, tokens)
       rows = ("batch", "sequence")
       documents = over_shards(
         lambda ids, *, axes: number_documents(ids, context_axis=axes.context),
@@ -277,76 +279,76 @@ class Transformer(nnx.Module):
     with jax.named_scope("embed"):
       embeddings = constrain(self.embed(tokens), "batch", "sequence", None)
 
-    @partial(jax.checkpoint, policy=_SAVED[self.model.remat])
+    @partial(jax.checkpoint, policy=_REMAT_POLICIES[self.model.remat])
     def layer(x, block, embeddings, documents):
       block = gathered(block, x.dtype)
       return block(x, embeddings, rotary, documents, update=update)
 
-    def superblock(x, runs):
+    def pattern_layers(x, stacks):
       collected = []
-      for blocks in runs:
-        x, stats = _run(lambda x, block: layer(x, block, embeddings, documents), x, blocks)
+      for blocks in stacks:
+        x, stats = _scan_stack(lambda x, block: layer(x, block, embeddings, documents), x, blocks)
         collected.append(stats)
-      return x, _joined(collected)
+      return x, _concatenated(collected)
 
     x = embeddings
     collected = []
-    for group, (_, repeats) in zip(self.groups, self.plan):
-      runs = jax.tree.map(partial(_repeated, repeats), list(group))
-      x, stats = jax.lax.scan(superblock, x, runs)
+    for group, (_, repeats) in zip(self.groups, self.stacking):
+      stacks = jax.tree.map(partial(_split_repeats, repeats), list(group))
+      x, stats = jax.lax.scan(pattern_layers, x, stacks)
       collected.append(stats)
-    return x, _joined(collected)
+    return x, _concatenated(collected)
 
   def layers(self) -> list[tuple[int, int, int]]:
-    """For every layer its place in the parameters: group, run of the pattern, place in the stack."""
+    """Returns the indices of every layer's parameters: group, stack of the pattern, layer in the stack."""
     return [
-      (g, p, r * run.length + i)
-      for g, (pattern, repeats) in enumerate(self.plan)
+      (g, p, r * stack.length + i)
+      for g, (pattern, repeats) in enumerate(self.stacking)
       for r in range(repeats)
-      for p, run in enumerate(pattern)
-      for i in range(run.length)
+      for p, stack in enumerate(pattern)
+      for i in range(stack.length)
     ]
 
 
-def _repeated(repeats: int, stack: Array) -> Array:
-  """A stack of layers by the repeats of their pattern."""
+def _split_repeats(repeats: int, stack: Array) -> Array:
+  """Splits the leading axis of stacked layers into the repeats of their pattern and the rest."""
   return stack.reshape(repeats, -1, *stack.shape[1:])
 
 
-def _run(function, x, blocks):
-  """`lax.scan` over the layers of a run, without a loop around a single one."""
+def _scan_stack(function, x, blocks):
+  """Scans over the layers of a stack; a single layer has no loop."""
   if jax.tree.leaves(blocks)[0].shape[0] > 1:
     return jax.lax.scan(function, x, blocks)
   x, stats = function(x, jax.tree.map(lambda a: a[0], blocks))
   return x, jax.tree.map(lambda a: a[None], stats)
 
 
-def _joined(stats: list[MlpStats | None]) -> MlpStats | None:
-  """The statistics of layers one after another, on one axis in their order."""
-  there = [s for s in stats if s is not None]
-  if not there:
+def _concatenated(stats: list[MlpStats | None]) -> MlpStats | None:
+  """Concatenates the statistics of layers in their order; None if there are none."""
+  present = [s for s in stats if s is not None]
+  if not present:
     return None
-  return jax.tree.map(lambda *s: jnp.concatenate([a.reshape(-1) for a in s]), *there)
+  return jax.tree.map(lambda *s: jnp.concatenate([a.reshape(-1) for a in s]), *present)
 
 
-# The product with the head, by whether it is the table of embeddings.
-HEAD = {True: "btd,vd->btv", False: "btd,dv->btv"}
+# The einsum of the head, by whether it is tied to the table of embeddings.
+HEAD_EINSUM = {True: "btd,vd->btv", False: "btd,dv->btv"}
 
 
 def next_token_logits(
   x: Float[Array, "B T D"], embed: Embed, norm: RMSNorm, head: nnx.Param | None
 ) -> Float[Array, "B T V"]:
-  """The last norm and the head, tied if there is none of its own; in float32 or wider."""
+  """Applies the last norm and the head, tied if `head` is None; in float32 or wider."""
   with jax.named_scope("head"):
     if head is None:
       kernel = gathered({"table": embed.table}, x.dtype)["table"]
     else:
       kernel = gathered({"head": head}, x.dtype)["head"]
-    return project(HEAD[head is None], norm(x), kernel, accumulation_dtype(x.dtype))
+    return project(HEAD_EINSUM[head is None], norm(x), kernel, accumulation_dtype(x.dtype))
 
 
 def split_tokens(x: Array) -> str | None:
-  """The logical dimension of the tokens of `[B, T, ...]`: a single one cannot be split."""
+  """Returns the logical dimension of the T axis of `[B, T, ...]`; a single token cannot be split."""
   return "sequence" if x.shape[1] > 1 else None
 
 

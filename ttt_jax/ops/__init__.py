@@ -1,5 +1,4 @@
-"""Pure functions on arrays: the fast weights, their exchange between devices, targets and attention.
+"""Pure functions on arrays: fast weights, their exchange between devices, targets and attention.
 
-Nothing here knows Flax, a config class or a mesh; a mesh axis is only ever the name of an axis of an
-enclosing `jax.shard_map`.
+The ops know no Flax, config or mesh: a mesh axis is the name of an axis of an enclosing `jax.shard_map`.
 """

@@ -1,7 +1,7 @@
-"""Documents in packed rows: what `segment_ids` mean, and the facts a chunk needs to know of them.
+"""Documents in packed rows: the meaning of `segment_ids`, and the masks that chunks get from them.
 
 `segment_ids [B, T]` name each token's document; neighbouring documents differ and 0 is padding. So a
-document is a run of equal ids: an id may come again later in the row and then names another one.
+document is a stretch of equal ids: the same id later in the row names another document.
 """
 
 from typing import NamedTuple
@@ -11,16 +11,16 @@ from jax import lax
 from jaxtyping import Array, Bool, Int, Shaped
 
 from ttt_jax.errors import UserError
-from ttt_jax.ops.exchange.prefix import from_left, shard_count
+from ttt_jax.ops.manual import from_previous_shard, shard_count
 
 
-class ChunkFacts(NamedTuple):
-  """What the chunks of a row need to know of its documents. R tokens follow the last full chunk.
+class ChunkMasks(NamedTuple):
+  """The masks that say which tokens read and write the state. R tokens follow the last full chunk.
 
   Attributes:
-    reads: the token belongs to the document whose state comes into its chunk: it sees the state.
+    reads: the token belongs to the document whose state enters its chunk: it sees the state.
     writes: the token belongs to its chunk's last document: it enters the update.
-    keeps: these two documents are the same one: the chunk keeps the state, else it drops it.
+    keeps: the entering and the last document are the same: the chunk keeps the state, else drops it.
     tail_reads: `reads` of the tokens after the last full chunk.
   """
 
@@ -43,16 +43,16 @@ def check_segment_ids(segment_ids: Array, shape: tuple[int, ...]) -> None:
 
 
 def _starts(segment_ids: Int[Array, "*B T"], before: Int[Array, "*B"]) -> Bool[Array, "*B T"]:
-  """Where a token's id differs from that of the token before it."""
+  """Marks the tokens whose id differs from the id of the token before."""
   shifted = jnp.concatenate([before[..., None], segment_ids[..., :-1]], axis=-1)
   return segment_ids != shifted
 
 
 def _last_before(segment_ids: Int[Array, "B T"], context_axis: str | None) -> Int[Array, "B"]:
-  """The id of the token before the first one; the first one's own at the start of the sequence."""
+  """Returns the id of the token before the shard; on the first shard, the id of its first token."""
   if context_axis is None:
     return segment_ids[:, 0]
-  received = from_left(segment_ids[:, -1], context_axis)
+  received = from_previous_shard(segment_ids[:, -1], context_axis)
   return jnp.where(lax.axis_index(context_axis) == 0, segment_ids[:, 0], received)
 
 
@@ -61,8 +61,8 @@ def number_documents(
 ) -> Int[Array, "B T"]:
   """Numbers the documents of a row 1, 2, 3, ..., so that equal numbers mean the same document.
 
-  Padding stays 0. With `context_axis`, inside `jax.shard_map`, numbers run on over the shards: one
-  neighbour exchange and one all-gather of an integer per row.
+  Padding stays 0. With `context_axis`, inside `jax.shard_map`, numbers continue over the shards, at the
+  cost of one neighbour exchange and one all-gather of an integer per row.
   """
   starts = _starts(segment_ids, _last_before(segment_ids, context_axis)).astype(jnp.int32)
   numbers = 1 + jnp.cumsum(starts, axis=-1)
@@ -74,14 +74,14 @@ def number_documents(
 
 
 def same_document(segment_ids: Int[Array, "*B T"], offset: int) -> Bool[Array, "*B T"]:
-  """Whether token t + offset is there and in the document of token t; never for padding."""
+  """Says for every token t whether token t + offset exists in the same document; False for padding."""
   starts = _starts(segment_ids, segment_ids[..., 0]).astype(jnp.int32)
   document = jnp.where(segment_ids == 0, -1, jnp.cumsum(starts, axis=-1))
   return (document >= 0) & (document == shift(document, offset, axis=-1, fill=-1))
 
 
 def shift(x: Shaped[Array, "*S"], offset: int, *, axis: int, fill: int) -> Shaped[Array, "*S"]:
-  """Index t of `axis` gets what t + offset has, or `fill` where there is none."""
+  """Returns `x[t + offset]` at index t of `axis`, and `fill` where x has no such index."""
   axis %= x.ndim
   size = x.shape[axis]
   offset = max(-size, min(size, offset))
@@ -91,46 +91,46 @@ def shift(x: Shaped[Array, "*S"], offset: int, *, axis: int, fill: int) -> Shape
   return jnp.pad(kept, padding, constant_values=fill)
 
 
-def chunk_facts(
+def document_masks(
   segment_ids: Int[Array, "B T"], chunk_size: int, context_axis: str | None
-) -> ChunkFacts:
-  """The facts of section 1 of the design: per chunk, from its own tokens and the one before it."""
+) -> ChunkMasks:
+  """Computes the masks of packed rows; a chunk's masks depend on its tokens and the token before it."""
   b, t = segment_ids.shape
   n = t // chunk_size
   full = segment_ids[:, : n * chunk_size].reshape(b, n, chunk_size)
   tail = segment_ids[:, n * chunk_size :]
-  entering = _last_before(segment_ids, context_axis)  # id of the document the state belongs to
+  entering = _last_before(segment_ids, context_axis)  # the document of the state
   last = jnp.concatenate([entering[:, None], full[:, :, -1]], axis=1)  # [B, N + 1]
 
-  def run_from_left(same):
+  def true_so_far(same):
     return jnp.cumprod(same.astype(jnp.int32), axis=-1) == 1
 
-  reads = run_from_left(full == last[:, :-1, None]) & (full != 0)
-  writes = jnp.flip(run_from_left(jnp.flip(full == full[:, :, -1:], -1)), -1) & (full != 0)
-  return ChunkFacts(
+  reads = true_so_far(full == last[:, :-1, None]) & (full != 0)
+  writes = jnp.flip(true_so_far(jnp.flip(full == full[:, :, -1:], -1)), -1) & (full != 0)
+  return ChunkMasks(
     reads=reads,
     writes=writes,
     keeps=jnp.all(reads, axis=-1),
-    tail_reads=run_from_left(tail == last[:, -1:]) & (tail != 0),
+    tail_reads=true_so_far(tail == last[:, -1:]) & (tail != 0),
   )
 
 
-def length_facts(
+def length_masks(
   lengths: Int[Array, "B"], tokens: int, chunk_size: int, context_axis: str | None
-) -> ChunkFacts:
-  """The same of rows filled up behind their `lengths` tokens: what fills up does not read.
+) -> ChunkMasks:
+  """Computes the masks of right-padded rows, each with `lengths` real tokens: padding does not read.
 
-  A chunk writes if all of it is there; a chunk that is not, in which case `keeps` is off, leaves the state
-  as it is.
+  A chunk writes if all of its tokens are real. Elsewhere `keeps` is False, which here means that the chunk
+  leaves the state as it is.
   """
   first = 0 if context_axis is None else tokens * lax.axis_index(context_axis)
-  there = first + jnp.arange(tokens, dtype=lengths.dtype)[None] < lengths[:, None]
+  real = first + jnp.arange(tokens, dtype=lengths.dtype)[None] < lengths[:, None]
   n = tokens // chunk_size
-  full = there[:, : n * chunk_size].reshape(lengths.shape[0], n, chunk_size)
-  whole = full[:, :, -1]
-  return ChunkFacts(
+  full = real[:, : n * chunk_size].reshape(lengths.shape[0], n, chunk_size)
+  all_real = full[:, :, -1]
+  return ChunkMasks(
     reads=full,
-    writes=jnp.broadcast_to(whole[..., None], full.shape),
-    keeps=whole,
-    tail_reads=there[:, n * chunk_size :],
+    writes=jnp.broadcast_to(all_real[..., None], full.shape),
+    keeps=all_real,
+    tail_reads=real[:, n * chunk_size :],
   )

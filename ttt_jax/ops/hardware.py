@@ -1,4 +1,4 @@
-"""What devices can do, and for which device a program is traced."""
+"""The speed of devices, and the device for which a program is traced."""
 
 import dataclasses
 import re
@@ -11,22 +11,21 @@ from ttt_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-  """What a chip can do.
+  """The published rates of a chip.
 
   Attributes:
-    name: as in conversation. kind: how `jax.Device.device_kind` begins.
+    name: short name, such as "v5p". kind: the beginning of `jax.Device.device_kind`.
     peak: FLOP/s of a product of bfloat16 inputs.
     peak_float32: FLOP/s of a product of float32 inputs at JAX's default precision: one bfloat16 pass on
       TPU, TF32 on NVIDIA GPUs.
     memory: bytes/s of its memory.
     link: bytes/s to one neighbour, one way.
-    latency: seconds a message takes that carries nothing. Not published; assumed unless the source
-      says otherwise.
-    torus: neighbours are linked, and farther messages occupy every link on their way; else a switch
-      joins all devices.
-    fuses: passes over a state go on during the product before or after them, as in programs compiled for
-      TPU (two fusions a chunk); else they are kernels of their own.
-    source: where the figures are from.
+    latency: seconds of an empty message. Not published; assumed unless the source says otherwise.
+    torus: only neighbours are linked, and a message over several hops occupies each link; else a switch
+      connects all devices.
+    fuses: a pass over a state is fused with the product before or after it, as in programs compiled for
+      TPU (two fusions a chunk); else it is a kernel of its own.
+    source: where the figures come from.
   """
 
   name: str
@@ -41,8 +40,8 @@ class Device:
   source: str
 
 
-# ICI figures are published per chip and for both directions: divided by ports and by 2. Dense rates of GPUs
-# are half of the published ones with sparsity; NVLink, too, is published for both directions.
+# ICI rates are published per chip and for both directions: divided by the ports and by 2. NVLink rates are
+# published for both directions too. Dense rates of GPUs are half of the published rates with sparsity.
 # fmt: off
 DEVICES = {
   device.name: device
@@ -62,60 +61,60 @@ DEVICES = {
   )
 }
 # fmt: on
-_NEAREST = {"tpu": "v5p", "gpu": "h100", "cpu": "cpu"}
+_STAND_INS = {"tpu": "v5p", "gpu": "h100", "cpu": "cpu"}
 
 
 def _target():
-  """A device that a program is traced for: of its mesh, which may not be the machine it is traced on."""
+  """Returns a device of the mesh that a program is traced for, which may be another machine's."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.devices()[0] if device is None else device
 
 
 def target_platform() -> str:
-  """`"tpu"`, `"gpu"` or `"cpu"`: where the program will run that is being traced."""
+  """Returns the platform that a program is traced for: `"tpu"`, `"gpu"` or `"cpu"`."""
   platform = _target().platform
   return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def cuda_capability() -> float | None:
-  """The compute capability of the GPU that a program is traced for; None unless it is NVIDIA's.
+  """Returns the compute capability of the GPU that a program is traced for; None unless it is NVIDIA's.
 
-  AMD's are named by architecture ("gfx942"). An abstract mesh knows its devices by kind only: without such
-  a device here, the capability is that of the oldest ones for which cuDNN has attention, 8.0.
+  AMD names its GPUs by architecture ("gfx942"). An abstract mesh knows only the kind of its devices: if
+  this machine has none of that kind, the capability is 8.0, the least for which cuDNN has attention.
   """
   device = _target()
   if isinstance(device, AbstractDevice):
     kind = device.device_kind
-    here = [known for known in jax.devices() if known.device_kind == kind]
-    if not here:
+    devices_here = [here for here in jax.devices() if here.device_kind == kind]
+    if not devices_here:
       return None if kind.lower().startswith(("amd", "radeon", "gfx")) else 8.0
-    device = here[0]
+    device = devices_here[0]
   capability = device.compute_capability
   return float(capability) if re.fullmatch(r"\d+(\.\d+)?", capability) else None
 
 
 def find_device(kind: str | None = None) -> Device:
-  """The figures of a device kind, of a short name such as `"v5p"`, or of the device a program is for.
+  """Returns the figures of a device, by short name (`"v5p"`) or kind; by default the program's device.
 
-  A program's device that is not in the table gets the figures of its platform's nearest one: enough to
-  choose between ways to compute, not to measure against (`known_device`).
+  If the table does not have the program's device, these are the figures of a device of its platform: good
+  enough to choose an implementation, not to measure against (see `device_in_table`).
 
   Raises:
-    UserError: a name that is neither in the table nor the kind of a device in it.
+    UserError: the table has no device of this name or kind.
   """
   if kind is None:
-    return known_device() or DEVICES[_NEAREST.get(target_platform(), "h100")]
+    return device_in_table() or DEVICES[_STAND_INS.get(target_platform(), "h100")]
   device = DEVICES.get(kind) or _of_kind(kind)
   if device is None:
     raise UserError(f"device={kind!r} is not in the table: use one of {', '.join(DEVICES)}")
   return device
 
 
-def known_device() -> Device | None:
-  """The figures of the device a program is for, or None if the table does not have it."""
+def device_in_table() -> Device | None:
+  """Returns the figures of the device a program is traced for; None if the table does not have it."""
   return _of_kind(_target().device_kind)
 
 
 def _of_kind(kind: str) -> Device | None:
-  # The first that fits: "TPU v5" begins v5e, too.
+  # The first match counts: "TPU v5" is also a prefix of v5e's kind.
   return next((device for device in DEVICES.values() if kind.startswith(device.kind)), None)

@@ -1,7 +1,7 @@
-"""Linear maps that say themselves how they are transposed, and so work in forward and in reverse mode.
+"""Linear maps with a transpose of their own, differentiable in forward and in reverse mode.
 
-`jax.custom_vjp` has no forward mode, and `jax.custom_derivatives.linear_call` no `vmap`: these are
-primitives.
+They are JAX primitives because `jax.custom_vjp` has no forward mode and
+`jax.custom_derivatives.linear_call` no `vmap`.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def define(
   transpose: Callable,
   batch: Callable,
 ) -> jax.extend.core.Primitive:
-  """A primitive that computes `apply`; the rules are those of JAX's own primitives."""
+  """Defines a primitive that computes `apply`; its rules have the signatures of JAX's own primitives."""
   primitive = jax.extend.core.Primitive(name)
   primitive.def_impl(apply)
   primitive.def_abstract_eval(abstract)
@@ -38,7 +38,7 @@ def define(
 
 
 def _identity(name: str, apply: Callable, transpose: Callable) -> jax.extend.core.Primitive:
-  """A primitive of one operand that `apply` returns as it is, with another transpose."""
+  """Defines a primitive for an identity `apply` of one operand, whose transpose is `transpose`."""
 
   def jvp(primals, tangents, **params):
     (x,), (tangent,) = primals, tangents
@@ -58,36 +58,41 @@ def _identity(name: str, apply: Callable, transpose: Callable) -> jax.extend.cor
   return primitive
 
 
-def _refuse(x, *, what: str):
+def _refuse(x, *, function: str):
   raise UnsupportedError(
-    f"forward-mode differentiation (jax.jvp, jax.linearize, jax.jacfwd) of {what}"
+    f"forward-mode differentiation (jax.jvp, jax.linearize, jax.jacfwd) of {function}"
   )
 
 
-# It is met by tangents only. Reverse mode transposes it and never computes it, forward mode does.
+# Applied to tangents only: reverse mode transposes it without computing it, forward mode computes it.
 _reverse_only = _identity("ttt_reverse_only", _refuse, lambda cotangent: cotangent)
 
 
-def reverse_only(tree: Any, what: str) -> Any:
-  """The arrays of `tree`, with an error that names `what` if forward mode comes this way."""
+def reverse_only(tree: Any, function: str) -> Any:
+  """Returns `tree`; forward-mode differentiation through it is an error that names `function`."""
 
   @jax.custom_jvp
   def guard(x):
     return x
 
-  guard.defjvp(lambda primals, tangents: (primals[0], _reverse_only.bind(tangents[0], what=what)))
+  guard.defjvp(
+    lambda primals, tangents: (primals[0], _reverse_only.bind(tangents[0], function=function))
+  )
   return jax.tree.map(lambda x: guard(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 _finite_cotangent = _identity("ttt_finite_cotangent", lambda x: x, finite)
 
 
-def finite_cotangent(x: Float[Array, "*B M"], own: Float[Array, "*B K"]) -> Float[Array, "*B M"]:
-  """x, whose cotangent is 0 where it would be NaN or infinite: behind a product that other rows share.
+def finite_cotangent(
+  x: Float[Array, "*B M"], same_rows: Float[Array, "*B K"]
+) -> Float[Array, "*B M"]:
+  """Returns x, and sets its cotangent to 0 where it is NaN or infinite.
 
-  So that it is not lost, it makes the gradient of `own` NaN, which holds finite numbers of the same rows.
+  For the output of a product that sums over rows: the gradients of the other rows stay finite. Those of
+  the row itself must not, so the gradient of `same_rows`, finite numbers of the same rows, becomes NaN.
   """
-  return _finite_cotangent.bind(x) + 0 * own[..., :1]
+  return _finite_cotangent.bind(x) + 0 * same_rows[..., :1]
 
 
 _PRODUCT = "btf,fd->btd"
@@ -104,8 +109,8 @@ def _product_jvp(primals, tangents):
 def _product_transpose(cotangent, z, w):
   if isinstance(cotangent, ad.Zero):
     return [None, ad.Zero(w.aval)]
-  counts = jnp.any(cotangent != 0, axis=-1)
-  transpose = jax.linear_transpose(lambda w: matmul(_PRODUCT, where(counts, z), w), w.aval)
+  has_cotangent = jnp.any(cotangent != 0, axis=-1)
+  transpose = jax.linear_transpose(lambda w: matmul(_PRODUCT, where(has_cotangent, z), w), w.aval)
   return [None, *transpose(cotangent)]
 
 
@@ -131,8 +136,8 @@ _product = define(
 
 
 def product(z: Float[Array, "B T F"], w: Float[Array, "F D"]) -> Float[Array, "B T D"]:
-  """`z w` in float32 or wider; a token whose cotangent is 0 adds nothing to w's, whatever z holds there.
+  """Returns `z w` in float32 or wider; a token whose cotangent is 0 adds nothing to the gradient of w.
 
-  Else a padding token that is NaN, and enters no loss, would make the gradient of a weight NaN.
+  Otherwise a padding token that is NaN, though it enters no loss, would make that gradient NaN.
   """
   return _product.bind(z, w)

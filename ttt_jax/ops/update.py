@@ -1,6 +1,6 @@
-"""The associative operator of In-Place Test-Time Training: what an update is, and how two compose.
+"""The associative operator of In-Place Test-Time Training: updates of a state, and their composition.
 
-Nothing here exchanges states; `collectives.py` combines updates across devices with the same operator.
+`exchange/collectives.py` composes updates of several devices with the same operator.
 """
 
 from typing import NamedTuple
@@ -25,28 +25,28 @@ class Update(NamedTuple):
 
 
 def times(factor: Float[Array, "*B"], x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """`factor * x`, one factor per leading index of x."""
+  """Returns `factor * x`, one factor per leading index of x."""
   return jnp.reshape(factor, factor.shape + (1,) * (x.ndim - factor.ndim)) * x
 
 
 def scale(keep: Float[Array, "*B"], delta: Float[Array, "..."]) -> Float[Array, "..."]:
-  """`keep * delta`; a keep of 0 drops delta, also one that is NaN or infinite.
+  """Returns `keep * delta`; a keep of 0 drops delta, also where delta is NaN or infinite.
 
-  For keeps that documents and decays make: where they are 0 they have no gradient.
+  A keep that is 0 gets no gradient: it is a reset at the start of a document.
   """
   dropped = jnp.reshape(keep == 0, keep.shape + (1,) * (delta.ndim - keep.ndim))
   return jnp.where(dropped, jnp.zeros_like(delta), times(keep, delta))
 
 
 @jax.custom_jvp
-def _keep(keep, delta):
-  """`scale`, for keeps of anybody's: with a gradient in a keep that happens to be 0."""
+def _scale_any(keep, delta):
+  """Returns `scale(keep, delta)`, but a keep that happens to be 0 has a gradient."""
   return scale(keep, delta)
 
 
-def _keep_jvp(primals, tangents):
+def _scale_any_jvp(primals, tangents):
   (keep, delta), (keep_tangent, delta_tangent) = primals, tangents
-  kept = _keep(keep, delta)
+  kept = _scale_any(keep, delta)
   tangent = jnp.zeros_like(kept)
   if not isinstance(delta_tangent, SymbolicZero):
     tangent += scale(keep, delta_tangent)
@@ -55,40 +55,40 @@ def _keep_jvp(primals, tangents):
   return kept, tangent
 
 
-_keep.defjvp(_keep_jvp, symbolic_zeros=True)
+_scale_any.defjvp(_scale_any_jvp, symbolic_zeros=True)
 
 
 def combine(earlier: Update, later: Update) -> Update:
-  """The one update that does what `earlier` and then `later` do.
+  """Returns the update that has the effect of `earlier` followed by `later`.
 
       (k1, D1) then (k2, D2)  =  (k1 k2,  k2 D1 + D2)
 
-  A keep k2 of 0 drops D1, also where that is NaN or infinite. Associative, with identity `Update(1, 0)`;
-  not commutative unless both keeps are 1. Feed it to `jax.lax.associative_scan`, whose second argument is
-  the later one (its first one with `reverse=True`: there, swap the arguments).
+  A keep k2 of 0 drops D1, also where D1 is NaN or infinite. Associative, with identity `Update(1, 0)`;
+  not commutative unless both keeps are 1. `jax.lax.associative_scan` takes it as it is; with
+  `reverse=True`, whose first argument is the later one, swap the arguments.
   """
   return Update(
     keep=earlier.keep * later.keep,
-    delta=_keep(later.keep, earlier.delta) + later.delta,
+    delta=_scale_any(later.keep, earlier.delta) + later.delta,
   )
 
 
 def apply_update(update: Update, state: Float[Array, "..."]) -> Float[Array, "..."]:
-  """`keep * state + delta`: the state after `update`."""
+  """Returns `keep * state + delta`, the state after `update`."""
   return scale(update.keep, state) + update.delta
 
 
 def prefix_keeps(keeps: Float[Array, "N B"], reverse: bool = False) -> Float[Array, "N B"]:
-  """The product of the keeps strictly before (after, with `reverse`) each place."""
+  """Returns the product of the keeps strictly before (with `reverse`, after) each place."""
   if reverse:
     return jnp.flip(prefix_keeps(jnp.flip(keeps, 0)), 0)
   return jnp.concatenate([jnp.ones_like(keeps[:1]), jnp.cumprod(keeps, axis=0)[:-1]])
 
 
 def prefix_weights(keeps: Float[Array, "N B"], reverse: bool = False) -> Float[Array, "N N B"]:
-  """`w[p, q]`: how much of delta q is in the state at p, the product of the keeps in between.
+  """Returns `w[p, q]`, the weight of delta q in the state at p: the product of the keeps in between.
 
-  Exclusive: `w[p, q] = 0` unless q lies strictly before p (after p with `reverse`).
+  Exclusive: `w[p, q] = 0` unless q lies strictly before p (with `reverse`, after p).
   """
   if reverse:
     return jnp.flip(prefix_weights(jnp.flip(keeps, 0)), (0, 1))
@@ -96,20 +96,20 @@ def prefix_weights(keeps: Float[Array, "N B"], reverse: bool = False) -> Float[A
   later = (place[:, None] > place[None, :])[:, :, None]  # [p, q]: p lies after q
   factors = jnp.where(later, keeps[:, None, :], 1)
   # Exclusive over p: the product stops before p's own keep.
-  through = jnp.cumprod(factors, axis=0)
-  before = jnp.concatenate([jnp.ones_like(through[:1]), through[:-1]])
-  return jnp.where(later, before, 0)
+  inclusive = jnp.cumprod(factors, axis=0)
+  exclusive = jnp.concatenate([jnp.ones_like(inclusive[:1]), inclusive[:-1]])
+  return jnp.where(later, exclusive, 0)
 
 
 class Clip(NamedTuple):
-  """`r = min(1, tau / |U|_F)` of a chunk's update U, and what its gradient needs."""
+  """The clip factor `r = min(1, tau / |U|_F)` of a chunk's update U, and `norm = |U|_F`."""
 
   r: Float[Array, "*B"]
   norm: Float[Array, "*B"]
 
 
 def clip_factor(square: Float[Array, "*B"], clip_norm: float) -> Clip:
-  """r and |U| from `|U|_F^2`; the gradient is 0 where the clip is inactive."""
+  """Computes r and |U| from `|U|_F^2`; the gradient of r is 0 where the clip is inactive."""
   # sqrt has no gradient at 0, where the clip is inactive anyway.
   norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
   return Clip(
@@ -118,14 +118,14 @@ def clip_factor(square: Float[Array, "*B"], clip_norm: float) -> Clip:
 
 
 def sum_over(x: Float[Array, "*B"], tensor_axis: str | None) -> Float[Array, "*B"]:
-  """The sum of x over the devices that share F, of which each holds a part."""
+  """Returns `psum(x)` over `tensor_axis`, where every device holds a slice of F; x where it is None."""
   return x if tensor_axis is None else lax.psum(x, tensor_axis)
 
 
 def clip_update(
   u: Float[Array, "*B F D"], clip_norm: float | None, tensor_axis: str | None
 ) -> Float[Array, "*B F D"]:
-  """U, rescaled to the Frobenius norm `clip_norm` where it is larger; differentiable."""
+  """Returns U, rescaled to the Frobenius norm `clip_norm` where its norm is larger; differentiable."""
   if clip_norm is None:
     return u
   square = sum_over(jnp.sum(u * u, axis=(-2, -1)), tensor_axis)

@@ -1,1 +1,1 @@
-"""The mesh, where parameters lie on it, and many processes."""
+"""Makes the mesh, lays out parameters on it, and coordinates processes."""

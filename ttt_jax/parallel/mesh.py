@@ -1,7 +1,7 @@
-"""Where arrays live on the mesh `data x fsdp x context x tensor`.
+"""Lays out arrays on the mesh `data x fsdp x context x tensor`.
 
-Model code knows no mesh: it runs under the ambient one (`jax.set_mesh`), and the two ops that
-communicate by hand, attention and the fast weight, are mapped over its shards by `over_shards`.
+Model code runs under the ambient mesh (`jax.set_mesh`). `over_shards` maps code with explicit collectives,
+such as attention and the fast weight, over the shards of that mesh.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from ttt_jax.config import MeshConfig
 from ttt_jax.errors import UnsupportedError, UserError
-from ttt_jax.ops.varying import is_checked, varying_axes
+from ttt_jax.ops.manual import is_checked, varying_axes
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 DATA, FSDP, CONTEXT, TENSOR = MESH_AXES
@@ -33,7 +33,7 @@ _RULES: dict[str | None, tuple[str, ...]] = {
 
 
 class Axes(NamedTuple):
-  """The mesh axes of several devices that a function mapped by `over_shards` runs on; else None."""
+  """Names the mesh axes that split a function's arrays in `over_shards`; the others are None."""
 
   fsdp: str | None = None
   context: str | None = None
@@ -41,16 +41,16 @@ class Axes(NamedTuple):
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-  """The mesh of a config over all devices; a mesh of one device takes the first one.
+  """Makes the mesh of a config over all devices; a mesh of size 1 takes the first device.
 
   Raises:
-    UserError: there are more or fewer devices than the mesh has.
+    UserError: the mesh needs more or fewer devices than there are.
   """
   devices = jax.devices() if devices is None else devices
   config = config.filled(len(devices))
   if config.size not in (1, len(devices)):
     sizes = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, config.shape))
-    remedy = "give one axis the size -1 to take all there are"
+    remedy = "give one axis the size -1 to use all devices"
     if devices[0].platform == "cpu":
       remedy += f", or set runtime.cpu_devices={config.size}"
     raise UserError(
@@ -65,12 +65,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def spec(*dims: str | None, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-  """The partition of an array with these logical dimensions, over the axes that split it on `mesh`.
+  """Returns the partition of an array with these logical dimensions on `mesh`.
 
-  Manual axes, those of an enclosing `jax.shard_map`, have split it already.
+  Manual axes, those of an enclosing `jax.shard_map`, do not occur in it: they have split the array already.
 
   Raises:
-    UserError: two dimensions claim one axis.
+    UserError: two dimensions are split over the same axis.
   """
   claimed = [axis for dim in dims for axis in _RULES[dim]]
   if len(set(claimed)) < len(claimed):
@@ -83,30 +83,31 @@ def spec(*dims: str | None, mesh: Mesh | AbstractMesh) -> PartitionSpec:
 
 
 def sharding(mesh: Mesh, *dims: str | None) -> NamedSharding:
+  """Returns the sharding of an array with these logical dimensions."""
   return NamedSharding(mesh, spec(*dims, mesh=mesh))
 
 
-def put(x: np.ndarray, mesh: Mesh, *dims: str | None) -> jax.Array:
-  """A host's array on the mesh; of many processes, each has all of it and gives its devices their parts."""
+def to_mesh(x: np.ndarray, mesh: Mesh, *dims: str | None) -> jax.Array:
+  """Copies a host array to the mesh; every process passes the whole array and fills its own devices."""
   return jax.make_array_from_callback(x.shape, sharding(mesh, *dims), lambda index: x[index])
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
-  """The rows of a batch that devices of this process hold, ascending.
+  """Returns the rows of a batch that devices of this process hold, ascending.
 
-  Processes that differ along `context` or `tensor` only hold the same ones.
+  Processes that differ only along `context` or `tensor` hold the same rows.
   """
   held = sharding(mesh, "batch").addressable_devices_indices_map((batch_size,))
   return tuple(sorted({row for (index,) in held.values() for row in range(batch_size)[index]}))
 
 
-def put_rows(x: np.ndarray, mesh: Mesh, *dims: str | None) -> jax.Array:
-  """The batch on the mesh of which this process has its `local_rows`, `x`; all processes call it.
+def rows_to_mesh(x: np.ndarray, mesh: Mesh, *dims: str | None) -> jax.Array:
+  """Assembles a batch on the mesh from the `local_rows` of every process; all processes call it.
 
   Args:
-    x: rows along its first dimension.
-    mesh: of all processes.
-    dims: the logical dimensions after that of the rows.
+    x: the rows of this process, along the first dimension.
+    mesh: the mesh of all processes.
+    dims: the logical dimensions after the first.
   """
   parts = spec("batch", mesh=mesh)
   shards = int(np.prod([mesh.shape[axis] for axis in jax.tree.leaves(tuple(parts))], dtype=int))
@@ -122,7 +123,7 @@ def put_rows(x: np.ndarray, mesh: Mesh, *dims: str | None) -> jax.Array:
 
 
 def ambient_mesh() -> AbstractMesh | None:
-  """The mesh of `jax.set_mesh` if it splits anything that is not yet manual, else None."""
+  """Returns the mesh of `jax.set_mesh`, or None if its axes are all manual or it has one device."""
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty or mesh.are_all_axes_manual or mesh.size == 1 else mesh
 
@@ -132,16 +133,16 @@ def _manual_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
 
 
 def _manual_context_axis() -> str | None:
-  """The context axis, if we are inside a `jax.shard_map` over it already."""
+  """Returns the context axis inside a `jax.shard_map` over it, else None."""
   return CONTEXT if CONTEXT in jax.sharding.get_abstract_mesh().manual_axes else None
 
 
 def _check_manual_axes(arguments: Any) -> None:
-  """Raises UnsupportedError inside somebody's `jax.shard_map` over an axis of unknown use.
+  """Raises UnsupportedError inside a caller's `jax.shard_map` over an axis of unknown use.
 
-  Rows split over `data` or `fsdp` need nothing of each other, and a sequence split over `context` is
-  exchanged. Over any other axis, `tensor` included, a device would take its part for the whole. Axes of
-  one device, and axes over which nothing varies, split nothing.
+  Rows split over `data` or `fsdp` are independent, and shards of a sequence over `context` exchange states.
+  Over any other axis, `tensor` included, a device would take its part for the whole. Axes of one device,
+  and axes over which no argument varies, split nothing.
   """
   mesh = jax.sharding.get_abstract_mesh()
   for axis in mesh.manual_axes:
@@ -158,7 +159,7 @@ def _check_manual_axes(arguments: Any) -> None:
 
 
 def context_size() -> int:
-  """How many shards of the sequence `over_shards` makes."""
+  """Returns the number of shards into which `over_shards` splits the sequence."""
   mesh = ambient_mesh()
   if mesh is None or CONTEXT in mesh.manual_axes:
     return 1
@@ -166,14 +167,14 @@ def context_size() -> int:
 
 
 def positions(length: int) -> jax.Array:
-  """The positions in the sequence of the `length` tokens at hand."""
+  """Returns the positions of this shard's `length` tokens in the whole sequence."""
   axis = _manual_context_axis()
   local = jnp.arange(length)
   return local if axis is None else local + length * jax.lax.axis_index(axis)
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
-  """`x`, laid out over the ambient mesh; `x` itself where there is none."""
+  """Constrains the sharding of `x` to the ambient mesh; returns `x` itself without a mesh."""
   mesh = ambient_mesh()
   if mesh is None:
     return x
@@ -187,23 +188,23 @@ def over_shards(
   out_dims: Any,
   check_vma: bool = True,
 ) -> Any:
-  """`function(*arguments, axes=...)`, on every shard of the ambient mesh.
+  """Calls `function(*arguments, axes=...)` on every shard of the ambient mesh.
 
-  Without a mesh `function` sees whole arrays and no axes; inside somebody's `jax.shard_map` over all axes
-  of the mesh it is called as it is, and knows of `context`; else it is mapped over the axes that are not
-  manual yet.
+  Without a mesh `function` gets whole arrays and no axes. Inside a caller's `jax.shard_map` over all axes
+  of the mesh it is called directly, with `context` if that is an axis. Otherwise it is mapped over the axes
+  that are not manual yet.
 
   Args:
     function: takes `axes: Axes` as a keyword.
     arguments: arrays, None, or pytrees of these.
-    dims: the logical dimensions of each argument, a pytree of tuples for a pytree; None for one that is
-      None or replicated.
+    dims: the logical dimensions of each argument, a pytree of tuples for a pytree; None for an argument
+      that is None or replicated.
     out_dims: a pytree of tuples of logical dimensions, one for each output.
-    check_vma: of `jax.shard_map`; False for a function whose kernels cannot say over which axes their
-      outputs vary.
+    check_vma: the option of `jax.shard_map`; False for a function whose kernels do not declare over which
+      axes their outputs vary.
 
   Raises:
-    UnsupportedError: somebody's `jax.shard_map` is over an axis that this library gives no meaning.
+    UnsupportedError: a caller's `jax.shard_map` is over an axis that this library gives no meaning.
   """
   _check_manual_axes(arguments)
   mesh = ambient_mesh()

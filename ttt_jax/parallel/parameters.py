@@ -1,17 +1,18 @@
-"""How parameters, and whatever is kept per parameter, are split over the mesh.
+"""Splits parameters, and optimiser state, over the mesh.
 
-One table says what the dimensions of a parameter are; the axes they are split over are the rules of
-`ttt_jax.parallel.mesh`. Optimiser state has its parameter's name at the end of its path, and so its
+One table lists the logical dimensions of every parameter; the rules of `ttt_jax.parallel.mesh` map
+dimensions to mesh axes. The path of optimiser state ends with its parameter's name, so both have the same
 partition.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -19,12 +20,12 @@ from ttt_jax.errors import UserError
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.parallel.mesh import FSDP, ambient_mesh, spec
 
-# The name, for `jax.checkpoint` policies, of parameters gathered over fsdp: kept, they would all lie
-# on every device at the end of the forward pass.
+# The name of parameters gathered over fsdp in `jax.checkpoint` policies. If remat saved them, every device
+# would hold all parameters at the end of the forward pass.
 GATHERED = "gathered_parameter"
 
-# The dimensions of a layer's parameter; layers stacked have one more before them, which is not split.
-# Small ones are whole on every device.
+# The logical dimensions of a layer's parameters; stacked layers have one more in front, which is not split.
+# Small parameters are whole on every device.
 _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
   "table": ("vocab", "embed"),
   "head": ("embed", "vocab"),
@@ -44,7 +45,7 @@ _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
   "log_rate": (),
   "log_half_life": (),
   "scale": (None,),
-  # Of linear attention; its heads are as many as those of keys and values.
+  # Linear attention has as many heads as keys and values have.
   "decay_down": ("embed", None),
   "decay_up": (None, "kv_heads", None),
   "decay_bias": ("kv_heads", None),
@@ -55,10 +56,10 @@ _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
 
 
 def dimensions(name: str, rank: int) -> tuple[str | None, ...]:
-  """The logical dimensions of the array of a path such as `groups/0/1/mlp/conv/value`.
+  """Returns the logical dimensions of the array at a path such as `groups/0/1/mlp/conv/value`.
 
   Raises:
-    UserError: there is no such parameter in the table, or it has another rank.
+    UserError: the table has no such parameter, or one of another rank.
   """
   dims = _DIMENSIONS.get(name.removesuffix("/value").rpartition("/")[2])
   if dims is None and rank == 0:
@@ -71,7 +72,7 @@ def dimensions(name: str, rank: int) -> tuple[str | None, ...]:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-  """Where each array of a model, a layer or a training state lies on the mesh.
+  """Returns the sharding of each array of a model, a layer or a training state.
 
   Raises:
     UserError: a mesh axis does not divide the dimension it splits.
@@ -80,7 +81,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def constrain_parameters(tree: Any) -> Any:
-  """The arrays, split like the parameters whose names they have over the ambient mesh."""
+  """Constrains arrays to the shardings of the parameters of the same names on the ambient mesh."""
   mesh = ambient_mesh()
   if mesh is None:
     return tree
@@ -92,11 +93,10 @@ def constrain_parameters(tree: Any) -> Any:
 
 
 def gathered(tree: Any, dtype: DTypeLike) -> Any:
-  """A layer with its parameters whole over `fsdp`, rounded to the dtype it computes in.
+  """Gathers a layer's parameters over `fsdp`, rounded to the dtype in which the layer computes.
 
-  They are sent in that dtype, and are float32 or wider again when they arrive, so that their gradients
-  are; these are summed and split in one. Called inside the scan over layers, and inside of what is
-  rematerialised: a device holds one layer.
+  See `gather_in_dtype`; a reduce-scatter sums and splits their gradients. Call this inside the scan over
+  layers and inside remat, so that a device holds only one whole layer.
   """
   mesh = ambient_mesh()
   if mesh is None or mesh.shape.get(FSDP, 1) == 1:
@@ -106,28 +106,46 @@ def gathered(tree: Any, dtype: DTypeLike) -> Any:
     dims = dimensions(_name(path), x.ndim)
     if "embed" not in dims:
       return x
+    split = spec(*dims, mesh=mesh)
     whole = spec(*(None if dim == "embed" else dim for dim in dims), mesh=mesh)
-    x = _gather(x, jnp.dtype(dtype), spec(*dims, mesh=mesh), whole)
+    constrain = jax.lax.with_sharding_constraint
+    x = gather_in_dtype(
+      x,
+      jnp.dtype(dtype),
+      lambda a: constrain(constrain(a, split), whole),
+      lambda a: constrain(a, split),
+    )
     return checkpoint_name(x, GATHERED)
 
   return jax.tree.map_with_path(gather, tree)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(x: Array, dtype: jnp.dtype, split: PartitionSpec, whole: PartitionSpec) -> Array:
-  x = jax.lax.with_sharding_constraint(x.astype(dtype), split)
-  return jax.lax.with_sharding_constraint(x, whole).astype(accumulation_dtype(dtype))
+def gather_in_dtype(
+  x: Array, dtype: jnp.dtype, gather: Callable[[Array], Array], scatter: Callable[[Array], Array]
+) -> Array:
+  """Returns `gather(x)`, sent in `dtype` and float32 or wider when it arrives.
+
+  The gradient is therefore float32 or wider too when `scatter` sums and splits it.
+
+  Args:
+    x: a part of a parameter.
+    dtype: the dtype that the devices exchange.
+    gather: makes the whole of the parts.
+    scatter: the transpose of `gather`.
+  """
+  return gather(x.astype(dtype)).astype(accumulation_dtype(dtype))
 
 
-def _gather_fwd(x, dtype, split, whole):
-  return _gather(x, dtype, split, whole), jnp.zeros((), x.dtype)
+def _gather_fwd(x, dtype, gather, scatter):
+  return gather_in_dtype(x, dtype, gather, scatter), jnp.zeros((), x.dtype)
 
 
-def _gather_bwd(dtype, split, whole, like, cotangent):
-  return (jax.lax.with_sharding_constraint(cotangent, split).astype(like.dtype),)
+def _gather_bwd(dtype, gather, scatter, like, cotangent):
+  return (scatter(cotangent).astype(like.dtype),)
 
 
-_gather.defvjp(_gather_fwd, _gather_bwd)
+gather_in_dtype.defvjp(_gather_fwd, _gather_bwd)
 
 
 def _name(path: tuple) -> str:

@@ -1,7 +1,8 @@
-"""Many processes, one program: how they start, what only the first does, and how they agree.
+"""Starts the processes of a program, and coordinates their files and errors.
 
-A process here is one of a program of `jax.distributed`: a host of a TPU pod slice, a task of SLURM. A
-step needs nothing of this, since JAX runs it over the mesh of all their devices; files and mistakes do.
+A process is one of a `jax.distributed` program: a host of a TPU pod slice, a task of SLURM. JAX runs a
+training step over the mesh of all their devices without this module; loading files and reporting errors
+need it.
 """
 
 import json
@@ -19,14 +20,14 @@ from ttt_jax.errors import UnsupportedError, UserError
 
 T = TypeVar("T")
 
-_MESSAGE_BYTES = 2048  # of an error that other processes show
+_MESSAGE_BYTES = 2048  # longest error message that other processes show
 
 
 def start(runtime: RuntimeConfig) -> None:
-  """Tells JAX what it must know before its first use, and waits for the other processes if there are any.
+  """Configures JAX before its first use, and connects to the other processes of `runtime.distributed`.
 
   Raises:
-    UserError: the processes could not be found.
+    UserError: the processes cannot connect.
   """
   if runtime.cpu_devices is not None:
     jax.config.update("jax_num_cpu_devices", runtime.cpu_devices)
@@ -47,12 +48,12 @@ def start(runtime: RuntimeConfig) -> None:
 
 
 def is_main() -> bool:
-  """Whether this process writes what a run leaves, and speaks."""
+  """Tells whether this process writes files and output: only the first one does."""
   return jax.process_index() == 0
 
 
-def together(function: Callable[[], T]) -> T:
-  """`function()` on every process; what one raises ends the call on all, so that none waits for it.
+def on_every_process(function: Callable[[], T]) -> T:
+  """Calls `function()` on every process; an error on one ends the call on all, so that none waits forever.
 
   Raises:
     UserError: another process raised a `UserError` or an `UnsupportedError`.
@@ -75,42 +76,42 @@ def together(function: Callable[[], T]) -> T:
     raise error
   for process, text in enumerate(messages):
     if text:
-      kind, _, said = text.decode(errors="replace").partition(":")
+      kind, _, message = text.decode(errors="replace").partition(":")
       if kind == "user":
-        raise UserError(f"process {process}: {said.partition(': ')[2]}")
-      raise RuntimeError(f"process {process} failed: {said}")
+        raise UserError(f"process {process}: {message.partition(': ')[2]}")
+      raise RuntimeError(f"process {process} failed: {message}")
   return result
 
 
 def on_main(function: Callable[[], T]) -> T | None:
-  """`function()` on the first process, None on the others once it is done; errors as `together`."""
-  return together(function if is_main() else lambda: None)
+  """Calls `function()` on the first process; the others wait and get None. Errors as `on_every_process`."""
+  return on_every_process(function if is_main() else lambda: None)
 
 
 def from_main(function: Callable[[], T]) -> T:
-  """`function()` of the first process, of what JSON has, on every process; errors as `together`."""
+  """Returns the first process's JSON-able `function()` on every process; errors as `on_every_process`."""
   return gather(on_main(function))[0]
 
 
 def gather(value: Any) -> list[Any]:
-  """A JSON-able value of every process, by process; all of them call it."""
+  """Returns the JSON-able values of all processes, in their order; all processes call it."""
   if jax.process_count() == 1:
     return [value]
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.array([data.size], np.int32))
   padded = np.zeros(sizes.max(), np.uint8)
   padded[: data.size] = data
-  every = multihost_utils.process_allgather(padded)
-  return [json.loads(row[:size].tobytes()) for row, size in zip(every, sizes.ravel())]
+  rows = multihost_utils.process_allgather(padded)
+  return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes.ravel())]
 
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
   """Turns the first Ctrl-C or SIGTERM into a request to stop; a second one acts as usual.
 
-  What it gives is called with the number of steps done, after every step, and says whether to stop there.
-  With many processes JAX's preemption service passes the SIGTERM of any of them on, and all stop at the
-  same step.
+  Yields a function to call after every step with the number of steps done; it tells whether to stop there.
+  With many processes JAX's preemption service forwards the SIGTERM of any process, and all stop at the same
+  step.
   """
   if jax.process_count() > 1:
     # The service handles SIGTERM; Ctrl-C reaches the launcher, which ends its processes by SIGTERM.
@@ -122,8 +123,8 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
   def request(number, frame):
     nonlocal requested
     requested = True
-    for known, handler in previous.items():
-      signal.signal(known, handler)
+    for signal_number, handler in previous.items():
+      signal.signal(signal_number, handler)
 
   for number in (signal.SIGINT, signal.SIGTERM):
     previous[number] = signal.signal(number, request)

@@ -1,4 +1,4 @@
-"""The arrays of a pytree by name."""
+"""Names and deletes the arrays of a pytree."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 
 
 def named_leaves(tree: Any, separator: str = "/") -> dict[str, Any]:
-  """The leaves under their path, such as `groups/0/1/mlp/conv/value`, in the tree's own order."""
+  """Returns the leaves by their path, such as `groups/0/1/mlp/conv/value`, in the tree's order."""
   leaves = jax.tree.leaves_with_path(tree)
   named = {
     jax.tree_util.keystr(path, simple=True, separator=separator): leaf for path, leaf in leaves
@@ -16,6 +16,6 @@ def named_leaves(tree: Any, separator: str = "/") -> dict[str, Any]:
 
 
 def delete(tree: Any) -> None:
-  """Frees the arrays of a pytree now, whoever else refers to them."""
+  """Frees the arrays of a pytree now, even if other references to them exist."""
   for leaf in jax.tree.leaves(tree):
     leaf.delete()

@@ -20,7 +20,7 @@ from ttt_jax.errors import UserError
 from ttt_jax.evaluation.heldout import evaluation_rows, losses_by_token
 from ttt_jax.evaluation.progress import TrainingProgress
 from ttt_jax.nn.transformer import Transformer, count_parameters
-from ttt_jax.ops.hardware import known_device
+from ttt_jax.ops.hardware import device_in_table
 from ttt_jax.parallel.mesh import local_rows
 from ttt_jax.parallel.processes import gather, is_main, stop_requests
 from ttt_jax.training.flops import training_flops
@@ -114,7 +114,7 @@ class Clock:
     values = dict.fromkeys(("tokens_per_second", "mfu", "waiting_for_data"))
     if self._since is not None:
       speed = (tokens - self._tokens) / (now - self._since)
-      device = known_device()
+      device = device_in_table()
       values = {
         "tokens_per_second": speed,
         "mfu": device and speed * self._flops_per_token / (self._devices * device.peak),

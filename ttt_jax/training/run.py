@@ -15,7 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.checkpoints.resolve import initial_model, resolve, resolve_run
-from ttt_jax.checkpoints.runs import BASELINE, abstract_model, as_begun, evaluated_model, load_model
+from ttt_jax.checkpoints.runs import (
+  BASELINE,
+  abstract_model,
+  evaluated_model,
+  load_model,
+  with_recorded_boundaries,
+)
 from ttt_jax.config import Config
 from ttt_jax.data import Corpus
 from ttt_jax.data.load import load_data
@@ -25,7 +31,7 @@ from ttt_jax.evaluation.plots import plot_by_position, plot_training
 from ttt_jax.files import write_json
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.parallel.mesh import make_mesh
-from ttt_jax.parallel.processes import is_main, on_main, together
+from ttt_jax.parallel.processes import is_main, on_every_process, on_main
 from ttt_jax.parallel.trees import delete
 from ttt_jax.training.log import check_writers
 from ttt_jax.training.loop import model_summary, train
@@ -42,10 +48,10 @@ def run_training(config: Config, console: Console | None = None) -> dict[str, An
       `resolve`, `make_mesh`, `load_data` and `train`.
   """
   console = Console(quiet=not is_main()) if console is None else console
-  config = as_begun(resolve(config))
+  config = with_recorded_boundaries(resolve(config))
   mesh = make_mesh(config.mesh)
-  corpus = together(lambda: load_data(config))
-  rows = together(lambda: check_ready(config, corpus, mesh))
+  corpus = on_every_process(lambda: load_data(config))
+  rows = on_every_process(lambda: check_ready(config, corpus, mesh))
   run_dir = Path(config.resolved_run_dir)
   with ExitStack() as held:
     on_main(lambda: held.enter_context(hold_run(run_dir, config)))
@@ -128,11 +134,11 @@ def run_evaluation(
       belongs to another run; as `load_pretrained`.
   """
   console = Console(quiet=not is_main()) if console is None else console
-  config = as_begun(resolve_run(config) if is_run else resolve(config))
+  config = with_recorded_boundaries(resolve_run(config) if is_run else resolve(config))
   mesh = make_mesh(config.mesh)
   run_dir = Path(config.resolved_run_dir)
-  corpus = together(lambda: load_data(config))
-  rows = together(lambda: evaluation_rows(config, corpus))
+  corpus = on_every_process(lambda: load_data(config))
+  rows = on_every_process(lambda: evaluation_rows(config, corpus))
   model, baseline = _handed_over(evaluated_model(config, mesh, is_run=is_run)), None
   if is_run and config.eval.baseline:
     baseline = partial(load_model, config.without_ttt(), mesh, run_dir / BASELINE)

@@ -15,10 +15,10 @@ from typing import Any
 from ttt_jax.config import Config
 from ttt_jax.config.recorded import (
   CONFIG_FILE,
-  beginning,
   record_config,
+  recorded_boundaries,
   recorded_config,
-  with_beginning,
+  with_boundaries,
 )
 from ttt_jax.config.yaml import config_difference, flatten
 from ttt_jax.errors import UserError
@@ -165,7 +165,7 @@ def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> bool:
         "give another --run_dir"
       )
     return True
-  config = with_beginning(config, beginning(path))
+  config = with_boundaries(config, recorded_boundaries(path))
   recorded, current = dataclasses.asdict(recorded_config(path)), dataclasses.asdict(config)
   refused = config_difference(_without(recorded, may_change), _without(current, may_change))
   if refused:

@@ -16,7 +16,7 @@ from ttt_jax.nn.fast_mlp import merge_stats
 from ttt_jax.nn.loss import IGNORE, mean_loss, model_losses
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.ops.numerics import accumulation_dtype
-from ttt_jax.parallel.mesh import constrain, put_rows, sharding
+from ttt_jax.parallel.mesh import constrain, rows_to_mesh, sharding
 from ttt_jax.parallel.parameters import constrain_parameters, shardings
 from ttt_jax.training.optimizer import learning_rate, make_optimizer
 from ttt_jax.training.trainable import trained_parameters, with_parameters
@@ -186,4 +186,4 @@ def jit_train_step(config: Config, mesh: Mesh) -> Callable:
 
 def put_batch(rows: dict[str, Any], mesh: Mesh) -> Batch:
   """Makes the batch on the mesh from the host rows of this process (`local_rows`)."""
-  return Batch(*(put_rows(rows[name], mesh, "sequence") for name in Batch._fields))
+  return Batch(*(rows_to_mesh(rows[name], mesh, "sequence") for name in Batch._fields))

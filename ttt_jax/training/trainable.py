@@ -43,7 +43,7 @@ def _trains(model: Transformer, trainable: str) -> Callable[[str], bool]:
     return lambda name: True
   chosen = {
     f"groups/{g}/{p}/mlp/{name}/value"
-    for g, (pattern, _) in enumerate(model.plan)
+    for g, (pattern, _) in enumerate(model.stacking)
     for p, run in enumerate(pattern)
     for name in _NAMES[trainable]
     if run.kind.ttt

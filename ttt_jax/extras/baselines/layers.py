@@ -20,7 +20,7 @@ from ttt_jax.errors import UnsupportedError
 from ttt_jax.extras.baselines.ops import delta_rule, gated_linear_attention, short_convolution
 from ttt_jax.nn.layers import PROJECTED, RMSNorm, add_bias, normal_init, project
 from ttt_jax.nn.mixers import Mixer, register_mixer
-from ttt_jax.ops.exchange.prefix import shard_count
+from ttt_jax.ops.manual import shard_count
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.parallel.mesh import Axes, over_shards
 

@@ -23,8 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 from ttt_jax.errors import UserError
 from ttt_jax.ops.documents import check_segment_ids, number_documents
 from ttt_jax.ops.linear import finite_cotangent
+from ttt_jax.ops.manual import vary_over, varying_axes
 from ttt_jax.ops.numerics import accumulation_dtype, finite, matmul, poison, where
-from ttt_jax.ops.varying import vary_over, varying_axes
 
 # The largest number of tokens among which `_decayed_scores` forms the decay of every pair separately.
 _SUB_CHUNK = 16

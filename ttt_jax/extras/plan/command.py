@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ttt_jax.checkpoints.resolve import resolve_for
+from ttt_jax.checkpoints.resolve import resolve
 from ttt_jax.config import Config, MeshConfig, ModelConfig
 from ttt_jax.errors import UserError
 from ttt_jax.extras.plan.planner import Mode, Plan, plan
@@ -67,7 +67,7 @@ def _plan(config: Config, topology: str, mode: Mode, devices: int) -> Plan:
         "its shapes: set them (model.d_model and so on), or download the checkpoint"
       )
     config = dataclasses.replace(config, init_from=None)
-  return plan(resolve_for(config, devices), topology, mode=mode)
+  return plan(resolve(config, devices), topology, mode=mode)
 
 
 def as_dict(planned: Plan) -> dict:

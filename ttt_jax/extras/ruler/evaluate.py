@@ -16,9 +16,9 @@ import jax
 
 from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.errors import UserError
-from ttt_jax.evaluation.cells import Cells
 from ttt_jax.evaluation.plots import plot_ruler
 from ttt_jax.evaluation.progress import EvaluationProgress
+from ttt_jax.evaluation.result_file import ResultFile
 from ttt_jax.extras.ruler.config import SamplesConfig
 from ttt_jax.extras.ruler.generate import Ruler
 from ttt_jax.extras.ruler.sample import Sample
@@ -79,7 +79,7 @@ def evaluate_ruler(
   config.check(ruler)
   questions = {task: config.questions_digest(task) for task in config.chosen}
   settings = _settings(reader, config)
-  cells = Cells(out / _CELLS, settings)
+  cells = ResultFile(out / _CELLS, settings)
   _check_questions(out, cells, questions)
   todo = [pair for pair in config.pairs if (*pair, questions[pair[0]]) not in cells]
   _check_positions(reader, todo)
@@ -176,7 +176,7 @@ def _settings(reader: Reader, config: RulerConfig) -> dict[str, Any]:
   }
 
 
-def _check_questions(out: Path, cells: Cells, questions: dict[str, str | None]) -> None:
+def _check_questions(out: Path, cells: ResultFile, questions: dict[str, str | None]) -> None:
   """Raises UserError if `out` has results of a task with another file of questions."""
   for task, _, asked in cells:
     if questions.get(task, asked) != asked:
@@ -186,7 +186,7 @@ def _check_questions(out: Path, cells: Cells, questions: dict[str, str | None]) 
       )
 
 
-def _report(name: str, settings: dict[str, Any], cells: Cells) -> dict[str, Any]:
+def _report(name: str, settings: dict[str, Any], cells: ResultFile) -> dict[str, Any]:
   order = {task: i for i, task in enumerate(TASKS)}
   done = sorted(cells, key=lambda key: (key[1], order[key[0]]))
   ordered = [

@@ -1,7 +1,7 @@
-"""Attention of new tokens to what rows of different lengths have read before.
+"""Attention of new tokens to a KV cache, for rows of different lengths.
 
-A cache has S slots per row; the token at position t lies in slot `t mod S`. Full attention has a slot for
-every token, a window of `window` tokens as many slots and overwrites the oldest.
+A cache has S slots per row; the token at position t lies in slot `t mod S`. Full attention needs a slot for
+every token. Attention with a window needs `window` slots, and new tokens overwrite the oldest.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from ttt_jax.ops.numerics import accumulation_dtype
 
 
 class KeyValueCache(NamedTuple):
-  """Keys and values of the tokens read so far, or of the last S of them."""
+  """The keys and values of the tokens so far, or of the last S of them."""
 
   k: Float[Array, "B S G K"]
   v: Float[Array, "B S G K"]
@@ -30,24 +30,24 @@ def write(
   lengths: Int[Array, "B"],
   counts: Int[Array, "B"],
 ) -> KeyValueCache:
-  """The cache with the first `counts` of T new tokens, which follow `lengths` earlier ones."""
+  """Writes the first `counts` of T new tokens of each row, which follow `lengths` earlier tokens."""
   b, t = k.shape[:2]
   slots = cache.k.shape[1]
   new = jnp.arange(t, dtype=jnp.int32)[None]
-  stays = (new < counts[:, None]) & (new >= counts[:, None] - slots)
-  slot = jnp.where(stays, (lengths[:, None] + new) % slots, slots)  # out of bounds: dropped
+  is_kept = (new < counts[:, None]) & (new >= counts[:, None] - slots)
+  slot = jnp.where(is_kept, (lengths[:, None] + new) % slots, slots)  # out of bounds: dropped
   rows = jnp.broadcast_to(jnp.arange(b, dtype=jnp.int32)[:, None], slot.shape)
 
-  def put(old, x):
+  def scatter(old, x):
     return old.at[rows, slot].set(x.astype(old.dtype), mode="drop", unique_indices=True)
 
-  return KeyValueCache(put(cache.k, k), put(cache.v, v))
+  return KeyValueCache(scatter(cache.k, k), scatter(cache.v, v))
 
 
 def attend_token(
   q: Float[Array, "B 1 H K"], cache: KeyValueCache, lengths: Int[Array, "B"]
 ) -> Float[Array, "B 1 H K"]:
-  """Attention of one token per row, at position `lengths`, to a cache that has it already."""
+  """Attends from one token per row, at position `lengths`, to a cache that already holds it."""
   b, _, h, width = q.shape
   slots, g = cache.k.shape[1:3]
   wide = accumulation_dtype(q.dtype)
@@ -74,23 +74,23 @@ def attend_span(
   first: Int[Array, ""] | int = 0,
   implementation: str | None = None,
 ) -> Float[Array, "B L H K"]:
-  """Attention of new tokens to themselves and to a cache of what came before them.
+  """Attends from new tokens to themselves and to a cache of the earlier tokens.
 
   Args:
-    q: queries of L of the T new tokens: from token `first` on.
+    q: queries of L of the T new tokens, from token `first` on.
     k, v: keys and values of all new tokens.
-    cache: what was read before; with full attention (`window` None) it has the new tokens already.
-    lengths: how many tokens of a row came before the new ones.
+    cache: the earlier tokens; for full attention (`window` None) it already holds the new tokens too.
+    lengths: the number of tokens of each row before the new ones.
     window: tokens seen, the token itself included.
     implementation: as for `attention`.
   """
   kernel = block_kernel(implementation, q, k, v)
-  place = first + jnp.arange(q.shape[1], dtype=jnp.int32)
+  index = first + jnp.arange(q.shape[1], dtype=jnp.int32)
   if window is None:
 
-    def row(inputs):  # rows differ in their positions, which a kernel takes for all rows alike
+    def row(inputs):  # one row at a time: a kernel takes the same positions for all rows
       q, k, v, length = inputs
-      return kernel.attend(q[None], k[None], v[None], length + place)[0]
+      return kernel.attend(q[None], k[None], v[None], length + index)[0]
 
     return lax.map(row, (q, cache.k, cache.v, lengths))
   halo = window - 1
@@ -102,7 +102,7 @@ def attend_span(
     q,
     jnp.concatenate([take(cache.k).astype(k.dtype), k], axis=1),
     jnp.concatenate([take(cache.v).astype(v.dtype), v], axis=1),
-    halo + place,
+    halo + index,
     jnp.ones(q.shape[:2], jnp.int32),
     jnp.concatenate([exists, jnp.ones(k.shape[:2], jnp.int32)], axis=1),
     window=window,

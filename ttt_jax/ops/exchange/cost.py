@@ -1,27 +1,27 @@
-"""The cost model behind `collective=None`: what each collective sends, and how long that takes.
+"""The cost model behind `collective=None`: the bytes that each collective sends, and their time.
 
-A message takes latency + bytes / link bandwidth, at published peak rates: only the order of the results
-means anything.
+A message takes latency + bytes / link bandwidth, at published peak rates: trust the order of the results,
+not the seconds.
 """
 
 import math
 
 from ttt_jax.ops.hardware import Device
 
-_MOST_SLICES = 64  # of the ring: a program has P + K - 2 messages, one after another
+_MOST_SLICES = 64  # of the ring, whose program has P + K - 2 messages one after another
 
 
 def collective_seconds(
   shards: int, state_bytes: int, device: Device, *, rows: int
 ) -> dict[str, float]:
-  """Time of one exchange over `shards` contiguous devices, one kind of link, by collective.
+  """Estimates the seconds of one exchange over contiguous devices with one kind of link, by collective.
 
-  On a torus the axis is taken as a ring of two-way links; a message over several hops occupies each.
+  On a torus the axis is taken as a ring of two-way links; a message over several hops occupies each link.
 
   Args:
     shards: P, devices along the sequence.
-    state_bytes: S, what one device contributes.
-    rows: F, at most so many slices can a state be cut into.
+    state_bytes: S, bytes that one device contributes.
+    rows: F, the most slices that a state can be cut into.
   """
   p, s = shards, state_bytes
   k = ring_slices(shards, state_bytes, device, rows=rows)
@@ -39,19 +39,19 @@ def collective_seconds(
 
 
 def ring_slices(shards: int, state_bytes: int, device: Device, *, rows: int) -> int:
-  """K of the ring: the minimum of `(P + K - 2) (latency + S / (K link))`, at most F and 64."""
+  """Returns the K that minimises `(P + K - 2) (latency + S / (K link))`, at most F and 64."""
   best = math.sqrt(max(0, shards - 2) * state_bytes / (device.link * device.latency))
   return max(1, min(round(best), rows, _MOST_SLICES))
 
 
 def choose_collective(shards: int, state_bytes: int, device: Device, *, rows: int) -> str:
-  """The fastest collective, by the model."""
+  """Returns the fastest collective, by the model."""
   seconds = collective_seconds(shards, state_bytes, device, rows=rows)
   return min(seconds, key=seconds.__getitem__)
 
 
 def bytes_sent(shards: int, state_bytes: int) -> dict[str, int]:
-  """What each collective sends per device, at most."""
+  """Returns the bytes that a device sends at most, by collective."""
   p, s = shards, state_bytes
   return {
     "all_gather": (p - 1) * s,

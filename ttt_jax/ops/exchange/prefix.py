@@ -1,18 +1,17 @@
-"""Inside `jax.shard_map`: what a shard can ask about its mesh axis, and the differentiable exchange.
+"""The differentiable exchange of updates between the shards of a sequence, inside `jax.shard_map`.
 
-A sequence is cut into contiguous shards, one per device of a mesh axis. Each device composes its own
-chunks to one `Update`; what it is missing is the composition of all shards before it, the exclusive
-prefix. `collectives.py` has the ways to get it.
+A sequence is cut into contiguous shards, one per device of a mesh axis. A shard composes its own chunks
+into one `Update`; it lacks the composition of all shards before it, the exclusive prefix, which the
+algorithms in `collectives.py` compute.
 """
 
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from ttt_jax.errors import UserError
 from ttt_jax.ops.exchange import cost
@@ -21,20 +20,25 @@ from ttt_jax.ops.exchange.collectives import (
   Exchange,
   exchange_deltas,
   gather_keeps,
-  own_entry,
 )
 from ttt_jax.ops.hardware import find_device
 from ttt_jax.ops.linear import define
+from ttt_jax.ops.manual import (
+  entry_of_this_shard,
+  is_checked,
+  shard_count,
+  vary_over,
+  varying_axes,
+)
 from ttt_jax.ops.numerics import where
 from ttt_jax.ops.update import Update, apply_update, prefix_keeps, times
-from ttt_jax.ops.varying import is_checked, vary_over, varying_axes
 
-# The name under which `jax.checkpoint` policies can save the state that came in from other shards,
-# so that rematerialisation recomputes the chunks but exchanges nothing again.
+# The name under which `jax.checkpoint` policies can save the state that came from other shards, so that
+# remat recomputes the chunks without a second exchange.
 INCOMING_STATE = "ttt_incoming_state"
 
 
-def plan_exchange(
+def choose_exchange(
   axis_name: str,
   shape: tuple[int, int, int],
   dtype: Any,
@@ -42,7 +46,7 @@ def plan_exchange(
   collective: str | None,
   wire_dtype: Any = None,
 ) -> Exchange:
-  """Decides how deltas `[B, F, D]` of `dtype` travel along `axis_name`; see `exclusive_prefix`."""
+  """Chooses how deltas `[B, F, D]` of `dtype` travel along `axis_name`; see `exclusive_prefix`."""
   if collective is not None and collective not in COLLECTIVES:
     raise UserError(f"collective={collective!r} is not one of {', '.join(COLLECTIVES)}")
   if wire_dtype is not None:
@@ -61,72 +65,56 @@ def plan_exchange(
   return Exchange(axis_name, collective, slices, wire_dtype)
 
 
-def shard_count(axis: str, *, field: str = "context_axis") -> int:
-  """The size of a manual mesh axis; raises ValueError outside its `jax.shard_map`."""
-  try:
-    return lax.axis_size(axis)
-  except NameError as error:
-    raise UserError(
-      f"{field}={axis!r} is not a mesh axis of an enclosing jax.shard_map: call this inside "
-      f"jax.shard_map over that axis, or pass {field}=None where nothing is split over devices"
-    ) from error
-
-
-def from_left(x: Shaped[Array, "*S"], context_axis: str) -> Shaped[Array, "*S"]:
-  """The left neighbour's `x`; zeros on the first shard."""
-  size = shard_count(context_axis)
-  return lax.ppermute(x, context_axis, [(p, p + 1) for p in range(size - 1)])
-
-
-def last_shard(x: Shaped[Array, "*S"], context_axis: str) -> Shaped[Array, "*S"]:
-  """The last shard's `x`, on every shard."""
-  is_last = lax.axis_index(context_axis) == shard_count(context_axis) - 1
-  return lax.psum(jnp.where(is_last, x, jnp.zeros_like(x)), context_axis)
-
-
-def _prefix_jvp(primals, tangents, *, how, reverse, drops):
-  """A tangent travels as a delta does.
+def _prefix_jvp(primals, tangents, *, exchange, reverse, zero_is_reset):
+  """Sends the tangent as a delta.
 
   With E_{p+1} = k_p E_p + D_p (the prefix of shard p is E_p): dE_{p+1} = k_p dE_p + (dD_p + dk_p E_p).
   """
-  (keeps, delta), (of_keeps, of_delta) = primals, tangents
-  through = partial(_prefix.bind, keeps, how=how, reverse=reverse, drops=drops)
-  prefix = through(delta)
-  if not isinstance(of_keeps, ad.Zero):
-    part = times(own_entry(of_keeps, how.axis), prefix)
-    if drops:  # a keep of 0 is a document's end: it has no derivative, and drops what may be NaN
-      part = where(own_entry(keeps, how.axis) != 0, part)
-    of_delta = part if isinstance(of_delta, ad.Zero) else of_delta + part
-  return prefix, of_delta if isinstance(of_delta, ad.Zero) else through(of_delta)
+  (keeps, delta), (keeps_tangent, delta_tangent) = primals, tangents
+  bind = partial(
+    _prefix.bind, keeps, exchange=exchange, reverse=reverse, zero_is_reset=zero_is_reset
+  )
+  prefix = bind(delta)
+  if not isinstance(keeps_tangent, ad.Zero):
+    part = times(entry_of_this_shard(keeps_tangent, exchange.axis), prefix)
+    if zero_is_reset:  # no derivative there, and the state before the reset may be NaN
+      part = where(entry_of_this_shard(keeps, exchange.axis) != 0, part)
+    delta_tangent = part if isinstance(delta_tangent, ad.Zero) else delta_tangent + part
+  return prefix, delta_tangent if isinstance(delta_tangent, ad.Zero) else bind(delta_tangent)
 
 
-def _prefix_transpose(cotangent, keeps, delta, *, how, reverse, drops):
-  """The same exchange in the other direction.
+def _prefix_transpose(cotangent, keeps, delta, *, exchange, reverse, zero_is_reset):
+  """Exchanges the cotangents in the other direction.
 
   The adjoint X_p of E_{p+1} obeys X_{p-1} = k_p X_p + dE_p: an exclusive suffix of the pairs (k_p, dE_p).
   """
   if isinstance(cotangent, ad.Zero):
     return [None, ad.Zero(delta.aval)]
-  return [None, _prefix.bind(keeps, cotangent, how=how, reverse=not reverse, drops=drops)]
+  return [
+    None,
+    _prefix.bind(
+      keeps, cotangent, exchange=exchange, reverse=not reverse, zero_is_reset=zero_is_reset
+    ),
+  ]
 
 
-def _prefix_batch(operands, dims, **how):
-  """More rows."""
+def _prefix_batch(operands, dims, **settings):
+  """Treats the mapped axis as more rows."""
   size = next(x.shape[dim] for x, dim in zip(operands, dims) if dim is not None)
   keeps, delta = (
     jnp.repeat(jnp.expand_dims(x, to), size, axis=to) if dim is None else jnp.moveaxis(x, dim, to)
     for x, dim, to in zip(operands, dims, (1, 0))
   )
   prefix = _prefix.bind(
-    keeps.reshape(keeps.shape[0], -1), delta.reshape(-1, *delta.shape[2:]), **how
+    keeps.reshape(keeps.shape[0], -1), delta.reshape(-1, *delta.shape[2:]), **settings
   )
   return prefix.reshape(delta.shape), 0
 
 
 _prefix = define(
   "ttt_exclusive_prefix",
-  lambda keeps, delta, *, how, reverse, drops: exchange_deltas(
-    keeps, delta, how=how, reverse=reverse
+  lambda keeps, delta, *, exchange, reverse, zero_is_reset: exchange_deltas(
+    keeps, delta, exchange=exchange, reverse=reverse
   ),
   abstract=lambda keeps, delta, **_: delta,
   jvp=_prefix_jvp,
@@ -135,31 +123,39 @@ _prefix = define(
 )
 
 
-def exchange(update: Update, how: Exchange, reverse: bool, *, drops: bool = True) -> Update:
-  """The exclusive prefix over `how.axis`, or suffix, of keep `[B]` and delta `[B, F, D]`.
+def exchange_updates(
+  update: Update, exchange: Exchange, *, reverse: bool, zero_is_reset: bool = True
+) -> Update:
+  """Returns the exclusive prefix (suffix with `reverse`) over `exchange.axis` of `[B]` and `[B, F, D]`.
 
   Differentiable in both modes; the backward pass is the exchange in the other direction.
 
   Args:
     update: keep and delta vary over the same mesh axes; a keep of None is 1 on every shard.
-    how, reverse: how it travels, and in which direction.
-    drops: a keep that is 0 is the end of a document, which has no derivative.
+    exchange: how deltas travel.
+    reverse: compose the shards after this one instead of those before it.
+    zero_is_reset: a keep of 0 ends a document: it has no derivative, and drops NaN and infinities.
   """
-  keeps = gather_keeps(update.keep, update.delta, how.axis)
+  keeps = gather_keeps(update.keep, update.delta, exchange.axis)
   if update.keep is None:  # constants, which vary as the deltas do
     keeps = vary_over(keeps, varying_axes(update.delta))
-  delta = _prefix.bind(keeps, update.delta, how=how, reverse=reverse, drops=drops)
-  return Update(keep=own_entry(prefix_keeps(keeps, reverse), how.axis), delta=delta)
+  delta = _prefix.bind(
+    keeps, update.delta, exchange=exchange, reverse=reverse, zero_is_reset=zero_is_reset
+  )
+  return Update(keep=entry_of_this_shard(prefix_keeps(keeps, reverse), exchange.axis), delta=delta)
 
 
 def incoming_state(
-  total: Update, s_in: Float[Array, "B F D"], how: Exchange
+  total: Update, s_in: Float[Array, "B F D"], exchange: Exchange
 ) -> Float[Array, "B F D"]:
-  """The state this shard starts from: the sequence's own, then the updates of the shards before.
+  """Returns the state this shard starts from: `s_in` after the updates of the shards before.
 
-  `total` is this shard's update; its keep may be None for 1, and varies over the same axes as delta.
+  Args:
+    total: this shard's update; keep and delta vary over the same mesh axes, a keep of None is 1.
+    s_in: the state before the whole sequence.
+    exchange: how deltas travel.
   """
-  prefix = exchange(total, how, False)
+  prefix = exchange_updates(total, exchange, reverse=False)
   s = s_in + prefix.delta if total.keep is None else apply_update(prefix, s_in)
   return checkpoint_name(s, INCOMING_STATE)
 
@@ -172,15 +168,15 @@ def exclusive_prefix(
   reverse: bool = False,
   wire_dtype: Any = None,
 ) -> Update:
-  """The composition of the updates of all shards before this one, in the order of the mesh axis.
+  """Returns the composition of the updates of all shards before this one, in the order of the mesh axis.
 
       prefix_p = update_0 then update_1 then ... then update_{p-1}        prefix_0 = identity
 
-  Exclusive: a shard's own update is not in it. With `reverse=True` the composition of the shards
-  after this one, last one first: the same operator from the right, as the backward pass needs it.
+  Exclusive: a shard's own update is not part of its prefix. `reverse=True` composes the shards after this
+  one, last shard first: the same operator from the right, as the backward pass needs it.
   Call it inside `jax.shard_map` over `axis_name`. Differentiable, in forward and in reverse mode; the
-  backward pass is the exchange in the other direction. A keep of 0 drops what lies before it, also where
-  that is NaN or infinite.
+  backward pass is the exchange in the other direction. A keep of 0 drops the updates before it, also NaN
+  and infinities.
 
   Args:
     update: keep `[*B]` and delta `[*B, *S]`; S bytes of delta, summed in delta's dtype.
@@ -188,7 +184,7 @@ def exclusive_prefix(
     collective: bytes sent per device: `"all_gather"` (P-1) S, `"doubling"` S ceil(log2 P),
       `"all_to_all"` 2 S (P-1)/P, `"ring"` S, in slices from neighbour to neighbour. None chooses by
       `cost.choose_collective`.
-    wire_dtype: a narrower dtype for what is sent, such as `jnp.bfloat16`, forward and backward. One
+    wire_dtype: a narrower dtype for sending, such as `jnp.bfloat16`, forward and backward. One
       rounding with all_gather, two with all_to_all, one per step with doubling and ring.
 
   Raises:
@@ -204,10 +200,14 @@ def exclusive_prefix(
   lead, rest = keep.shape, delta.shape[keep.ndim :]
   rows = rest[0] if rest else 1
   flat = (keep.size, rows, delta.size // max(1, keep.size * rows))
-  how = plan_exchange(axis_name, flat, delta.dtype, collective=collective, wire_dtype=wire_dtype)
+  chosen = choose_exchange(
+    axis_name, flat, delta.dtype, collective=collective, wire_dtype=wire_dtype
+  )
   axes = varying_axes(keep, delta) | {axis_name} if is_checked(axis_name) else frozenset()
   keep, delta = vary_over(keep.astype(delta.dtype), axes), vary_over(delta, axes)
   if size == 1:
     return Update(keep=jnp.ones_like(keep), delta=jnp.zeros_like(delta))
-  prefix = exchange(Update(keep.reshape(-1), delta.reshape(flat)), how, reverse, drops=False)
+  prefix = exchange_updates(
+    Update(keep.reshape(-1), delta.reshape(flat)), chosen, reverse=reverse, zero_is_reset=False
+  )
   return Update(keep=prefix.keep.reshape(lead), delta=prefix.delta.reshape(delta.shape))

@@ -1,1 +1,1 @@
-"""The fast weight: meaning and checks, its implementations, targets, statistics, cost and oracle."""
+"""The fast weight: the public op, its checks and implementations, targets, statistics, cost, reference."""

@@ -1,12 +1,11 @@
-"""What `inplace_ttt` refuses: every message names the argument, its value and the remedy."""
+"""Checks of the arguments of `inplace_ttt`: a message names the argument, its value and the remedy."""
 
 import jax
 import jax.numpy as jnp
 
 from ttt_jax.errors import UserError
 from ttt_jax.ops.documents import check_segment_ids
-from ttt_jax.ops.exchange.prefix import shard_count
-from ttt_jax.ops.varying import varying_axes
+from ttt_jax.ops.manual import shard_count, varying_axes
 
 
 def _is_traced(x) -> bool:
@@ -16,6 +15,7 @@ def _is_traced(x) -> bool:
 def check_arguments(
   z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis
 ) -> None:
+  """Raises UserError unless shapes, dtypes and values agree and shards hold whole chunks."""
   for name, x in (("z", z), ("v", v), ("w_down", w_down)):
     if not jnp.issubdtype(x.dtype, jnp.floating):
       raise UserError(f"{name} has dtype {x.dtype}, expected a floating-point one")
@@ -53,6 +53,7 @@ def check_arguments(
 
 
 def check_lengths(lengths, lead) -> None:
+  """Raises UserError unless `lengths` are None or one integer per row, of shape `lead`."""
   if lengths is None:
     return
   if lengths.shape != lead or not jnp.issubdtype(lengths.dtype, jnp.integer):
@@ -62,6 +63,7 @@ def check_lengths(lengths, lead) -> None:
 
 
 def check_state(state, shape, dtype, context_axis) -> None:
+  """Raises UserError unless `state` is None or a state of this shape and dtype at a chunk boundary."""
   if state is None:
     return
   if state.S.shape != shape:

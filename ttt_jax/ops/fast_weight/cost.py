@@ -1,8 +1,8 @@
-"""The cost model behind `implementation=None`, and `explain`, which says what is chosen and why.
+"""The cost model behind `implementation=None`, and `explain`, which prints its choice and the reasons.
 
-Times are those of peak rates, so only their order means anything: a product takes FLOPs / peak, a pass
-over a state bytes / memory bandwidth, a message latency + bytes / link bandwidth. `ttt-jax bench` shows
-where that order is wrong on the machine at hand.
+Times assume peak rates, so trust their order, not the seconds: a product takes FLOPs / peak, a pass over
+a state bytes / memory bandwidth, a message latency + bytes / link bandwidth. `ttt-jax bench` measures
+whether the order is right on your machine.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from ttt_jax.ops.hardware import Device, find_device
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-  """One fast weight on one device: the numbers that a choice depends on.
+class Workload:
+  """The sizes of one fast weight on one device, on which the choice depends.
 
   Attributes:
-    tokens: of a row, on this device. chunk_size, d_ff (this device's part), d_model: C, F, D.
+    tokens: tokens of a row on this device. chunk_size, d_ff (this device's slice), d_model: C, F, D.
     shards: P, devices along the sequence. batch: rows on this device.
-    item, state_item: bytes of a number of z and of the state. wire_item: of one that is sent.
+    item, state_item, wire_item: bytes per number of z, of the state, and of a state that is sent.
     merge: a chunk is read in one product.
   """
 
@@ -45,29 +45,29 @@ class Work:
 
   @property
   def sent_state(self) -> int:
-    """Bytes of the states that a device contributes to an exchange."""
+    """Returns the bytes of the states that a device contributes to an exchange."""
     return self.batch * self.d_ff * self.d_model * self.wire_item
 
 
-def implementation_seconds(work: Work, device: Device) -> dict[str, float]:
-  """Forward time on one device of the down projection with its fast weight, exchange excluded.
+def implementation_seconds(workload: Workload, device: Device) -> dict[str, float]:
+  """Estimates the forward seconds of a down projection with its fast weight, without the exchange.
 
-  In products of one chunk, `2 C F D` FLOPs each, N chunks: sequential reads N times (2 N in two
-  products), updates N-1 times, and composes N updates first if there are shards after it. associative
-  the same in two products, with log2 N passes over N states. dual reads the slow weight N times, and
-  scores a chunk's tokens against the earlier ones, `2 C^2 (F + D)` FLOPs for each chunk before it; with
-  shards it also needs their total and its product with the incoming state.
+  Counted in products of one chunk, `2 C F D` FLOPs each, for N chunks:
+  `sequential` needs N products to read (2 N without `merge`), N-1 to update, and on shards N to compose
+  its updates first. `associative` needs 3 N, and log2 N passes over N states. `dual` needs N for the slow
+  weight and scores every chunk against each earlier one, `2 C^2 (F + D)` FLOPs; on shards also N for the
+  total of its updates and N for the incoming state.
   """
-  n = max(1, work.tokens // work.chunk_size)
-  peak = device.peak if work.item <= 2 else device.peak_float32
-  product = 2 * work.batch * work.chunk_size * work.d_ff * work.d_model / peak
-  pair = work.batch * work.chunk_size**2
+  n = max(1, workload.tokens // workload.chunk_size)
+  peak = device.peak if workload.item <= 2 else device.peak_float32
+  product = 2 * workload.batch * workload.chunk_size * workload.d_ff * workload.d_model / peak
+  pair = workload.batch * workload.chunk_size**2
   # Scores are written wide, read, written narrow and read.
-  scores = 2 * pair * (work.d_ff + work.d_model) / peak
-  scores += pair * (2 * 4 + 2 * work.item) / device.memory
-  one_pass = work.batch * work.d_ff * work.d_model * work.state_item / device.memory
-  many = work.shards > 1
-  reads = n if work.merge else 2 * n
+  scores = 2 * pair * (workload.d_ff + workload.d_model) / peak
+  scores += pair * (2 * 4 + 2 * workload.item) / device.memory
+  one_pass = workload.batch * workload.d_ff * workload.d_model * workload.state_item / device.memory
+  is_sharded = workload.shards > 1
+  reads = n if workload.merge else 2 * n
   if device.fuses:
     # W and S go into a read; S comes into an update and goes out of it.
     sequential = reads * max(product, 2 * one_pass) + (n - 1) * max(product, 2 * one_pass)
@@ -75,33 +75,34 @@ def implementation_seconds(work: Work, device: Device) -> dict[str, float]:
     # The update out of its product and into the sum, S in and out, S into W + S and that out.
     sequential = (reads + n - 1) * product + 6 * (n - 1) * one_pass
   return {
-    "sequential": sequential + n * many * product,
-    "dual": (n + 2 * n * many) * product + n * (n - 1) / 2 * scores,
+    "sequential": sequential + n * is_sharded * product,
+    "dual": (n + 2 * n * is_sharded) * product + n * (n - 1) / 2 * scores,
     "associative": 3 * n * product + 6 * n * one_pass * (1 + math.log2(n)),
   }
 
 
-def choose_implementation(work: Work, device: Device) -> str:
-  """The faster of `sequential` and `dual`, by the model. `associative` is there to be asked for."""
-  seconds = implementation_seconds(work, device)
+def choose_implementation(workload: Workload, device: Device) -> str:
+  """Returns the faster of `sequential` and `dual`, by the model; `associative` runs only by name."""
+  seconds = implementation_seconds(workload, device)
   return min(("sequential", "dual"), key=seconds.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-  """What is chosen for a case and what the alternatives would cost; `print` it.
+  """The choice for one workload and the predicted costs of the alternatives; `print` it.
 
   Attributes:
-    device: whose figures were taken.
-    work: the case.
-    implementation, collective: what is chosen; no collective on one shard.
-    implementations, collectives: the predicted seconds of each, of a forward pass and of an exchange.
-    bytes_sent: by a device, with each collective.
-    slices: into which the ring cuts a state.
+    device: the device whose rates the model used.
+    work: the sizes of the workload.
+    implementation, collective: the names chosen; no collective on one shard.
+    implementations: the predicted seconds of a forward pass, by implementation.
+    collectives: the predicted seconds of an exchange, by collective.
+    bytes_sent: the bytes that a device sends, by collective.
+    slices: the number of slices into which the ring cuts a state.
   """
 
   device: Device
-  work: Work
+  work: Workload
   implementation: str
   implementations: dict[str, float]
   collective: str | None
@@ -156,20 +157,20 @@ def explain(
   merge: bool | None = None,
   device: str | None = None,
 ) -> Explanation:
-  """What `inplace_ttt` would choose for a case, and why: `print(ttt_jax.explain(...))`.
+  """Explains what `inplace_ttt` would choose for a workload: `print(ttt_jax.explain(...))`.
 
   Args:
-    tokens: of a whole row, over all shards.
+    tokens: tokens of a row, over all shards.
     chunk_size: tokens per chunk.
     d_ff: F, the hidden width of the MLP.
     d_model: D, the width of the model.
-    shards: how many devices hold a row.
+    shards: the number of devices that hold a row.
     batch: rows on each device.
-    dtype: of activations and targets.
-    state_dtype: of the fast weights, as for `inplace_ttt`.
-    wire_dtype: of what is exchanged, as for `inplace_ttt`.
+    dtype: dtype of activations and targets.
+    state_dtype: dtype of the state, as for `inplace_ttt`.
+    wire_dtype: dtype of the states that are sent, as for `inplace_ttt`.
     merge: whether a chunk is read in one product, as for `inplace_ttt`.
-    device: a name such as `"v5p"`, or a `device_kind`; None is the one here.
+    device: a name such as `"v5p"`, or a `device_kind`; None is the device of this process.
 
   Raises:
     UserError: sizes that are not positive, shards that do not hold whole chunks, an unknown device.
@@ -191,7 +192,7 @@ def explain(
       "whole chunks"
     )
   item = jnp.dtype(dtype).itemsize
-  work = Work(
+  workload = Workload(
     tokens=tokens // shards,
     chunk_size=chunk_size,
     d_ff=d_ff,
@@ -203,17 +204,17 @@ def explain(
     wire_item=jnp.dtype(wire_dtype or state_dtype).itemsize,
     merge=item >= 4 if merge is None else merge,
   )
-  found = find_device(device)
-  implementation = "sequential" if merge else choose_implementation(work, found)
-  many = shards > 1
-  exchange = (shards, work.sent_state, found)
+  rates = find_device(device)
+  implementation = "sequential" if merge else choose_implementation(workload, rates)
+  is_sharded = shards > 1
+  exchange = (shards, workload.sent_state, rates)
   return Explanation(
-    device=found,
-    work=work,
+    device=rates,
+    work=workload,
     implementation=implementation,
-    implementations=implementation_seconds(work, found),
-    collective=choose_collective(*exchange, rows=d_ff) if many else None,
-    collectives=collective_seconds(*exchange, rows=d_ff) if many else {},
-    bytes_sent=bytes_sent(shards, work.sent_state),
+    implementations=implementation_seconds(workload, rates),
+    collective=choose_collective(*exchange, rows=d_ff) if is_sharded else None,
+    collectives=collective_seconds(*exchange, rows=d_ff) if is_sharded else {},
+    bytes_sent=bytes_sent(shards, workload.sent_state),
     slices=ring_slices(*exchange, rows=d_ff),
   )

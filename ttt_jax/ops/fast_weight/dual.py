@@ -1,12 +1,12 @@
-"""`implementation="dual"`: no state, but the scores of every chunk against all earlier ones.
+"""`implementation="dual"`: scores every chunk against all earlier ones instead of carrying a state.
 
     R_i = sum_{j<i} w_ij (Z_i Z_j^T) r_j lr V_j        w_ij = f_{j+1} ... f_{i-1}
 
-Linear attention read as attention: the cheaper way while few earlier tokens are visible.
+This is linear attention in its quadratic form: cheaper while few earlier tokens are visible.
 
-A row of scores meets tokens of other documents and later ones, and a weight of 0 would not keep a NaN of
-theirs out. So the products are of what is finite, and NaN is added to the tokens that saw what was not: w
-says which these are.
+The products also include tokens of other documents and later tokens, whose weight of 0 would not keep a
+NaN out. So products take the finite part of their operands, and NaN is added to the outputs of the tokens
+that, by w, saw a NaN or an infinity.
 """
 
 import itertools
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ttt_jax.ops.exchange.collectives import Exchange
 from ttt_jax.ops.exchange.prefix import incoming_state
-from ttt_jax.ops.fast_weight.chunks import Chunks, Options, factors_of, tokens_of
+from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateRule, keep_factors, where_kept
 from ttt_jax.ops.linear import finite_cotangent
 from ttt_jax.ops.numerics import accumulation_dtype, finite, matmul, poison, where
 from ttt_jax.ops.update import (
@@ -30,46 +31,49 @@ from ttt_jax.ops.update import (
   times,
 )
 
-# Chunks are taken in so many groups; a group meets the keys before its own end. With more groups fewer
-# products are masked away, (1 + 1/groups) / 2 of all are made, and the program is longer.
+# Chunks are taken in this many groups, and a group is scored against the chunks before its end: a fraction
+# (1 + 1/groups) / 2 of all products. More groups compute fewer masked products but make the program longer.
 _GROUPS = 8
 
 
-def dual(chunks: Chunks, options: Options) -> tuple[Float[Array, "B N C D"], Float[Array, "B F D"]]:
-  """R and the state after this device's last chunk.
+def dual(
+  chunks: Chunks, rule: UpdateRule, exchange: Exchange | None
+) -> tuple[Float[Array, "B N C D"], Float[Array, "B F D"]]:
+  """Returns R and the state after this device's last chunk.
 
-  Scores are made for one chunk of queries at a time, `[B, C, T]`, and again in the backward pass.
+  Scores are computed for one chunk of queries at a time, `[B, C, T]`, and again in the backward pass.
   """
-  z, s_in, factors = chunks.z, chunks.s_in, factors_of(chunks, options)
+  z, s_in, factors = chunks.z, chunks.s_in, keep_factors(chunks, rule)
   b, n = z.shape[:2]
-  state_dtype = options.state_dtype
-  keeps_all = factors is None
+  state_dtype = rule.state_dtype
+  keeps_all = factors is None  # every chunk keeps the whole state
   factors = jnp.ones((n, b), state_dtype) if keeps_all else factors.T
-  rates = _rates(chunks, options)
+  rates = _rates(chunks, rule)
   reads = _read(chunks, _scaled(chunks.v, rates), prefix_weights(factors), is_mask=keeps_all)
 
-  # What is left at the end of each chunk's update, and of the state that came in.
-  left = prefix_keeps(factors, reverse=True).T
-  stays = None if chunks.writes is None else tokens_of(chunks.writes, left)
-  updates = _scaled(where(stays, chunks.v), jnp.where(left == 0, 0, rates * left))
+  # The weights of every chunk's update in the outgoing state.
+  kept = prefix_keeps(factors, reverse=True).T
+  writes = None if chunks.writes is None else where_kept(chunks.writes, kept)
+  updates = _scaled(where(writes, chunks.v), jnp.where(kept == 0, 0, rates * kept))
   total = Update(
     keep=jnp.prod(factors, axis=0),
-    delta=matmul("bncf,bncd->bfd", where(stays, z), updates).astype(state_dtype),
+    delta=matmul("bncf,bncd->bfd", where(writes, z), updates).astype(state_dtype),
   )
-  if options.exchange is not None:
+  if exchange is not None:
     s_in = jnp.zeros_like(total.delta) if s_in is None else s_in
-    s_in = incoming_state(total._replace(keep=None) if keeps_all else total, s_in, options.exchange)
+    s_in = incoming_state(total._replace(keep=None) if keeps_all else total, s_in, exchange)
   if s_in is None:
     return reads, total.delta
-  left_of_incoming = prefix_keeps(factors).T
-  seen = None if chunks.reads is None else tokens_of(chunks.reads, left_of_incoming)
+  # The weights of the incoming state in the state that every chunk reads.
+  incoming_kept = prefix_keeps(factors).T
+  seen = None if chunks.reads is None else where_kept(chunks.reads, incoming_kept)
   incoming = matmul("bncf,bfd->bncd", where(seen, z), s_in.astype(z.dtype))
-  reads += scale(left_of_incoming.astype(reads.dtype), where(seen, incoming))
+  reads += scale(incoming_kept.astype(reads.dtype), where(seen, incoming))
   return reads, scale(total.keep, s_in) + total.delta
 
 
 def _read(chunks, updates, weights, *, is_mask):
-  """R of this device's own chunks; `is_mask`: all weights are 0 or 1."""
+  """Returns the part of R that this device's own chunks wrote; `is_mask`: all weights are 0 or 1."""
   z, n = chunks.z, chunks.z.shape[1]
   keys, queries = where(chunks.writes, z), where(chunks.reads, z)
   bad_keys = jnp.any(~_is_finite(keys) | ~_is_finite(updates), axis=-1)  # [B, N]
@@ -87,37 +91,38 @@ def _is_finite(x):
   return jnp.all(jnp.isfinite(x), axis=-1)
 
 
-def _rates(chunks: Chunks, options: Options) -> Float[Array, "B N"]:
-  """`lr r_j`. With a clip, `|Z^T V|_F^2 = <Z Z^T, V V^T>`: of a chunk's tokens, without the update."""
-  lr = chunks.lr.astype(options.state_dtype)
-  if options.clip_norm is None:
+def _rates(chunks: Chunks, rule: UpdateRule) -> Float[Array, "B N"]:
+  """Returns `lr r_j`; the clip takes `|Z^T V|_F^2 = <Z Z^T, V V^T>`, without computing the update."""
+  lr = chunks.lr.astype(rule.state_dtype)
+  if rule.clip_norm is None:
     return jnp.broadcast_to(lr, chunks.z.shape[:2])
   z = where(chunks.writes, chunks.z)
   z_gram = matmul("bncf,bnsf->bncs", z, z)
   v_gram = matmul("bncd,bnsd->bncs", chunks.v, chunks.v)
-  square = sum_over(jnp.sum(z_gram * v_gram, axis=(-2, -1)), options.tensor_axis)
-  square = jnp.maximum(square.astype(options.state_dtype), 0)  # a sum of both signs may round below
-  return lr * clip_factor(lr**2 * square, options.clip_norm).r
+  square = sum_over(jnp.sum(z_gram * v_gram, axis=(-2, -1)), rule.tensor_axis)
+  square = jnp.maximum(square.astype(rule.state_dtype), 0)  # a sum of both signs may round below
+  return lr * clip_factor(lr**2 * square, rule.clip_norm).r
 
 
 def _scaled(v: Float[Array, "B N C D"], rates: Float[Array, "B N"]) -> Float[Array, "B N C D"]:
-  """`rates * v`, rounded once to v's dtype."""
+  """Returns `rates * v`, rounded once to v's dtype."""
   wide = accumulation_dtype(v.dtype)
   return times(rates.astype(wide), v.astype(wide)).astype(v.dtype)
 
 
 def _groups(n: int, groups: int) -> list[tuple[int, int]]:
+  """Splits n chunks into groups of about equal size, as (begin, end)."""
   edges = [n * g // groups for g in range(groups + 1)]
   return list(itertools.pairwise(edges))
 
 
 def _read_group(queries, keys, updates, weights, begin, end, is_mask):
-  """R of the chunks from `begin` to `end`, which meet the chunks before `end - 1`."""
+  """Returns R of chunks `begin` to `end`, scored against the chunks before `end - 1`."""
   b, _, c, _ = keys.shape
   d = updates.shape[-1]
   wide = accumulation_dtype(keys.dtype)
   if end == 1:
-    return jnp.zeros((b, 1, c, d), wide)  # the first chunk has none before it
+    return jnp.zeros((b, 1, c, d), wide)  # no chunk lies before the first
   keys, values = keys[:, : end - 1], updates[:, : end - 1]
 
   @jax.checkpoint

@@ -1,6 +1,6 @@
-"""The same mathematics, token by token and without tricks: the law that every implementation is held to.
+"""The reference: the same mathematics token by token, to which tests compare every implementation.
 
-Memory is `[T, T]`; use it at float64 in tests and nowhere else. Written from the oracle
+Memory is `[T, T]`; use it at float64 in tests and nowhere else. It computes
 
     o_t = z_t (W + inner_lr * sum of z_s^T v_s over s with chunk(s) < chunk(t), document(s) = document(t))
 
@@ -23,7 +23,7 @@ def inplace_ttt_reference(
   decay: float | int | Float[Array, ""] | None = None,
   clip_norm: float | int | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B F D"]]:
-  """What `ttt_jax.inplace_ttt` computes, in the dtype of its inputs; returns y and S."""
+  """Computes y and S of `ttt_jax.inplace_ttt`, in the dtype of the inputs."""
   b, t, f = z.shape
   if state is None:
     state = jnp.zeros((b, f, v.shape[-1]), z.dtype)
@@ -55,7 +55,7 @@ def _row(z, v, w_down, state, segment_ids, chunk_size, inner_lr, decay, clip_nor
   document = jnp.cumsum(starts)
   real = segment_ids != 0
 
-  # The update of chunk c is made of the tokens of its last document; its norm decides its factor.
+  # The tokens of its last document make the update of chunk c, whose norm gives the clip factor.
   factor = jnp.ones(t, z.dtype)
   if clip_norm is not None:
     for c in range(chunks):
@@ -67,32 +67,35 @@ def _row(z, v, w_down, state, segment_ids, chunk_size, inner_lr, decay, clip_nor
         (chunk == c) & (norm > clip_norm), clip_norm / jnp.maximum(norm, clip_norm), factor
       )
 
-  def seen_from(at_chunk, at_document, at_real):
-    """How much of token s's update is in the state of a later chunk's token: `[queries, T]`."""
-    steps = at_chunk[:, None] - 1 - chunk[None, :]
+  def update_weights(query_chunk, query_document, query_real):
+    """Returns the weight of token s's update in the state that each query reads: `[queries, T]`."""
+    steps = query_chunk[:, None] - 1 - chunk[None, :]
     visible = (
       (steps >= 0)
       & (chunk < chunks)[None, :]
-      & (at_document[:, None] == document[None, :])
-      & at_real[:, None]
+      & (query_document[:, None] == document[None, :])
+      & query_real[:, None]
       & real[None, :]
     )
     return jnp.where(visible, decay ** jnp.maximum(steps, 0).astype(z.dtype) * factor[None, :], 0)
 
-  def incoming(at_chunk, at_document, at_real):
-    """How much of the incoming state is left there: `[queries]`."""
-    return jnp.where((at_document == 0) & at_real, decay ** at_chunk.astype(z.dtype), 0)
+  def incoming_weights(query_chunk, query_document, query_real):
+    """Returns the weight of the incoming state in the state that each query reads: `[queries]`."""
+    return jnp.where((query_document == 0) & query_real, decay ** query_chunk.astype(z.dtype), 0)
 
-  weights = seen_from(chunk, document, real)
+  weights = update_weights(chunk, document, real)
   fast = inner_lr * (weights * jnp.einsum("tf,sf->ts", z, z)) @ v
-  fast += incoming(chunk, document, real)[:, None] * (z @ state)
+  fast += incoming_weights(chunk, document, real)[:, None] * (z @ state)
   y = z @ w_down + fast
 
   if chunks == 0:
     return y, state
   end = jnp.array([chunks * chunk_size - 1])
-  at = (jnp.array([chunks]), document[end], real[end])
-  s = inner_lr * jnp.einsum("s,sf,sd->fd", seen_from(*at)[0], z, v) + incoming(*at)[0] * state
+  query = (jnp.array([chunks]), document[end], real[end])
+  s = (
+    inner_lr * jnp.einsum("s,sf,sd->fd", update_weights(*query)[0], z, v)
+    + incoming_weights(*query)[0] * state
+  )
   return y, s
 
 
@@ -104,7 +107,7 @@ def ntp_targets_reference(
   chunk_size: int,
   segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-  """What `ttt_jax.ntp_targets` computes, as one `[T, T]` mask per tap."""
+  """Computes `ttt_jax.ntp_targets` with one `[T, T]` mask per tap."""
   b, t, _ = x.shape
   if segment_ids is None:
     segment_ids = jnp.ones((b, t), jnp.int32)

@@ -1,7 +1,7 @@
-"""`implementation="sequential"`: one state carried through the chunks, forward and backward.
+"""`implementation="sequential"`: a loop carries one state through the chunks, forward and backward.
 
-Nothing is kept per chunk. With the slow weight W a chunk is read in one product, `Z_i (W + S_i)`; without,
-`Z_i S_i` is returned and the caller adds `Z W`.
+No state is kept per chunk. With the slow weight W a chunk is read in one product, `Z_i (W + S_i)`; without
+W, `Z_i S_i` is returned and the caller adds `Z W`.
 """
 
 from functools import partial
@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ttt_jax.ops.exchange.prefix import exchange, incoming_state
-from ttt_jax.ops.fast_weight.chunks import Chunks, Options, factors_of, tokens_of
+from ttt_jax.ops.exchange.collectives import Exchange
+from ttt_jax.ops.exchange.prefix import exchange_updates, incoming_state
+from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateRule, keep_factors, where_kept
 from ttt_jax.ops.linear import reverse_only
+from ttt_jax.ops.manual import varying_zeros
 from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
 from ttt_jax.ops.update import (
   Update,
@@ -25,13 +27,15 @@ from ttt_jax.ops.update import (
   sum_over,
   times,
 )
-from ttt_jax.ops.varying import vary_over, varying_axes
 
 
 class Outputs(NamedTuple):
-  """R (`Z (W + S)` in z's dtype, with W) and the state after this device's last chunk.
+  """The outputs of `sequential`.
 
-  With W, `samples` are R of the tokens at `options.samples`, for statistics.
+  Attributes:
+    reads: R; with a W instead `Z (W + S)`, in z's dtype.
+    state: the state after this device's last chunk.
+    samples: with a W and `sample_places`, R of the tokens at these places.
   """
 
   reads: Float[Array, "B N C D"]
@@ -39,96 +43,105 @@ class Outputs(NamedTuple):
   samples: Float[Array, "B N samples D"] | None
 
 
-def sequential(chunks: Chunks, options: Options, w: Float[Array, "F D"] | None = None) -> Outputs:
-  """R and the state, reading with `W + S` in one product if there is a W.
+def sequential(
+  chunks: Chunks,
+  rule: UpdateRule,
+  exchange: Exchange | None,
+  w: Float[Array, "F D"] | None = None,
+  *,
+  sample_places: slice | None = None,
+) -> Outputs:
+  """Reads the chunks and updates the state one after another; with a W, reads `W + S` in one product.
 
-  Saved for the backward pass: the inputs and the state that came in, after the exchange. First
-  derivatives in reverse mode, and derivatives of these.
+  The backward pass keeps the inputs and the incoming state, after the exchange. First derivatives
+  in reverse mode only; the gradient itself is differentiable.
+
+  Args:
+    chunks, rule: see `chunks.py`.
+    exchange: how shards exchange their updates; None when the sequence lies on one device.
+    w: the slow weight, or None.
+    sample_places: the places in every chunk of the tokens whose R is returned by itself, for statistics.
   """
   if chunks.s_in is None:
     b, _, _, f = chunks.z.shape
-    s_in = _zeros((b, f, chunks.v.shape[-1]), options.state_dtype, chunks.z)
+    s_in = varying_zeros((b, f, chunks.v.shape[-1]), rule.state_dtype, chunks.z)
     chunks = chunks._replace(s_in=s_in)
   chunks, w = reverse_only(
     (chunks, w),
     "implementation='sequential', which None chose if you did not: pass implementation='dual' or "
     "'associative'",
   )
-  return _sequential(chunks, w, options)
+  return _sequential(chunks, w, rule, exchange, sample_places)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _sequential(chunks, w, options):
-  return _sequential_fwd(chunks, w, options)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _sequential(chunks, w, rule, exchange, sample_places):
+  return _sequential_fwd(chunks, w, rule, exchange, sample_places)[0]
 
 
 def _chunk(x, i):
-  """Chunk i of `[B, N, ...]`; of None, None."""
+  """Returns chunk i of `[B, N, ...]`, or None for None."""
   return None if x is None else lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
 
 
 def _set_chunk(x, chunk, i):
+  """Returns `[B, N, ...]` with another chunk i."""
   return lax.dynamic_update_index_in_dim(x, chunk.astype(x.dtype), i, axis=1)
 
 
-def _zeros(shape, dtype, like):
-  """Zeros that vary over the mesh axes over which `like` varies: what a loop's carry must do."""
-  return vary_over(jnp.zeros(shape, dtype), varying_axes(like))
-
-
 def _next_state(factor, u, s):
-  """`factor s + u`, of which a factor of 0 drops s; None is 1."""
+  """Returns `factor s + u`, where a factor of 0 drops s; a factor of None is 1."""
   return s + u if factor is None else scale(factor, s) + u
 
 
-def _update(chunks, i, options):
-  """`r U` of chunk i, in the state's dtype."""
+def _update(chunks, i, rule):
+  """Returns the update of chunk i, `r U`, in the state's dtype."""
   z_i = where(_chunk(chunks.writes, i), _chunk(chunks.z, i))
-  u = (chunks.lr * matmul("bcf,bcd->bfd", z_i, _chunk(chunks.v, i))).astype(options.state_dtype)
-  return clip_update(u, options.clip_norm, options.tensor_axis)
+  u = (chunks.lr * matmul("bcf,bcd->bfd", z_i, _chunk(chunks.v, i))).astype(rule.state_dtype)
+  return clip_update(u, rule.clip_norm, rule.tensor_axis)
 
 
 class _Reader(NamedTuple):
-  """How the tokens of one chunk see the state: a product with `W + S`, or with S alone.
+  """Multiplies the tokens of one chunk by `W + S`, or by S alone where W is None.
 
-  With W, a row whose tokens do not all belong to the incoming document reads W, and S in a second product
-  for those that do; that product is skipped when no row of the chunk has such a border.
+  With W, a row whose tokens do not all see the state is multiplied by W, and its tokens that see the state
+  by S in a second product; that product is skipped when the chunk has no such row.
   """
 
   w: Float[Array, "F D"] | None
   reads: Bool[Array, "B C"] | None  # the tokens that see the state
 
   def product(self, subscripts: str, x, s):
-    """`x (W + S)`, or with the subscripts of the transpose `x (W + S)^T`; rounded to x's dtype with W."""
+    """Returns `x (W + S)`, or `x (W + S)^T` by the subscripts; with W the sum is rounded to x's dtype."""
     if self.w is None:
       return where(self.reads, matmul(subscripts, x, s.astype(x.dtype)))
-    seen = where(self._whole(), s)
-    merged = matmul(subscripts, x, (self.w[None].astype(s.dtype) + seen).astype(x.dtype))
+    seen_s = where(self._rows_that_see(), s)
+    merged = matmul(subscripts, x, (self.w[None].astype(s.dtype) + seen_s).astype(x.dtype))
     rest = lambda partly: where(partly, matmul(subscripts, x, s.astype(x.dtype)))  # noqa: E731
     return self._with_rest(merged, rest)
 
   def outer(self, z, d):
-    """`(z^T d of the tokens that see the state, z^T d of all)`; the second only with W."""
+    """Returns z^T d over the tokens that see the state, and with W also z^T d over all tokens."""
     if self.w is None:
       return matmul("bcf,bcd->bfd", where(self.reads, z), where(self.reads, d)), None
     if self.reads is None:
       product = matmul("bcf,bcd->bfd", z, d)
       return product, product
-    # A token without a cotangent adds nothing, whatever it holds.
+    # A token without a cotangent adds nothing, also where it is NaN.
     product = matmul("bcf,bcd->bfd", where(jnp.any(d != 0, axis=-1), z), d)
-    own = where(self._whole(), product)
+    seen = where(self._rows_that_see(), product)
     rest = lambda partly: matmul("bcf,bcd->bfd", where(partly, z), where(partly, d))  # noqa: E731
-    return self._with_rest(own, rest), product
+    return self._with_rest(seen, rest), product
 
-  def _whole(self) -> Bool[Array, "B"] | None:
-    """The rows all of whose tokens see the state."""
+  def _rows_that_see(self) -> Bool[Array, "B"] | None:
+    """Marks the rows whose tokens all see the state."""
     return None if self.reads is None else jnp.all(self.reads, axis=-1)
 
   def _with_rest(self, product, rest):
-    """`product + rest(the tokens of the other rows that see the state)`."""
+    """Returns `product + rest(mask)`; the mask has the tokens of the other rows that see the state."""
     if self.reads is None:
       return product
-    partly = self.reads & ~self._whole()[:, None]
+    partly = self.reads & ~self._rows_that_see()[:, None]
     return lax.cond(jnp.any(partly), lambda x: x + rest(partly), lambda x: x, product)
 
 
@@ -136,50 +149,50 @@ def _reader(chunks, w, i):
   return _Reader(w, _chunk(chunks.reads, i))
 
 
-def _total(chunks, factors, options):
-  """This shard's chunks composed to one update: what the shards after it need to know."""
+def _total(chunks, factors, rule):
+  """Composes this shard's chunks into one update, for the shards after it."""
   z, v, lr = chunks.z, chunks.v, chunks.lr
   n = z.shape[1]
   with jax.named_scope("shard_total"):
-    if options.clip_norm is None:
-      # Linear: one product over all tokens, each scaled by what is kept of it at the end.
+    if rule.clip_norm is None:
+      # The total is linear in V: one product over all tokens, V scaled by what later chunks keep of it.
       kept = None if factors is None else prefix_keeps(factors.T, reverse=True).T
       if chunks.writes is not None:
-        z = where(tokens_of(chunks.writes, kept), z)
-      delta = (lr * matmul("bncf,bncd->bfd", z, _weighted(v, kept))).astype(options.state_dtype)
+        z = where(where_kept(chunks.writes, kept), z)
+      delta = (lr * matmul("bncf,bncd->bfd", z, _weighted(v, kept))).astype(rule.state_dtype)
     else:
 
       def step(i, s):
-        return _next_state(_chunk(factors, i), _update(chunks, i, options), s)
+        return _next_state(_chunk(factors, i), _update(chunks, i, rule), s)
 
       delta = lax.fori_loop(0, n, step, jnp.zeros_like(chunks.s_in))
-    return Update(_product(factors), delta)
+    return Update(_total_factor(factors), delta)
 
 
-def _product(factors):
-  """What all chunks keep of a state; None is all of it."""
+def _total_factor(factors):
+  """Returns the factor by which all chunks together keep a state; None is 1."""
   return None if factors is None else jnp.prod(factors, axis=1)
 
 
 def _weighted(x, weights):
-  """`weights x`, rounded to x's dtype; None is 1."""
+  """Returns `weights x`, rounded to x's dtype; weights of None are 1."""
   if weights is None:
     return x
   wide = accumulation_dtype(x.dtype)
   return scale(weights.astype(wide), x.astype(wide)).astype(x.dtype)
 
 
-def _sequential_fwd(chunks, w, options):
+def _sequential_fwd(chunks, w, rule, exchange, sample_places):
   z, v, s = chunks.z, chunks.v, chunks.s_in
   b, n, c, _ = z.shape
   wide = accumulation_dtype(z.dtype)
-  factors = factors_of(chunks, options)
+  factors = keep_factors(chunks, rule)
   total = None
-  if options.exchange is not None:
-    total = _total(chunks, factors, options)
-    s = incoming_state(total, s, options.exchange)
+  if exchange is not None:
+    total = _total(chunks, factors, rule)
+    s = incoming_state(total, s, exchange)
   s_in = s
-  places = None if w is None else options.samples
+  places = None if w is None else sample_places
 
   def read(i, s, y, samples):
     z_i = _chunk(z, i)
@@ -189,30 +202,30 @@ def _sequential_fwd(chunks, w, options):
       samples = _set_chunk(samples, sample, i)
     return y, samples
 
-  def learn(i, s):
-    return _next_state(_chunk(factors, i), _update(chunks, i, options), s)
+  def update(i, s):
+    return _next_state(_chunk(factors, i), _update(chunks, i, rule), s)
 
   def body(i, carry):
     s, y, samples = carry
-    s = learn(i - 1, s)
+    s = update(i - 1, s)
     return s, *read(i, s, y, samples)
 
-  # The loop ends with a read: its y is the output. What no chunk here reads is learned outside, which costs
-  # nothing when the outgoing state is not used; the shard's total, where there is one, has it already.
-  y = _zeros(v.shape, wide if w is None else z.dtype, z)
+  # The loop ends with a read. The last chunk's update, which no chunk here reads, follows after the loop:
+  # if the outgoing state is not used, it costs nothing. On shards the total already contains it.
+  y = varying_zeros(v.shape, wide if w is None else z.dtype, z)
   samples = None
   if places is not None:
-    samples = _zeros((b, n, len(range(c)[places]), v.shape[-1]), wide, z)
+    samples = varying_zeros((b, n, len(range(c)[places]), v.shape[-1]), wide, z)
   with jax.named_scope("chunks"):
     s, y, samples = lax.fori_loop(1, n, body, (s, *read(0, s, y, samples)))
-  s_end = learn(n - 1, s) if total is None else _next_state(total.keep, total.delta, s_in)
+  s_end = update(n - 1, s) if total is None else _next_state(total.keep, total.delta, s_in)
   if samples is not None and chunks.reads is not None:
     samples = where(chunks.reads[:, :, places], samples)
   return Outputs(y, s_end, samples), (chunks._replace(s_in=s_in), w)
 
 
-def _sequential_bwd(options, saved, cotangents):
-  """Two passes over the chunks, each with one state.
+def _sequential_bwd(rule, exchange, sample_places, saved, cotangents):
+  """Passes over the chunks twice, each time with one state.
 
   Backwards, with G_i the cotangent of S_i (G_N that of the outgoing state):
 
@@ -225,37 +238,37 @@ def _sequential_bwd(options, saved, cotangents):
 
       T_{i+1} = f_i T_i + keep_i S_i        d(decay) = sum_i <Z_i T_i, dR_i> + <T_N, G_N>
 
-  Tokens that do not read or write count as 0 in what enters a sum and get 0 of what comes out of one.
+  Tokens that do not read or write are 0 in the operands of these sums, and get cotangents of 0.
 
-  Across shards, G_N is the cotangent of this shard's own outgoing state plus what the shards after it
-  send back (`_cotangent_of_later_shards`). The forwards pass does not need that: the exchange may go on
-  meanwhile.
+  Across shards, G_N is the cotangent of this shard's outgoing state plus the cotangents that the shards
+  after it send back (`_cotangent_of_later_shards`). The forwards pass does not need G_N, so that it can
+  overlap with the exchange.
   """
   chunks, w = saved
   keep, decay = chunks.keep, chunks.decay
   d_y, g_out, _ = cotangents
   d_y = d_y.astype(chunks.z.dtype)
-  factors = factors_of(chunks, options)
-  own = None
-  if options.exchange is not None:
-    later, own = _cotangent_of_later_shards(chunks, options, factors, d_y, g_out)
+  factors = keep_factors(chunks, rule)
+  local_g = None
+  if exchange is not None:
+    later, local_g = _cotangent_of_later_shards(chunks, exchange, factors, d_y, g_out)
     g_out = g_out + later
-  forwards = _forwards_pass(chunks, w, options, factors, d_y)
+  forwards = _forwards_pass(chunks, w, rule, factors, d_y)
   d_decay = None
   if decay is not None:
     d_decay = forwards.d_decay.astype(decay.dtype) + jnp.sum(forwards.tangent * g_out)
     d_decay = d_decay.astype(decay.dtype)
-  # With every token reading and nothing forgotten, dW is what G gathers: G_0 - G_N.
-  dw_is_g = factors is None and chunks.reads is None
+  # If every token reads and every chunk keeps the whole state, dW = G_0 - G_N.
+  dw_from_g = factors is None and chunks.reads is None
   backwards = _backwards_pass(
-    chunks, w, options, factors, d_y, g_out, forwards.dz, with_dw=w is not None and not dw_is_g
+    chunks, w, rule, factors, d_y, g_out, forwards.dz, with_dw=w is not None and not dw_from_g
   )
   g_in, dw = backwards.g, backwards.dw
-  if w is not None and dw_is_g:
-    dw = jnp.sum(g_in - g_out if own is None else own, axis=0)
-  if options.exchange is not None:
-    # The state before the whole sequence enters on the first shard only.
-    first = lax.axis_index(options.exchange.axis) == 0
+  if w is not None and dw_from_g:
+    dw = jnp.sum(g_in - g_out if local_g is None else local_g, axis=0)
+  if exchange is not None:
+    # Only the first shard starts from the state before the whole sequence.
+    first = lax.axis_index(exchange.axis) == 0
     g_in = jnp.where(first, g_in, jnp.zeros_like(g_in))
   d_chunks = Chunks(
     z=backwards.dz,
@@ -270,25 +283,25 @@ def _sequential_bwd(options, saved, cotangents):
   return d_chunks, None if w is None else dw.astype(w.dtype)
 
 
-def _cotangent_of_later_shards(chunks, options, factors, d_y, g_out):
-  """What the shards after this one add to G_N, and this shard's own `sum_i Z_i^T dR_i`, decayed.
+def _cotangent_of_later_shards(chunks, exchange, factors, d_y, g_out):
+  """Returns the term that later shards add to G_N, and this shard's own term of G_0.
 
-  Locally a shard knows what its own tokens read of the state that came in: `own`. It lacks what later
-  shards read of the state that went out. Every shard sends `(prod_i f_i, f G_N + own)`, an update read
-  from the right; the exclusive suffix of these is what is missing.
+  A shard computes its own term, the decayed `local_g = sum_i Z_i^T dR_i`, from its own reads of the
+  incoming state. It lacks the term of later shards, which read the outgoing state. So every shard sends the
+  update `(f, f G_N + local_g)` with `f = prod_i f_i`; the missing term is the exclusive suffix of these.
   """
   with jax.named_scope("shard_cotangent"):
     kept = None if factors is None else prefix_keeps(factors.T).T
-    seen = None if chunks.reads is None else tokens_of(chunks.reads, kept)
-    own = matmul("bncf,bncd->bfd", where(seen, chunks.z), _weighted(where(seen, d_y), kept))
-    own = own.astype(g_out.dtype)
-  keep = _product(factors)
-  suffix = exchange(Update(keep, _next_state(keep, own, g_out)), options.exchange, True)
-  return suffix.delta, own
+    seen = None if chunks.reads is None else where_kept(chunks.reads, kept)
+    local_g = matmul("bncf,bncd->bfd", where(seen, chunks.z), _weighted(where(seen, d_y), kept))
+    local_g = local_g.astype(g_out.dtype)
+  keep = _total_factor(factors)
+  suffix = exchange_updates(Update(keep, _next_state(keep, local_g, g_out)), exchange, reverse=True)
+  return suffix.delta, local_g
 
 
 class _Forwards(NamedTuple):
-  """What the pass in the order of the chunks carries; `tangent` and `d_decay` count with a decay."""
+  """The carry of the pass in the order of the chunks; `tangent` and `d_decay` are used with a decay."""
 
   s: Float[Array, "B F D"]
   tangent: Float[Array, "B F D"] | None
@@ -296,18 +309,18 @@ class _Forwards(NamedTuple):
   d_decay: Float[Array, ""]
 
 
-def _forwards_pass(chunks, w, options, factors, d_y) -> _Forwards:
-  """The part of dZ that comes of reading, and the decay's gradient but for `<T_N, G_N>`; T_N."""
+def _forwards_pass(chunks, w, rule, factors, d_y) -> _Forwards:
+  """Returns the part of dZ that comes from reads, T_N, and d(decay) without its term `<T_N, G_N>`."""
   z, decay, keep = chunks.z, chunks.decay, chunks.keep
   n, wide = z.shape[1], accumulation_dtype(z.dtype)
 
-  def learn(i, carry):
-    """From S_i and its tangent to those of i + 1."""
+  def update(i, carry):
+    """Replaces S_i and T_i by S_{i+1} and T_{i+1}."""
     factor, tangent = _chunk(factors, i), carry.tangent
     if decay is not None:
       kept = carry.s if keep is None else scale(_chunk(keep, i), carry.s)
       tangent = _next_state(factor, kept, tangent)
-    s = _next_state(factor, _update(chunks, i, options), carry.s)
+    s = _next_state(factor, _update(chunks, i, rule), carry.s)
     return carry._replace(s=s, tangent=tangent)
 
   def read(i, carry):
@@ -325,12 +338,12 @@ def _forwards_pass(chunks, w, options, factors, d_y) -> _Forwards:
     d_decay=jnp.zeros_like(chunks.lr),
   )
   with jax.named_scope("chunks_forwards"):
-    carry = lax.fori_loop(1, n, lambda i, carry: read(i, learn(i - 1, carry)), read(0, start))
-  return carry if decay is None else learn(n - 1, carry)
+    carry = lax.fori_loop(1, n, lambda i, carry: read(i, update(i - 1, carry)), read(0, start))
+  return carry if decay is None else update(n - 1, carry)
 
 
 class _Backwards(NamedTuple):
-  """What the pass against the order of the chunks carries; `dw` counts where dW is not what G gathers."""
+  """The carry of the pass against the order of the chunks; `dw` is None where dW follows from G."""
 
   g: Float[Array, "B F D"]
   dw: Float[Array, "F D"] | None
@@ -339,23 +352,23 @@ class _Backwards(NamedTuple):
   d_lr: Float[Array, ""]
 
 
-def _backwards_pass(chunks, w, options, factors, d_y, g_out, dz, *, with_dw: bool) -> _Backwards:
-  """G_0, dW, and what dZ, dV and dlr get of the updates."""
+def _backwards_pass(chunks, w, rule, factors, d_y, g_out, dz, *, with_dw: bool) -> _Backwards:
+  """Returns G_0, dW, dV, dlr, and dZ: the given part `dz` plus the part that comes from updates."""
   z, v, lr = chunks.z, chunks.v, chunks.lr
   n, wide = z.shape[1], accumulation_dtype(z.dtype)
 
-  def unread(i, carry):
-    """From G_{i+1} to G_i, and what chunk i adds to dW."""
-    own, all_tokens = _reader(chunks, w, i).outer(_chunk(z, i), _chunk(d_y, i))
-    g = _next_state(_chunk(factors, i), own.astype(carry.g.dtype), carry.g)
+  def transpose_read(i, carry):
+    """Replaces G_{i+1} by G_i, and adds chunk i's term to dW."""
+    seen, all_tokens = _reader(chunks, w, i).outer(_chunk(z, i), _chunk(d_y, i))
+    g = _next_state(_chunk(factors, i), seen.astype(carry.g.dtype), carry.g)
     dw = None if carry.dw is None else carry.dw + jnp.sum(all_tokens, axis=0)
     return carry._replace(g=g, dw=dw)
 
-  def unlearn(i, carry):
-    """What chunk i's own update gets of G_{i+1}."""
+  def transpose_update(i, carry):
+    """Adds the cotangents that the update of chunk i gets from G_{i+1}."""
     writes_i, v_i = _chunk(chunks.writes, i), _chunk(v, i)
     z_i = where(writes_i, _chunk(z, i))
-    du = _through_clip(carry.g, z_i, v_i, lr, options).astype(z.dtype)
+    du = _transpose_clip(carry.g, z_i, v_i, lr, rule).astype(z.dtype)
     z_du = where(writes_i, matmul("bcf,bfd->bcd", z_i, du))
     v_du = where(writes_i, matmul("bcd,bfd->bcf", v_i, du))
     dz_i = _chunk(carry.dz, i).astype(wide) + lr * v_du
@@ -367,7 +380,7 @@ def _backwards_pass(chunks, w, options, factors, d_y, g_out, dz, *, with_dw: boo
 
   start = _Backwards(
     g=g_out,
-    dw=_zeros(w.shape, wide, z) if with_dw else None,
+    dw=varying_zeros(w.shape, wide, z) if with_dw else None,
     dz=dz,
     dv=jnp.zeros_like(v),
     d_lr=jnp.zeros_like(lr),
@@ -375,26 +388,26 @@ def _backwards_pass(chunks, w, options, factors, d_y, g_out, dz, *, with_dw: boo
 
   def body(j, carry):
     i = n - 1 - j
-    return unlearn(i, unread(i + 1, carry))
+    return transpose_update(i, transpose_read(i + 1, carry))
 
   with jax.named_scope("chunks_backwards"):
-    return unread(0, lax.fori_loop(1, n, body, unlearn(n - 1, start)))
+    return transpose_read(0, lax.fori_loop(1, n, body, transpose_update(n - 1, start)))
 
 
 def _no_cotangent(mask):
   return None if mask is None else jnp.zeros(mask.shape, jax.dtypes.float0)
 
 
-def _through_clip(g, z_i, v_i, lr, options):
-  """The cotangent of U from that of `r U`: the update is recomputed, where there is a clip."""
-  if options.clip_norm is None:
+def _transpose_clip(g, z_i, v_i, lr, rule):
+  """Returns the cotangent of U, given the cotangent g of `r U`; with a clip, U is recomputed."""
+  if rule.clip_norm is None:
     return g
   u = (lr * matmul("bcf,bcd->bfd", z_i, v_i)).astype(g.dtype)
-  r, norm = clip_factor(sum_over(jnp.sum(u * u, (-2, -1)), options.tensor_axis), options.clip_norm)
-  clipped = norm > options.clip_norm
-  along = sum_over(jnp.sum(u * g, (-2, -1)), options.tensor_axis)
-  along = jnp.where(clipped, along / jnp.where(clipped, norm, 1) ** 2, 0)
-  return times(r, g - times(along, u))
+  r, norm = clip_factor(sum_over(jnp.sum(u * u, (-2, -1)), rule.tensor_axis), rule.clip_norm)
+  clipped = norm > rule.clip_norm
+  u_dot_g = sum_over(jnp.sum(u * g, (-2, -1)), rule.tensor_axis)
+  coefficient = jnp.where(clipped, u_dot_g / jnp.where(clipped, norm, 1) ** 2, 0)
+  return times(r, g - times(coefficient, u))
 
 
 _sequential.defvjp(_sequential_fwd, _sequential_bwd)

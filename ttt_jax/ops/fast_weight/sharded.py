@@ -1,7 +1,7 @@
-"""The fast weight for those who do not call `shard_map`: the op over global arrays on a mesh.
+"""The fast weight over global arrays on a mesh, for callers who do not write `jax.shard_map` themselves.
 
-For other models: arrays in, arrays out, no module and no config. Everything is `ttt_jax.inplace_ttt` and
-`ttt_jax.ntp_targets`, mapped fully manually over the shards.
+`context_parallel` maps `ttt_jax.inplace_ttt` and `ttt_jax.ntp_targets` over the shards, fully manually. It
+takes and returns arrays, and needs no module or config.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from ttt_jax.errors import UserError
 from ttt_jax.ops.fast_weight.api import FastWeightState, inplace_ttt
 from ttt_jax.ops.fast_weight.targets import ntp_targets
 
-_USUAL = ("data", "fsdp", "tensor")  # mesh axes that are taken where a mesh has them
+_OPTIONAL_AXES = ("data", "fsdp", "tensor")  # axes of the defaults, ignored on meshes without them
 
 
 @dataclasses.dataclass(frozen=True)
 class ContextParallel:
-  """What `context_parallel` returns: call it like `ttt_jax.inplace_ttt`, on global arrays."""
+  """The op that `context_parallel` returns: call it like `ttt_jax.inplace_ttt`, on global arrays."""
 
   mesh: Mesh | jax.sharding.AbstractMesh
   axis: str
@@ -40,14 +40,14 @@ class ContextParallel:
     return_stats: bool = False,
     **options: Any,
   ):
-    """`ttt_jax.inplace_ttt`, with T split over `axis`, the first dimension of B over `batch_axes`, and F
-    over `tensor_axis`: the same numbers as on one device.
+    """Computes `ttt_jax.inplace_ttt`, with the same numbers as on one device.
 
-    Args and Returns are those of `inplace_ttt`, less `context_axis` and `tensor_axis`. The state and the
-    statistics are split like B, the state also along F; the statistics have a last dimension of shards.
+    T is split over `axis`, the first dimension of B over `batch_axes`, and F over `tensor_axis`. Args and
+    Returns are those of `inplace_ttt` without `context_axis` and `tensor_axis`. The state and the
+    statistics are split like B, the state also along F; the last dimension of the statistics counts shards.
 
     Raises:
-      UserError: sizes that the mesh does not divide, and what `inplace_ttt` raises.
+      UserError: sizes that the mesh does not divide, and the errors of `inplace_ttt`.
     """
     lead, (t, f) = z.shape[:-2], z.shape[-2:]
     self._check_sizes(lead, t, f)
@@ -95,7 +95,7 @@ class ContextParallel:
     chunk_size: int,
     segment_ids: Int[Array, "*B T"] | None = None,
   ) -> Float[Array, "*B T D"]:
-    """`ttt_jax.ntp_targets` with T and B split as for the op. Chunks are whole: nothing is exchanged."""
+    """Computes `ttt_jax.ntp_targets`, T and B split as for the op; shards exchange nothing."""
     lead, t = x.shape[:-2], x.shape[-2]
     self._check_sizes(lead, t, None)
     if t // self.mesh.shape[self.axis] % chunk_size:
@@ -117,11 +117,11 @@ class ContextParallel:
     return self._map(local, arrays, tokens)
 
   def _map(self, local, arrays, out_specs):
-    """`local` of a dict of arrays and their specs, on every shard."""
+    """Calls `local` on every shard, with its part of a dict of (array, spec)."""
     specs = {name: spec for name, (_, spec) in arrays.items()}
     arrays = {name: x for name, (x, _) in arrays.items()}
     if AxisType.Explicit in self.mesh.axis_types:
-      # Where shardings are part of types, an argument must come in the one that is asked for.
+      # Explicit axes make the sharding part of an array's type: it must be the one of `in_specs`.
       arrays = {
         name: jax.sharding.reshard(x, NamedSharding(self.mesh, specs[name]))
         for name, x in arrays.items()
@@ -129,20 +129,22 @@ class ContextParallel:
     return jax.shard_map(local, mesh=self.mesh, in_specs=(specs,), out_specs=out_specs)(arrays)
 
   def _rows(self, lead: tuple[int, ...]) -> tuple[tuple[str, ...] | None, ...]:
+    """Returns the entries of a PartitionSpec for the leading dimensions B."""
     return ((self.batch_axes or None), *(None,) * (len(lead) - 1)) if lead else ()
 
   def _check_sizes(self, lead, t, f) -> None:
-    over_rows = 1
+    """Raises UserError unless the mesh divides B, T and F."""
+    batch_parts = 1
     for name in self.batch_axes:
-      over_rows *= self.mesh.shape[name]
-    if over_rows > 1 and not lead:
+      batch_parts *= self.mesh.shape[name]
+    if batch_parts > 1 and not lead:
       raise UserError(
         f"z has no batch dimension to split over batch_axes={self.batch_axes}: add one, or pass "
         "batch_axes=()"
       )
     sizes = [("T", t, self.axis, self.mesh.shape[self.axis])]
     if lead:
-      sizes.append(("B", lead[0], self.batch_axes, over_rows))
+      sizes.append(("B", lead[0], self.batch_axes, batch_parts))
     if f is not None and self.tensor_axis is not None:
       sizes.append(("F", f, self.tensor_axis, self.mesh.shape[self.tensor_axis]))
     for dim, size, axis, parts in sizes:
@@ -156,28 +158,28 @@ def context_parallel(
   batch_axes: tuple[str, ...] = ("data", "fsdp"),
   tensor_axis: str | None = "tensor",
 ) -> ContextParallel:
-  """`ttt_jax.inplace_ttt` over global arrays whose sequence is split over a mesh axis.
+  """Returns `ttt_jax.inplace_ttt` over global arrays whose sequence is split over a mesh axis.
 
       op = ttt_jax.context_parallel(mesh)
-      y, state = op(z, v, w_down, chunk_size=512, inner_lr=0.1)      # in anybody's jit, grad, scan, remat
+      y, state = op(z, v, w_down, chunk_size=512, inner_lr=0.1)      # under your jit, grad, scan, remat
 
-  Fully manual inside, on meshes with Auto and with Explicit axes. `op.ntp_targets` is the same for
-  `ttt_jax.ntp_targets`.
+  `op.ntp_targets` is `ttt_jax.ntp_targets` over global arrays. Both are fully manual inside, and take
+  meshes with Auto and with Explicit axes.
 
   Args:
     mesh: the devices.
     axis: the mesh axis along which T is split into contiguous shards of whole chunks.
     batch_axes: mesh axes over which the first batch dimension is split.
-    tensor_axis: the mesh axis over which F is split (y is summed over it), or None. The usual names
-      data, fsdp and tensor are ignored where the mesh does not have them.
+    tensor_axis: the mesh axis over which F is split (y is summed over it), or None. The names data, fsdp
+      and tensor are ignored on meshes without such an axis.
 
   Raises:
-    UserError: a name that is not an axis of the mesh, or an axis of several devices without a use here.
+    UserError: a name that is not an axis of the mesh, or an axis of several devices that is not named.
   """
   names = mesh.axis_names
-  if tensor_axis is not None and tensor_axis not in names and tensor_axis in _USUAL:
+  if tensor_axis is not None and tensor_axis not in names and tensor_axis in _OPTIONAL_AXES:
     tensor_axis = None
-  batch_axes = tuple(name for name in batch_axes if name in names or name not in _USUAL)
+  batch_axes = tuple(name for name in batch_axes if name in names or name not in _OPTIONAL_AXES)
   used = (axis, *batch_axes, *((tensor_axis,) if tensor_axis is not None else ()))
   for name in used:
     if name not in names:

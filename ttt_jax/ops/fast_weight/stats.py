@@ -1,4 +1,4 @@
-"""How large the parts of a fast weight are: for logs, without gradient."""
+"""Norms of the parts of a fast weight, for logs; without gradient."""
 
 from typing import NamedTuple
 
@@ -6,25 +6,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ttt_jax.ops.fast_weight.chunks import Chunks, Options
+from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateRule
 from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
 from ttt_jax.ops.update import clip_update, sum_over
 
-_SAMPLED_TOKENS = 256  # of a row on a device, for the sizes of the output's two parts
+_SAMPLED_TOKENS = 256  # per row and device, to estimate the norms of the output's two parts
 
 
 class FastWeightStats(NamedTuple):
-  """How large the fast weight's parts are, as Frobenius norms; without gradient.
+  """The Frobenius norms of the parts of a fast weight; without gradient.
 
   RMSNorm hides a blow-up behind a finite loss: compare `update` and `state` with `|W|`, and `fast`
-  with `slow`. They cost a chunk's update and the read of about 256 tokens, not passes over all chunks.
+  with `slow`. The norms cost one chunk's update and the read of about 256 tokens, no pass over all chunks.
 
   Attributes:
-    update: of the update of this device's last full chunk, after clipping.
-    state: of S after that chunk.
-    fast: of the part of y that S contributes, before it is added to the other part and rounded: 0 where S
-      is. Estimated from about 256 evenly spaced tokens, at least one of every chunk.
-    slow: of the part of y that W contributes, from the same tokens.
+    update: norm of the update of this device's last full chunk, after clipping.
+    state: norm of S after that chunk.
+    fast: norm of the part of y that S contributes, before the sum with W's part is rounded: exactly 0 where
+      S is 0. Estimated from about 256 evenly spaced tokens, at least one of every chunk.
+    slow: norm of the part of y that W contributes, estimated from the same tokens.
   """
 
   update: Float[Array, "*B"]
@@ -33,25 +33,28 @@ class FastWeightStats(NamedTuple):
   slow: Float[Array, "*B"]
 
 
-def sampled_places(n: int, chunk_size: int) -> slice:
-  """Evenly spaced places in each of n chunks, for `_SAMPLED_TOKENS` of a row in all, at least one."""
+def choose_sample_places(n: int, chunk_size: int) -> slice:
+  """Chooses evenly spaced places in each of n chunks: `_SAMPLED_TOKENS` per row in all, at least n."""
   stride = -(-chunk_size // max(1, _SAMPLED_TOKENS // max(1, n)))
   return slice(stride // 2, None, stride)
 
 
 def measure(
   chunks: Chunks,
-  options: Options,
+  rule: UpdateRule,
   w: Float[Array, "F D"],
-  fast_part: Float[Array, "B N samples D"] | None,
   s: Float[Array, "B F D"],
+  *,
+  sample_places: slice,
+  fast_part: Float[Array, "B N samples D"] | None,
 ) -> FastWeightStats:
-  """The statistics of a device's chunks.
+  """Returns the statistics of a device's chunks.
 
   Args:
-    chunks, options, w: what was read, at `options.samples` the tokens to look at.
-    fast_part: R of these tokens; None where there is no full chunk.
+    chunks, rule, w: the arguments of the implementation, and the slow weight.
     s: the state after the last chunk.
+    sample_places: the places in every chunk of the tokens to measure, see `choose_sample_places`.
+    fast_part: R of these tokens; None where there is no full chunk.
   """
   chunks, w, fast_part, s = jax.lax.stop_gradient((chunks, w, fast_part, s))
   b, n, c, _ = chunks.z.shape
@@ -61,17 +64,17 @@ def measure(
     return jnp.sqrt(jnp.sum(x * x, axis=(1, 2, 3)))
 
   def norm_over_f(x):
-    return jnp.sqrt(sum_over(jnp.sum(x * x, axis=(1, 2)), options.tensor_axis))
+    return jnp.sqrt(sum_over(jnp.sum(x * x, axis=(1, 2)), rule.tensor_axis))
 
   update = jnp.zeros(b, s.dtype)
   fast = slow = jnp.zeros(b, wide)
   if n:
     last = where(None if chunks.writes is None else chunks.writes[:, -1], chunks.z[:, -1])
     u = (chunks.lr * matmul("bcf,bcd->bfd", last, chunks.v[:, -1])).astype(s.dtype)
-    update = norm_over_f(clip_update(u, options.clip_norm, options.tensor_axis))
-    z = chunks.z[:, :, options.samples]
+    update = norm_over_f(clip_update(u, rule.clip_norm, rule.tensor_axis))
+    z = chunks.z[:, :, sample_places]
     slow_part = matmul("bncf,fd->bncd", z, w.astype(z.dtype))
-    slow_part, fast_part = sum_over(jnp.stack([slow_part, fast_part]), options.tensor_axis)
+    slow_part, fast_part = sum_over(jnp.stack([slow_part, fast_part]), rule.tensor_axis)
     whole = (c / z.shape[2]) ** 0.5
     fast, slow = whole * norm(fast_part), whole * norm(slow_part)
   return FastWeightStats(update=update, state=norm_over_f(s), fast=fast, slow=slow)

@@ -1,4 +1,4 @@
-"""Update targets: what a fast weight is asked to predict, from the tokens a few positions ahead."""
+"""Update targets: the values that a fast weight learns to predict, made of nearby and coming tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UserError
 from ttt_jax.ops.documents import check_segment_ids, same_document, shift
+from ttt_jax.ops.manual import vary_over, varying_axes
 from ttt_jax.ops.numerics import accumulation_dtype, where
-from ttt_jax.ops.varying import vary_over, varying_axes
 
 
 def ntp_targets(
@@ -18,20 +18,20 @@ def ntp_targets(
   chunk_size: int,
   segment_ids: Int[Array, "*B T"] | None = None,
 ) -> Float[Array, "*B T D"]:
-  """The next-token-prediction aligned target of every token, `V = depthwise_conv(x) @ projection`.
+  """Returns the next-token-prediction aligned targets, `V = depthwise_conv(x) @ projection`.
 
       conv(x)[t] = sum_k conv[k] * x[t + k - (width - 1) / 2]        V = conv(x) @ projection
 
   A cross-correlation, centred and not flipped. A tap counts as zero where token t + k lies in another
-  chunk or another document, whatever is there, so no target depends on a later chunk; padding has target
-  0. Chunks are counted from the first token; a last chunk of fewer than `chunk_size` tokens ends with the
-  sequence.
+  chunk or another document, also where its x is NaN, so no target depends on a later chunk; padding has
+  target 0. Chunks are counted from the first token; the last chunk may have fewer than `chunk_size`
+  tokens.
   Pointwise in T beyond its chunk: shards of whole chunks need no exchange.
 
   Args:
     x: the source, token embeddings or the MLP's input.
     conv: one kernel per channel; width is odd (5 in the published code).
-    projection: used as stored, `V[e] = sum_d conv(x)[d] projection[d, e]`; None for none.
+    projection: used as stored, `V[e] = sum_d conv(x)[d] projection[d, e]`; None for no projection.
     chunk_size: tokens per chunk.
     segment_ids: documents of a packed row, 0 for padding.
 
@@ -49,7 +49,7 @@ def ntp_targets(
   t, d = x.shape[-2:]
   width = conv.shape[0]
   accumulate = accumulation_dtype(x.dtype)
-  # Their gradients are summed over the devices once, and not rounded to x's dtype before.
+  # Sums the gradients of conv and projection over the devices once, before they are rounded to x's dtype.
   axes = varying_axes(x)
   conv, projection = jax.tree.map(lambda a: vary_over(a, axes), (conv, projection))
   with jax.named_scope("ntp_targets"):
@@ -62,7 +62,7 @@ def ntp_targets(
         visible &= same_document(segment_ids, offset)
       kernel = conv[k].astype(accumulate).reshape((1,) * (x.ndim - 1) + (d,))
       tap = kernel * where(visible, shift(x, offset, axis=-2, fill=0)).astype(accumulate)
-      # Without this select a compiler may round a product and a sum once or twice, by what is around it.
+      # Without this select the compiler fuses product and sum in some programs, which rounds differently.
       mixed += where(visible, tap)
     mixed = mixed.astype(x.dtype)
     if projection is None:
