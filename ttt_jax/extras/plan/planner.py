@@ -2,6 +2,7 @@
 
 import re
 import time
+import warnings
 from collections import Counter
 from typing import Any, Literal, NamedTuple
 
@@ -147,6 +148,12 @@ def _analyse(
   hbm = {name: size / GIB for name, size in parts.items()}
   hbm["total"] = sum(hbm.values())
   program = Program(compiled.as_text())
+  if program.unknown_loops:
+    warnings.warn(
+      f"the trip counts of {len(program.unknown_loops)} loops are not known, they count once: the bounds "
+      f"of memory and communication are too low ({', '.join(program.unknown_loops[:3])}, ...)",
+      stacklevel=2,
+    )
   chip = find_device(target.devices[0].device_kind)
   collectives = _by_part(program.collectives, mesh, chip, runs)
   terms = {
