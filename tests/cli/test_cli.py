@@ -1,4 +1,4 @@
-"""The command line as a new user meets it: a process of its own, from config to pictures."""
+"""Tests the command line as a new user meets it: as a process, from config to pictures."""
 
 import json
 import os
@@ -224,7 +224,7 @@ def test_a_bug_keeps_its_traceback(config, tmp_path, monkeypatch):
 
 
 def test_eval_of_two_models_is_refused(config, tmp_path, capsys):
-  """The path and a field must not name different ones."""
+  """The path and a field must not name different models."""
   run = tmp_path / "run"
   open_run(run, load_config(config))
   for words, name in (

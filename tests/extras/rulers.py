@@ -1,4 +1,4 @@
-"""Tokenizers of several kinds, and a file of questions, for the tests of RULER."""
+"""Makes tokenizers of several kinds, and files of questions, for the tests of RULER."""
 
 import json
 
@@ -15,7 +15,7 @@ _TEXT = [
 
 
 def word_pieces() -> Tokenizer:
-  """Byte-level BPE, as of GPT-2: words keep their blank."""
+  """Makes a byte-level BPE like GPT-2's: words keep their blank."""
   backend = tokenizers.Tokenizer(models.BPE())
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = decoders.ByteLevel()
@@ -23,7 +23,7 @@ def word_pieces() -> Tokenizer:
 
 
 def with_prefix() -> Tokenizer:
-  """As of Llama 2: a blank is put in front of every text and a special token in front of that.
+  """Makes a tokenizer like Llama 2's: it puts a special token and a blank before every text.
 
   A unit by itself therefore has more tokens than it has inside of a text.
   """
@@ -37,7 +37,7 @@ def with_prefix() -> Tokenizer:
 
 
 def of_words() -> Tokenizer:
-  """One token for every word: most are unknown."""
+  """Makes a tokenizer with one token per word; most words are unknown."""
   backend = tokenizers.Tokenizer(models.WordLevel(unk_token="?"))
   backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   backend.train_from_iterator(_TEXT, trainers.WordLevelTrainer(special_tokens=["?"]))
@@ -60,7 +60,7 @@ TOKENIZERS = {
 
 
 def squad(articles: int = 6, paragraphs: int = 4) -> dict:
-  """Questions in SQuAD's format, one of them impossible; every paragraph names its place."""
+  """Makes questions in SQuAD's format, one of them impossible; every paragraph names its place."""
 
   def paragraph(a, p):
     place = f"{a}/{p}"
@@ -78,7 +78,7 @@ def squad(articles: int = 6, paragraphs: int = 4) -> dict:
 
 
 def hotpot(count: int = 5) -> list[dict]:
-  """Questions in HotpotQA's format, each with two documents."""
+  """Makes questions in HotpotQA's format, each with two documents."""
   return [
     {
       "question": f"Whose cat is {i}?",

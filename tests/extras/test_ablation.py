@@ -1,4 +1,4 @@
-"""Grids of runs: what they hold, that they go on, what is made of their results."""
+"""Tests grids of runs: their configs, their resumption, their report."""
 
 import json
 from pathlib import Path
@@ -162,7 +162,7 @@ def _recall(config, right, window=8):
 
 
 def test_what_was_recalled(here, monkeypatch):
-  """Runs that are trained are asked, then the report has the mean over the seeds."""
+  """Trained runs are evaluated, then the report has the mean over the seeds."""
   ablation = load_ablation(
     _write("name: q\nbase: base.yaml\nseeds: [0, 1]\nvariants: {a: {}, b: {}}\nrecall: 8\n")
   )
@@ -195,7 +195,7 @@ def test_what_was_recalled(here, monkeypatch):
 
 
 def _finish(config, losses):
-  """What a run leaves that the report reads."""
+  """Writes the files of a run that the report loads."""
   path = Path(config.resolved_run_dir)
   path.mkdir(parents=True, exist_ok=True)
   summary = {
@@ -240,7 +240,7 @@ def test_report_of_several_seeds(here):
 
 
 def test_differences_are_of_pairs_with_one_seed(here):
-  """What a seed does to both falls out: the losses of the variants overlap, their differences do not."""
+  """Differences cancel the seed's effect: the losses of the variants overlap, their differences do not."""
   ablation = load_ablation(
     _write(
       "name: q\nbase: base.yaml\nseeds: [5, 6, 7]\nreference: plain\n"
@@ -303,7 +303,7 @@ def test_interval_of_one_value():
 def test_questions_that_documents_cannot_answer_are_refused_before_training(
   here, monkeypatch, question, message
 ):
-  """What a corpus that is not there says is left to the run."""
+  """A missing corpus is no error of the check; the run reports it."""
   for name, size in (("long", 300), ("short", 200)):
     Path(name).mkdir()
     for i in range(8):
@@ -321,7 +321,7 @@ def test_questions_that_documents_cannot_answer_are_refused_before_training(
 
 
 def test_a_run_that_another_grid_is_at_is_waited_for_and_left_alone(here, monkeypatch):
-  """Two calls share a grid: no run is made twice, no log is overwritten, both report everything."""
+  """Two calls share a grid: no run is done twice, no log is overwritten, both report everything."""
   ablation = load_ablation(
     _write("name: q\nbase: base.yaml\nseeds: [0]\nvariants: {a: {}, b: {}}\n")
   )
@@ -398,7 +398,7 @@ def test_groups_of_devices_run_side_by_side(here, monkeypatch):
 
 
 def test_what_a_run_beside_others_is_told(here, monkeypatch):
-  """Its devices, and one thread for what XLA leaves to another library; what the user set stays."""
+  """A run has its devices and one OpenBLAS thread; the user's settings stay."""
   ablation = load_ablation(_write("name: q\nbase: base.yaml\nseeds: [0]\nvariants: {a: {}}\n"))
   told = []
 
@@ -417,7 +417,7 @@ def test_what_a_run_beside_others_is_told(here, monkeypatch):
 
 
 def test_runs_share_what_they_compile(here, monkeypatch):
-  """In a directory that goes with the last of them, or in the user's, which stays."""
+  """Runs share compiled programs in a temporary directory, or in the user's, which stays."""
   ablation = load_ablation(_write("name: q\nbase: base.yaml\nseeds: [0, 1]\nvariants: {a: {}}\n"))
   told = []
 

@@ -1,11 +1,12 @@
-"""The benchmark as a program: what it writes, on tiny sizes. How fast anything is, no test says."""
+"""Tests what the benchmark writes, on tiny sizes; no test measures time."""
 
 import json
 
 import pytest
 
 from ttt_jax.cli import main
-from ttt_jax.extras.bench.fast_weights import BenchConfig, mlp_cases, run_bench
+from ttt_jax.extras.bench.cases import BenchConfig, mlp_cases
+from ttt_jax.extras.bench.fast_weights import run_bench
 
 TINY = {"tokens": 64, "chunk_size": 4, "d_model": 6, "d_ff": 10}
 
@@ -27,7 +28,7 @@ def test_writes_tables_json_and_a_plot(tmp_path, capsys):
 
 def test_one_way_of_the_op_alone(tmp_path):
   cases = mlp_cases(BenchConfig(**TINY, ways=("one product",), op_only=True))
-  assert [(case.name, case.what) for case in cases] == [
+  assert [(case.name, case.part) for case in cases] == [
     ("dense", "forward"),
     ("dense", "both passes"),
     ("one product", "forward"),

@@ -1,4 +1,4 @@
-"""What is read from the text of compiled programs: how often loops run, what is sent, what is moved."""
+"""Tests the parser of compiled programs: trip counts of loops, bytes sent, bytes moved."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def text_of(function, *arguments):
 
 
 def test_collectives_in_loops_count_as_often_as_they_run():
-  """A loop of 5 in a loop of 3, over one axis of two: 15 gathers, 3 permutes and 1 sum."""
+  """A loop of 5 in a loop of 3, over one axis of two, runs 15 gathers, 3 permutes and 1 sum."""
   mesh = mesh_of(2, 4)
 
   def inner(x, _):
@@ -102,6 +102,12 @@ def test_moved_bytes():
   n = 1024
   x = jnp.ones((n,), jnp.float32)
   assert Program(text_of(lambda x: x * 2 + 1, x)).moved_bytes == 2 * 4 * n
+
+
+def test_moved_bytes_are_those_of_xla_where_there_is_no_loop():
+  a, b = jnp.ones((24, 32)), jnp.ones((32, 40))
+  compiled = jax.jit(lambda a, b: jnp.sin(a @ b) @ b.T).lower(a, b).compile()
+  assert Program(compiled.as_text()).moved_bytes == compiled.cost_analysis()["bytes accessed"]
 
 
 def test_a_loop_over_a_stack_moves_its_slices_and_not_the_stack():

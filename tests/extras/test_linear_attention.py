@@ -1,4 +1,4 @@
-"""Gated linear attention and the delta rule against the recurrence, token by token in float64."""
+"""Compares gated linear attention and the delta rule with the recurrence, token by token in float64."""
 
 from functools import partial
 
@@ -42,7 +42,7 @@ OPS = {"gla": (gated_linear_attention, gated_step), "delta_net": (delta_rule, de
 
 
 def recurrence(step, q, k, v, gate, state, ids):
-  """The definition, one token after another: a state per row and head, dropped where a document begins."""
+  """Computes the definition token by token: a state per row and head, dropped where a document begins."""
   before = np.concatenate([ids[:, :1], ids[:, :-1]], axis=1)
   begins = (ids != before) & (ids != 0)
 
@@ -60,7 +60,7 @@ def recurrence(step, q, k, v, gate, state, ids):
 
 
 def draw(name, tokens, *, seed=0):
-  """Inputs of an op in float64; decays from 1 to nearly nothing, keys of norm one."""
+  """Makes inputs of an op in float64, with decays from 1 to nearly 0 and keys of norm 1."""
   rng = np.random.default_rng(seed)
   q, k = rng.normal(size=(2, B, tokens, H, K))
   v, state = rng.normal(size=(B, tokens, H, M)), rng.normal(size=(B, H, K, M))
@@ -71,7 +71,7 @@ def draw(name, tokens, *, seed=0):
 
 
 def values_and_gradients(function, inputs, seed=1):
-  """The outputs, and the gradient of a random functional of them in every input."""
+  """Returns the outputs, and the gradient of a random functional of them in every input."""
 
   def both(*inputs):
     o, s = function(*inputs)
@@ -121,7 +121,7 @@ def test_narrow_inputs_are_summed_in_float32(name, dtype):
 
 @pytest.mark.parametrize("log_decay", [0.0, -30.0, -1e4])
 def test_no_decay_overflows(log_decay):
-  """Sums of log decays down to -640000 a chunk: `exp(-b)` would be infinite from -88 on."""
+  """Log decays sum to -640000 in a chunk, where `exp(-b)` would be infinite from -88 on."""
   q, k, v, gate, state = (jnp.asarray(x, jnp.float32) for x in draw("gla", 70))
   gate = jnp.full_like(gate, log_decay).at[:, :, :, ::2].set(-0.1)
   law = recurrence(gated_step, q, k, v, gate, state, np.ones((B, 70), int))

@@ -1,4 +1,4 @@
-"""Layers with gated linear attention or DeltaNet in the place of attention: the whole model with them."""
+"""Tests models whose layers have gated linear attention or DeltaNet in the place of attention."""
 
 import dataclasses
 import math
@@ -146,7 +146,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(mixer):
 
 @EACH
 def test_training_learns_a_batch(mixer):
-  """From the parameters a run starts with, all of which change."""
+  """Training changes every initial parameter."""
   config = Config(
     model=SMALL,
     attention=SOME[mixer],
@@ -187,7 +187,7 @@ NEW = 7
 
 
 def learner(mixer, short_conv=None):
-  """A model whose fast weights change what it says."""
+  """Makes a model whose fast weights change its output."""
   attention = dataclasses.replace(SOME[mixer], short_conv=short_conv)
   return random_model(SMALL, attention, FAST, seed=1)
 
@@ -204,7 +204,7 @@ def read_whole(model, row):
 @pytest.mark.parametrize("size", [{}, {"fsdp": 2, "tensor": 2}], ids=str)
 @EACH_CONV
 def test_writing_token_by_token_is_reading_at_once(mixer, short_conv, size, monkeypatch, tmp_path):
-  """Also from a saved state, and with prompts read in several pieces."""
+  """Generation equals the full pass, also from a saved state and with prompts in several pieces."""
   monkeypatch.setattr(pieces, "_PIECE", 8)
   model = whole = learner(mixer, short_conv)
   if size:
@@ -237,7 +237,7 @@ def test_a_state_has_one_size_for_any_text(mixer, short_conv, before):
 
 @EACH
 def test_the_state_goes_with_the_text(mixer):
-  """What stays when the text is left behind is what the fast weights learned."""
+  """Without the text, only what the fast weights learned remains."""
   model = learner(mixer)
   learned = generate(model, PROMPTS[:1], max_new_tokens=0).state.fast_weights_only()
   linear, fast = learned.cache.layers[0]
@@ -283,10 +283,10 @@ def test_two_flops_for_every_parameter_a_token_meets(mixer, short_conv):
   ("fields", "message"),
   [
     ({"mixer": "mamba"}, r"attention\.mixer='mamba' is not one of 'attention', 'gla', 'delta_net'"),
-    ({"mixer_layers": (1,)}, r"attention\.mixer_layers=\[1\] are attention layers .* leave"),
+    ({"mixer_layers": (1,)}, r"attention\.mixer_layers=\[1\] needs a baseline: .* leave"),
     (
       {"short_conv": 4},
-      r"attention\.short_conv=4 belongs to attention\.mixer 'gla' or 'delta_net'",
+      r"attention\.short_conv=4 needs attention\.mixer 'gla' or 'delta_net'",
     ),
     ({"mixer": "gla", "short_conv": 0}, r"attention\.short_conv=0 .*positive"),
     (
@@ -329,7 +329,8 @@ def test_a_sequence_on_several_devices_is_refused(mixer):
 @EACH
 def test_there_is_no_checkpoint_of_transformers_for_it(mixer, tmp_path):
   with pytest.raises(
-    NotImplementedError, match=rf"attention\.mixer='{mixer}' is in no architecture"
+    NotImplementedError,
+    match=rf"attention\.mixer='{mixer}' cannot be saved in a format of transformers",
   ):
     save_pretrained(random_model(SMALL, SOME[mixer], FAST), tmp_path / "model")
   assert not (tmp_path / "model").exists()

@@ -1,4 +1,4 @@
-"""Plans of CPU devices, where everything but libtpu is at work, and of a TPU slice where that is there."""
+"""Tests plans for CPU devices, which need no libtpu, and for a TPU slice if libtpu is installed."""
 
 import dataclasses
 import importlib.util
@@ -77,7 +77,7 @@ def test_what_a_plan_says(planned):
 
 
 def test_the_exchange_of_fast_weights_is_what_the_method_promises(planned):
-  """A state per layer and pass with `ring`; `2 S (P-1)/P` with `all_to_all`. Nothing else of that size."""
+  """`ring` sends a state per layer and pass, `all_to_all` `2 S (P-1)/P`; nothing else is as large."""
   state = 2 * 96 * 32 * 4  # two rows a device
   other = plan(changed(ttt={"collective": "all_to_all"}), here())
   for of_one, kind, promised in (
@@ -126,7 +126,7 @@ def test_without_fast_weights_and_with_too_little_memory(planned):
 
 @pytest.mark.parametrize("window", [None, 24])
 def test_prefill(window):
-  """Segments of prompts: their keys and values over heads, their fast weights over F."""
+  """A prefill splits keys and values over heads, fast weights over F."""
   config = changed(
     mesh={"data": 1, "context": 4, "tensor": 2},
     data={"seq_len": 9984},
@@ -225,7 +225,7 @@ with_libtpu = pytest.mark.skipif(
 
 
 def run(*words):
-  """In a process of its own: libtpu reads its environment when it is loaded."""
+  """Runs `plan` in a new process, since libtpu reads its environment when it is loaded."""
   command = [sys.executable, "-m", "ttt_jax.cli", "plan", *map(str, words)]
   return subprocess.run(command, capture_output=True, text=True, timeout=600)
 

@@ -1,4 +1,4 @@
-"""`ttt-jax eval ruler` as a user meets it: scores, resumption, and the document out of sight."""
+"""Tests `ttt-jax eval ruler` as a user meets it: scores, resumption, strict recall."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def oracle(monkeypatch):
-  """A model that knows the answers to frequent words and the first half of all others; counts the calls."""
+  """Answers frequent words fully and all other tasks by half, and counts the calls."""
   calls = []
 
   def answer(reader, tokenizer, samples, task, *, strict):

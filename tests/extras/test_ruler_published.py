@@ -1,4 +1,4 @@
-"""RULER against the texts as published: written out here, and against the harness's code where it is.
+"""Compares RULER with the published texts, and with the harness's code if it is installed.
 
 The harness draws other words, numbers and places: what is drawn is replaced by its kind before texts are
 compared, and needles are taken out of what they are hidden in.
@@ -98,7 +98,7 @@ def test_other_tasks_as_written_in_the_paper(ruler):
 
 @pytest.fixture(scope="module")
 def published():
-  """The modules of the harness, kept from asking for `transformers` and from downloading sentences."""
+  """Loads the harness's modules without `transformers` and without downloads."""
   pytest.importorskip("lm_eval")
   nltk = pytest.importorskip("nltk")
   with pytest.MonkeyPatch.context() as patch:
@@ -120,7 +120,7 @@ def published():
 
 
 def tokens(text):
-  """The bytes of a text, as a tokenizer of `transformers` says it."""
+  """Returns the bytes of a text in the form of a `transformers` tokenizer."""
   return types.SimpleNamespace(input_ids=text.encode())
 
 
@@ -294,7 +294,7 @@ def test_scores_of_the_harness(published):
 
 
 def declared(task, key):
-  """What the harness's file of a task says, or one that it includes; None if none of them does."""
+  """Returns a field of the harness's file of a task or of a file that it includes; None without one."""
   folder = Path(pytest.importorskip("lm_eval.tasks").__path__[0]) / "ruler"
   file = f"{task.removeprefix('ruler_')}.yaml"
   while file is not None:
@@ -313,7 +313,7 @@ def test_the_harness_has_these_tasks_and_no_others():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_answers_as_the_harness_takes_them(task, ruler, published):
-  """Of the length that it allows, and with the score that it gives to the same strings."""
+  """Answers may be as long as in the harness, and the same strings have the same score."""
   assert declared(task, "max_gen_toks") == str(TASKS[task].new_tokens)
   process = getattr(published["common_utils"], declared(task, "process_results").split(".")[-1])
   expected = ruler.sample(task, 2500, 2).answers

@@ -1,4 +1,4 @@
-"""Samples of RULER by what they must be: of their length, with their answers in them, and reproducible."""
+"""Tests RULER's samples: their length, their answers in the text, their reproducibility."""
 
 import re
 from codecs import BOM_UTF8
@@ -218,7 +218,7 @@ def test_questions(ruler, files):
 
 
 def test_files_with_a_mark_before_utf8(tmp_path, files):
-  """A mark that an editor put before a text is no word of it, and JSON behind one is JSON."""
+  """A byte order mark before a text is not a word of the text, and JSON after one is JSON."""
   for task, name in (("ruler_qa_squad", "squad"), ("ruler_qa_hotpot", "hotpot")):
     marked = tmp_path / f"{name}.json"
     marked.write_bytes(BOM_UTF8 + files[name].read_bytes())
@@ -270,7 +270,7 @@ def test_too_small_a_length_says_one_that_works(task, ruler):
 
 
 def changed(place, value):
-  """The questions with one field changed, or left out where the value is None."""
+  """Makes the questions with one field changed, or removed if the value is None."""
   data = squad()
   *parents, name = place
   inner = data
@@ -335,7 +335,7 @@ def test_bad_input(tmp_path, files):
 
 
 def test_a_tokenizer_that_makes_one_token_of_all():
-  """No text is long enough for it."""
+  """No text is long enough for this length."""
   from tokenizers import Tokenizer as Backend
   from tokenizers import models
 
@@ -347,7 +347,7 @@ def test_a_tokenizer_that_makes_one_token_of_all():
 
 
 def test_few_prompts_are_counted(monkeypatch, files):
-  """A search over whole prompts would take minutes at 128k tokens."""
+  """Fitting counts few whole prompts; a search over them would take minutes at 128k tokens."""
   from ttt_jax.extras.ruler.fit import TokenCounter
 
   lengths = []

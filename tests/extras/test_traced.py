@@ -1,4 +1,4 @@
-"""FLOPs counted in traced programs, against what the shapes say."""
+"""Compares FLOPs counted in traced programs with the shapes, and with XLA's numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,22 @@ def test_products_in_scans_and_rematerialised():
   assert count(jax.grad(remat, (0, 1)), x, w) == 4 * 4 * product
 
 
+def test_products_are_those_of_xla_which_counts_a_loop_once():
+  x, w = jnp.ones((3, 5)), jnp.ones((4, 5, 5))
+
+  def layer(x, w):
+    return jnp.tanh(x @ w)
+
+  def layers(x, w):
+    return lax.scan(lambda x, w: (layer(x, w), None), x, w)[0]
+
+  def of_xla(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+  assert count(layer, x, w[0]) == of_xla(layer, x, w[0])
+  assert count(layers, x, w) == pytest.approx(4 * of_xla(layers, x, w), rel=0.05)  # its counter
+
+
 def test_a_shard_counts_whole_and_the_rest_by_devices():
   mesh = mesh_of(2, 4)
   x, w = jnp.ones((2, 8, 6)), jnp.ones((6, 10))
@@ -71,7 +87,7 @@ def test_the_dearest_branch():
 @pytest.mark.parametrize("window", [None, 256])
 @pytest.mark.parametrize(("backward", "products"), [(False, 2), (True, 9)])
 def test_attention_kernels(window, backward, products):
-  """Forward two products of scores' size; with both backward kernels, which form scores again, nine."""
+  """Counts two products of scores' size forward, nine with the backward kernels, which recompute scores."""
   t, heads, width = 2048, 4, 128
   q = jax.ShapeDtypeStruct((1, t, heads, width), jnp.bfloat16)
   k = jax.ShapeDtypeStruct((1, t, 2, width), jnp.bfloat16)
@@ -91,7 +107,7 @@ def test_attention_kernels(window, backward, products):
   "mesh", [MeshConfig(), MeshConfig(fsdp=2, context=2), MeshConfig(context=2, tensor=2)], ids=str
 )
 def test_a_training_step(mesh):
-  """Without remat: thrice what `flops.py` counts, and what the shards do together or once more."""
+  """A step without remat has three times the FLOPs of `flops.py`, and those that shards repeat."""
   config = Config(
     mesh=mesh,
     model=ModelConfig(

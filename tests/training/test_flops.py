@@ -1,4 +1,4 @@
-"""FLOPs from a config against the sizes of the parameters and a count of the keys seen."""
+"""Compares FLOPs from a config with parameter sizes, a count of visible keys, and XLA's number."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from helpers import MODEL
 
-from ttt_jax.config import AttentionConfig, Config, DataConfig, TrainConfig, TTTConfig
+from ttt_jax.config import AttentionConfig, Config, DataConfig, ModelConfig, TrainConfig, TTTConfig
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.parallel.trees import named_leaves
 from ttt_jax.training.flops import token_flops, training_flops, visible_keys
@@ -41,6 +41,23 @@ def test_two_flops_for_every_parameter_a_token_meets(tied):
   update = 2 * 2 * model.d_ff * model.d_model
   assert flops.fast_weights == 2 * of("conv", "projection") + update
   assert flops.attention == 4 * 24 * (3 * visible_keys(20, 5) + visible_keys(20, None))
+
+
+@pytest.mark.parametrize("layers", [(), (0,)])
+def test_a_forward_pass_is_that_of_xla(layers):
+  """Compiles one layer without loops; it also computes masked scores and reads W and S in two products."""
+  model = ModelConfig(
+    vocab_size=64, num_layers=1, d_model=64, d_ff=192, num_heads=4, num_kv_heads=2, remat="none"
+  )
+  attention = AttentionConfig(implementation="xla")
+  ttt = TTTConfig(layers=layers, chunk_size=16, implementation="associative")
+  graph, arrays = nnx.split(Transformer(model, attention, ttt, rngs=nnx.Rngs(0)))
+  forward = jax.jit(lambda arrays, tokens: nnx.merge(graph, arrays)(tokens))
+  compiled = forward.lower(arrays, np.zeros((2, 64), np.int32)).compile()
+  flops = token_flops(model, attention, ttt, 64)
+  masked = 4 * 64 * (64 - visible_keys(64, None))
+  least = 2 * 64 * (flops.forward + masked + len(layers) * 2 * 64 * 192)
+  assert least < compiled.cost_analysis()["flops"] < 1.1 * least  # the rest is not products
 
 
 def test_a_training_step():

@@ -1,4 +1,4 @@
-"""Training as a whole: falling loss, counted collectives, stop and resume."""
+"""Tests training as a whole: falling loss, counted collectives, stop and resume."""
 
 import dataclasses
 import signal
@@ -60,7 +60,7 @@ def _corpus() -> Corpus:
 
 
 def _rows():
-  """What every run here reads."""
+  """Makes the corpus of all runs here."""
   return training_rows(_corpus().sources, seq_len=64, batch_size=2, seed=CONFIG.seed)
 
 
@@ -92,12 +92,12 @@ def test_loss_falls(tmp_path, capsys):
 
 
 def test_speed_and_mfu_count_no_padding(monkeypatch):
-  """Against the clock's own seconds: 30 of 2 * 64 slots hold tokens."""
+  """Checks the rates against the clock's own seconds: 30 of 2 * 64 slots hold tokens."""
   seconds = iter([10.0, 14.0])
   monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
   clock = Clock(CONFIG, 4)
-  assert clock.read(100)["tokens_per_second"] is None
-  values = clock.read(130)
+  assert clock.lap(100)["tokens_per_second"] is None
+  values = clock.lap(130)
   assert values["tokens_per_second"] == 30 / 4
   flops = training_flops(CONFIG) * 30 / (2 * 64)
   assert values["mfu"] == pytest.approx(flops / 4 / (4 * find_device().peak))
@@ -107,14 +107,14 @@ def test_mfu_is_not_given_of_a_device_whose_peak_is_unknown():
   device = AbstractDevice(device_kind="TPU v4", num_cores=2, platform="tpu")
   with use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
     clock = Clock(CONFIG, 1)
-    clock.read(0)
-    values = clock.read(10)
+    clock.lap(0)
+    values = clock.lap(10)
   assert values["tokens_per_second"] > 0
   assert values["mfu"] is None
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
-  """It did not count tokens: the slots so far stand for them, and a warning says so."""
+  """An old checkpoint has no count of tokens: all slots so far count, and a warning says so."""
   with monkeypatch.context() as patch:
     patch.setattr(training, "_TOKENS", "not known yet")
     half = dataclasses.replace(CONFIG.train, steps=4)
@@ -153,13 +153,13 @@ def test_the_rate_logged_is_the_one_used(monkeypatch):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-  """A run on four devices from its first step to its last, and its directory."""
+  """Returns a run on four devices from its first step to its last, and its directory."""
   path = tmp_path_factory.mktemp("undisturbed")
   return train(CONFIG, _corpus(), mesh_of(2, 2), path), path
 
 
 def test_stopped_and_resumed_equals_undisturbed(tmp_path, monkeypatch, undisturbed):
-  """Ctrl-C after step 5; the same call again ends with every step once and the same numbers."""
+  """Stops after step 5 by Ctrl-C; the same call resumes, with every step once and the same numbers."""
   corpus, mesh, (whole, path) = _corpus(), mesh_of(2, 2), undisturbed
   assert whole.finished
 
@@ -205,7 +205,7 @@ def test_steps_after_the_last_checkpoint_are_logged_once(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_steps_that_are_not_finite_are_skipped_and_stop_the_run(tmp_path, log_every):
-  """However seldom the loop looks; what was saved before trains on."""
+  """The run stops however seldom the loop looks; the checkpoint from before can train on."""
   broken = dataclasses.replace(
     CONFIG.train, learning_rate=1e30, warmup_steps=0, max_bad_steps=2, log_every=log_every
   )
@@ -239,7 +239,7 @@ def test_other_writers_and_a_trace(tmp_path):
 
 
 def test_a_trace_is_stopped_when_its_last_step_is_done(tmp_path, monkeypatch):
-  """A step is only dispatched when the loop goes on: what it makes is waited for."""
+  """The loop only dispatches a step; the profile waits for the state that the step returns."""
   calls = []
   monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append("start"))
   monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
@@ -284,7 +284,7 @@ ALL_REDUCES = {"context 8": {3}, "data 2 x context 4": {7}}
 
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])
 def test_collectives_of_a_training_step(mesh):
-  """A new collective is a deliberate change: count them in the compiled step, loop bodies once."""
+  """Counts collectives in the compiled step, loop bodies once: a new one must be deliberate."""
   mesh_name, mesh = mesh, mesh_of(*MESHES[mesh])
   config = dataclasses.replace(CONFIG, ttt=dataclasses.replace(CONFIG.ttt, collective="all_to_all"))
   state = init_state(config, mesh)

@@ -1,4 +1,4 @@
-"""Runs of several processes, and runs that are killed: the steps are those of one undisturbed process."""
+"""Tests runs of several processes and killed runs: their steps are those of one undisturbed process."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory):
-  """The run of one process with so many devices."""
+  """Returns the run of one process with so many devices."""
   known = {}
 
   def run(devices: int) -> Path:
@@ -65,12 +65,12 @@ def undisturbed(config, tmp_path_factory):
 
 
 def start(config, run_dir, processes: int, devices: int, *words) -> list[subprocess.Popen]:
-  """A run of so many processes, which have so many devices together."""
+  """Trains in so many processes, which have so many devices together."""
   return launch(["train", config, "--run_dir", run_dir, *words], processes, devices)
 
 
 def launch(words: list, processes: int, devices: int) -> list[subprocess.Popen]:
-  """A command of `ttt-jax` in so many processes."""
+  """Starts a command of `ttt-jax` in so many processes."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -91,7 +91,7 @@ def launch(words: list, processes: int, devices: int) -> list[subprocess.Popen]:
 
 
 def finish(running: list[subprocess.Popen], code: int = 0) -> list[str]:
-  """What they printed; all must end with this exit status."""
+  """Returns what the processes printed; all must end with this exit status."""
   outputs = [process.communicate(timeout=300)[0] for process in running]
   assert [process.returncode for process in running] == [code] * len(running), outputs
   return outputs
@@ -122,7 +122,7 @@ def logged(run_dir) -> int:
 
 @pytest.mark.slow
 def test_four_processes_take_the_steps_of_one(config, tmp_path, undisturbed):
-  """With parameters and context split over them; only the first one speaks and writes."""
+  """Processes share parameters and context; only the first one prints and writes."""
   outputs = finish(start(config, tmp_path / "run", 4, 8))
   np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(undisturbed(8)), rtol=1e-5)
   assert tokens_of(tmp_path / "run") == tokens_of(undisturbed(8))  # two processes hold each row
@@ -142,7 +142,7 @@ def test_four_processes_take_the_steps_of_one(config, tmp_path, undisturbed):
 
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(tmp_path, undisturbed):
-  """Perplexity, gone on with where one process stopped, and recall: the results are one process's."""
+  """Perplexity that another number of processes resumes, and recall, give the results of one process."""
   run_dir = undisturbed(4)
   words = ["eval", "perplexity", run_dir, "--documents", "3", "--lengths", "16", "40"]
   words += ["--block", "24", "--buckets", "2", "--reset-every", "8"]
@@ -173,7 +173,7 @@ def test_two_processes_evaluate_as_one(tmp_path, undisturbed):
 
 @pytest.mark.slow
 def test_sigterm_to_one_process_saves_them_all(config, tmp_path, undisturbed):
-  """They stop at one step; one process with all the devices goes on from it.
+  """All processes stop at the same step; one process with all the devices resumes from it.
 
   What one of them cannot do stops all, too, with its reason.
   """
@@ -209,7 +209,7 @@ def test_sigterm_to_one_process_saves_them_all(config, tmp_path, undisturbed):
 
 @pytest.mark.slow
 def test_killed_again_and_again_the_losses_are_bit_identical(config, tmp_path, undisturbed):
-  """Once anywhere, once while a checkpoint is written; at most `checkpoint.every` steps are lost."""
+  """A kill at any time, or during a checkpoint, loses at most `checkpoint.every` steps."""
   run_dir = tmp_path / "run"
   checkpoints = run_dir / "checkpoints"
 

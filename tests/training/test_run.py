@@ -1,4 +1,4 @@
-"""A whole run: what it asks before its first step, and how much it holds after its last."""
+"""Tests a whole run: its checks before the first step, and its memory after the last."""
 
 import dataclasses
 import gc
@@ -36,7 +36,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture
 def config(tmp_path):
-  """Of documents of 90 bytes."""
+  """Makes a corpus of documents of 90 bytes."""
   rng = np.random.default_rng(0)
   (tmp_path / "text").mkdir()
   for i in range(8):
@@ -53,7 +53,7 @@ def config(tmp_path):
 
 
 def with_fields(config, **sections):
-  """With fields of sections replaced."""
+  """Returns the config with fields of sections replaced."""
   changed = {
     name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()
   }
@@ -86,7 +86,7 @@ def test_a_resumed_run_that_is_refused_keeps_its_config(config, tmp_path):
 
 
 def test_longer_documents_are_traced_before(config, monkeypatch):
-  """What cannot be computed at eval.seq_len alone, say by a kernel of fixed blocks."""
+  """A length is refused if only its evaluation is impossible, for instance in a kernel of fixed blocks."""
   losses = evaluation.model_losses
 
   def refuse(model, tokens, *args, **kwargs):
@@ -110,7 +110,7 @@ def test_a_directory_that_cannot_be_written_to(config, monkeypatch):
 
 
 def test_tokens_that_only_the_model_has_are_no_text():
-  """A padded vocabulary: the sample is drawn from all of it."""
+  """The sample is drawn from all of a padded vocabulary."""
   assert evaluation._text(Corpus(()), np.array([97, 260, 98])) == "a\ufffdb"
   assert evaluation._text(Corpus(()), np.array([], np.int32)) == ""
 
@@ -125,8 +125,7 @@ def live_bytes():
 
 
 def test_one_model_and_no_optimizer_in_memory_after_training(config, monkeypatch):
-  """In the evaluation of the model, of the twin and of the model before, while the sample is written, and
-  when the twin begins to train."""
+  """Counts arrays in all evaluations, during the sample, and when the twin begins to train."""
   gc.collect()
   before, seen = live_bytes(), []
   abstract = jax.eval_shape(lambda: random_model(config.model, config.attention, config.ttt))
@@ -163,7 +162,7 @@ def test_one_model_and_no_optimizer_in_memory_after_training(config, monkeypatch
 
 
 def test_models_that_stay_the_callers(config):
-  """`evaluate` takes models as before, and leaves them as they are."""
+  """`evaluate` also takes models themselves, and leaves them as they are."""
   corpus = run.load_data(config)
   model = random_model(config.model, config.attention, config.ttt)
   mesh = run.make_mesh(config.mesh)
@@ -182,7 +181,7 @@ def test_models_that_stay_the_callers(config):
 
 
 def test_heldout_loss_during_training(config, tmp_path, monkeypatch):
-  """Logged though other steps are not; the same after a stop; the last one is the summary's."""
+  """Evaluated steps are always logged, also after a stop; the last loss equals the summary's."""
   asked = with_fields(
     config,
     train={"steps": 6, "log_every": 5},
@@ -220,7 +219,7 @@ def test_time_of_an_evaluation_is_no_training_time(config, monkeypatch):
   seconds = iter([10.0, 12.0, 20.0, 21.0])
   monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
   clock = Clock(config, 1)
-  clock.read(0)
-  assert clock.read(8)["tokens_per_second"] == 4
+  clock.lap(0)
+  assert clock.lap(8)["tokens_per_second"] == 4
   clock.restart()
-  assert clock.read(11)["tokens_per_second"] == 3
+  assert clock.lap(11)["tokens_per_second"] == 3

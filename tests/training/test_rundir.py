@@ -1,4 +1,4 @@
-"""A run directory is one config's; the metrics hold every step once, whatever killed the run."""
+"""Tests run directories: they belong to one config, and metrics have every step once after any kill."""
 
 import dataclasses
 import json
@@ -110,7 +110,7 @@ def test_damaged_config_is_named(tmp_path, damage):
 
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path):
-  """A field that it did not have is its default; one that we do not have is refused."""
+  """A field that an old config lacks has its default; an unknown field is refused."""
   config = dataclasses.replace(
     CONFIG, model=ModelConfig(rope_theta=5e5, rope_scaling=RopeScaling("linear", 2.0))
   )
@@ -140,7 +140,7 @@ with hold_run(sys.argv[1], load_config(sys.argv[2])):
 
 
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
-  """Also by being killed; what the second would have recorded is not."""
+  """A killed process also releases the lock; a second process records nothing."""
   file = open_run(tmp_path / "run", CONFIG) / "config.yaml"
   longer = dataclasses.replace(CONFIG, train=TrainConfig(steps=500))
   with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Training of a part of the parameters: what moves, what stays bit for bit, what is kept for it."""
+"""Tests training a part of the parameters: which change, which stay, which optimiser state exists."""
 
 import dataclasses
 import shutil
@@ -64,7 +64,7 @@ def _with(trainable):
 
 
 def _one_step(trainable, mesh):
-  """The model before and the state after a step from random parameters."""
+  """Returns the model before and the state after a step from random parameters."""
   config = _with(trainable)
   state = init_state(config, mesh)
   state = state._replace(model=jax.device_put(randomized(state.model, 7), sharding(mesh)))
@@ -91,7 +91,7 @@ def test_what_trains_moves_and_the_rest_stays_bit_for_bit(trainable, one_device)
 
 @pytest.mark.parametrize("trainable", TRAINED)
 def test_optimizer_state_is_that_of_what_trains(trainable, one_device):
-  """Two moments of each trained parameter, and counters."""
+  """The optimiser keeps two moments of each trained parameter, and counters."""
   before, state = one_device[trainable]
   sizes = [x.size for x in trained_parameters(before, trainable).values()]
   kept = [x.size for x in jax.tree.leaves(state.opt_state) if x.ndim]
@@ -124,7 +124,7 @@ def test_no_gradient_of_what_does_not_train():
 
 
 def _shapes(jaxpr):
-  """Shapes of all products and scattered sums of a program, the inner ones too."""
+  """Returns the shapes of all products and scattered sums of a program, inner ones too."""
   for equation in jaxpr.eqns:
     if equation.primitive.name in ("dot_general", "scatter-add"):
       yield from (v.aval.shape for v in equation.outvars)
@@ -133,7 +133,7 @@ def _shapes(jaxpr):
 
 
 def test_layers_that_alternate_are_told_apart():
-  """Four layers in one group of two places, the TTT layers at the second."""
+  """Makes four layers in one group of two places, with TTT layers in the second place."""
   model = jax.eval_shape(
     lambda: random_model(attention=AttentionConfig(), ttt=dataclasses.replace(TTT, layers=(1, 3)))
   )

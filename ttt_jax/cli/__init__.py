@@ -1,4 +1,4 @@
-"""The command line: parse, build, call."""
+"""Runs the command line: parses the words, builds the config, calls the command."""
 
 import argparse
 import difflib
@@ -28,10 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-  """The command, its options, and as `overrides` the words that give fields of the config.
+  """Parses the command and its options; `overrides` has the words that set fields of the config.
 
   Raises:
-    UserError: an option that no command has; as argparse, SystemExit for what it refuses or prints.
+    UserError: an option is probably misspelled.
+    SystemExit: argparse refuses the words, or prints a help text.
   """
   parser, commands = _parser()
   first, words = _command_name(arguments), list(arguments)
@@ -45,14 +46,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _command_name(arguments: Sequence[str]) -> list[str]:
-  """The first word, or two: `eval ruler SRC` is a command, `eval SRC` another."""
+  """Returns the first word, or two: `eval ruler SRC` is one command, `eval SRC` another."""
   _, commands = _parser()
   return list(arguments[: 2 if " ".join(arguments[:2]) in commands else 1])
 
 
 @cache
 def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, Command]]:
-  """The parser, and its commands by their names, of which some are two words."""
+  """Makes the parser; returns it with its commands by name (one word or two)."""
   parser = argparse.ArgumentParser(
     prog="ttt-jax", description="Language models that learn while they read."
   )
@@ -66,23 +67,23 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, Command]]:
 
 
 def _split(words: Sequence[str], command: Command) -> tuple[list[str], list[str]]:
-  """The command's own words, and those that give fields of the config, wherever they stand."""
-  own, overrides, rest = [], [], list(words)
+  """Separates the command's own words from those that set fields of the config, in any order."""
+  command_words, overrides, rest = [], [], list(words)
   while rest:
     word = rest.pop(0)
     flag, equals, _ = word.partition("=")
     if not word.startswith("--") or word == "--" or flag in command.flags:
-      own.append(word)
+      command_words.append(word)
       continue
     _check_flag(flag, command)
     overrides.append(word)
     if not equals and rest and not rest[0].startswith("--"):
       overrides.append(rest.pop(0))
-  return own, overrides
+  return command_words, overrides
 
 
 def _check_flag(flag: str, command: Command) -> None:
-  """Raises UserError if a word is most like a misspelled flag of the command itself."""
+  """Raises UserError if a flag is probably a misspelled flag of the command."""
   from ttt_jax.config.yaml import is_field
 
   close = difflib.get_close_matches(flag, command.flags, n=1, cutoff=0.8)
@@ -91,10 +92,10 @@ def _check_flag(flag: str, command: Command) -> None:
 
 
 def _show_warning(
-  show: Callable, message: Warning, category: type, *where: Any, **more: Any
+  show: Callable, message: Warning, category: type, *place: Any, **options: Any
 ) -> None:
-  """What ttt_jax tells its user is a line without the place in the code; other warnings as ever."""
+  """Prints a warning of ttt_jax as one line without its place in the code, others as Python does."""
   if category is UserWarning:
     print(f"ttt-jax: {message}", file=sys.stderr)
   else:
-    show(message, category, *where, **more)
+    show(message, category, *place, **options)

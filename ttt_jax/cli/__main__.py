@@ -1,4 +1,4 @@
-"""`python -m ttt_jax.cli`."""
+"""Runs the command line as `python -m ttt_jax.cli`."""
 
 import sys
 

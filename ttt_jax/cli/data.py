@@ -1,4 +1,4 @@
-"""Text for training, prepared or made: `data prepare`, `data recall`, `data ruler`."""
+"""Adds the commands that prepare or make text: `data prepare`, `data recall`, `data ruler`."""
 
 import argparse
 
@@ -23,21 +23,22 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_prepare(commands: argparse._SubParsersAction) -> None:
-  text = (
-    "tokenise text once, into a directory that data.path names; for what does not fit in memory"
-  )
+  text = "tokenise a corpus that does not fit in memory, once, into a directory for data.path"
   prepare = add_command(commands, "prepare", text, _PREPARE_EPILOG)
   prepare.add_argument(
     "source",
     help="a directory or glob of .txt, .md, .py, .jsonl, .json (each also .gz, .zst, .bz2, .xz), .parquet, "
     ".array_record files",
   )
-  prepare.add_argument("destination", help="a new directory, or one that was left unfinished")
+  prepare.add_argument("destination", help="a new directory, or an unfinished one to continue")
   prepare.add_argument(
     "--tokenizer", default="bytes", help="as data.tokenizer in training (default bytes)"
   )
   prepare.add_argument(
-    "--text-field", default="text", metavar="NAME", help="of JSON and parquet (default text)"
+    "--text-field",
+    default="text",
+    metavar="NAME",
+    help="field of JSON and parquet that has the text (default text)",
   )
   prepare.add_argument(
     "--end-of-text",
@@ -50,10 +51,18 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
     help="begin each document with the start-of-text token (default: as the tokenizer does)",
   )
   prepare.add_argument(
-    "--shard-size", type=int, default=256, metavar="MIB", help="of a file (default 256)"
+    "--shard-size",
+    type=int,
+    default=256,
+    metavar="MIB",
+    help="size of a written file (default 256)",
   )
   prepare.add_argument(
-    "--max-bad-records", type=int, default=0, metavar="N", help="corrupt ones to skip (default 0)"
+    "--max-bad-records",
+    type=int,
+    default=0,
+    metavar="N",
+    help="corrupt records to skip (default 0)",
   )
   prepare.set_defaults(run=_run_prepare)
 
@@ -74,7 +83,7 @@ def _run_prepare(parsed: argparse.Namespace) -> None:
 
 
 def _add_recall(commands: argparse._SubParsersAction) -> None:
-  text = "write documents of the recall task: pairs that come again, far beyond any window"
+  text = "write documents of the recall task: keys that come again far beyond any attention window"
   recall = commands.add_parser("recall", help=text, description=text)
   recall.add_argument("destination", help="a directory, for data.path")
   for flag, default in (("documents", 600), ("tokens", 4096), ("seed", 0)):
@@ -92,13 +101,13 @@ def _run_recall(parsed: argparse.Namespace) -> None:
 
 
 def _add_ruler(commands: argparse._SubParsersAction) -> None:
-  text = "write samples of RULER's thirteen tasks as files, for other models and programs too"
+  text = "write samples of RULER's thirteen tasks as files for any model or program"
   ruler = add_command(commands, "ruler", text, _RULER_EPILOG)
   ruler.add_argument("destination", help="a directory that does not exist yet")
   ruler.add_argument(
     "--tokenizer",
     default="bytes",
-    help="whose tokens the lengths count, as data.tokenizer in training (default bytes)",
+    help="tokenizer that counts the lengths, as data.tokenizer in training (default bytes)",
   )
   add_ruler_samples(ruler)
   ruler.set_defaults(run=_run_ruler)

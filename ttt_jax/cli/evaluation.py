@@ -1,4 +1,4 @@
-"""What a model is asked: `eval perplexity`, `eval recall`, `eval ruler`."""
+"""Adds the commands that evaluate: `eval`, `eval perplexity`, `eval recall`, `eval ruler`."""
 
 import argparse
 from pathlib import Path
@@ -21,15 +21,15 @@ _EVAL_EPILOG = """For example:
 
 Other evaluations are commands of their own, each with --help:
   ttt-jax eval perplexity   loss on a fixed last block as the context before it grows
-  ttt-jax eval recall       recall accuracy by the distance to the pair that is asked for
+  ttt-jax eval recall       recall accuracy by the distance to the last occurrence
   ttt-jax eval ruler        the thirteen tasks of RULER, at any length
 """
 
-_PERPLEXITY_EPILOG = """The same command goes on where it stopped. Fields of the config can be overridden:
+_PERPLEXITY_EPILOG = """The same command resumes. Fields of the config can be overridden:
   ttt-jax eval perplexity runs/mine --lengths 2048 8192 32768 --data.path "books/*.txt" --mesh.context 8
 """
 
-_RULER_EPILOG = """The same command goes on where it was stopped. For example:
+_RULER_EPILOG = """The same command resumes. For example:
   ttt-jax eval ruler models/mine --lengths 4096 8192 16384 --samples 50 --haystack book.txt
   ttt-jax eval ruler models/mine --lengths 8192 --tasks niah_single_1 niah_single_2 --strict
 """
@@ -43,7 +43,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
-  text = "evaluate the newest checkpoint of a run again, or a pretrained model as it is"
+  text = "evaluate the newest checkpoint of a run, or a pretrained model"
   command = add_command(commands, "eval", text, _EVAL_EPILOG, fields=ALL_FIELDS)
   command.add_argument("config", metavar="run_or_model", help=EVALUATED)
   command.set_defaults(run=_run_eval)
@@ -59,7 +59,9 @@ def _run_eval(parsed: argparse.Namespace) -> None:
 
 
 def _add_perplexity(commands: argparse._SubParsersAction) -> None:
-  text = "loss on a fixed last block as the context before it grows; fast weights on and off"
+  text = (
+    "measure the loss on a fixed last block as the context before it grows, fast weights on and off"
+  )
   command = add_command(commands, "eval perplexity", text, _PERPLEXITY_EPILOG, fields=ALL_FIELDS)
   command.add_argument("config", help=EVALUATED)
   command.add_argument(
@@ -68,7 +70,7 @@ def _add_perplexity(commands: argparse._SubParsersAction) -> None:
     type=int,
     default=[2048, 4096, 8192],
     metavar="TOKENS",
-    help="before the block (default 2048 4096 8192)",
+    help="tokens before the block (default 2048 4096 8192)",
   )
   command.add_argument(
     "--reset-every",
@@ -76,14 +78,14 @@ def _add_perplexity(commands: argparse._SubParsersAction) -> None:
     type=int,
     default=[],
     metavar="TOKENS",
-    help="also with fast weights that start again so often",
+    help="also measure fast weights that restart every so many tokens",
   )
   for flag, default, text in (
     ("block", 1024, "tokens whose loss is compared"),
-    ("documents", 16, "at most so many"),
-    ("buckets", 8, "of the loss by position"),
-    ("batch", 1, "documents read at once"),
-    ("seed", 0, "of the choice of documents and of the intervals"),
+    ("documents", 16, "documents at most"),
+    ("buckets", 8, "parts of the block, for the loss by position"),
+    ("batch", 1, "documents evaluated at once"),
+    ("seed", 0, "seed of the choice of documents and of the intervals"),
   ):
     command.add_argument(f"--{flag}", type=int, default=default, help=f"{text} (default {default})")
   command.add_argument("--out", type=Path, help="directory (default: runs/perplexity_NAME)")
@@ -101,11 +103,11 @@ def _run_perplexity(parsed: argparse.Namespace) -> None:
 
 
 def _add_recall(commands: argparse._SubParsersAction) -> None:
-  text = "recall accuracy of a run's model by the distance to the pair asked for (see data recall)"
+  text = "measure a run's recall accuracy by the distance to the last occurrence (see data recall)"
   command = add_command(commands, "eval recall", text, fields=ALL_FIELDS)
   command.add_argument("config", help="a run's YAML file or directory")
   command.add_argument(
-    "--window", type=int, help="count distances by so many tokens (default: attention.window)"
+    "--window", type=int, help="group distances by so many tokens (default: attention.window)"
   )
   command.add_argument("--out", type=Path, help="directory (default: the run's)")
   command.set_defaults(run=_run_recall)
@@ -122,7 +124,7 @@ def _run_recall(parsed: argparse.Namespace) -> None:
 
 def _add_ruler(commands: argparse._SubParsersAction) -> None:
   text = (
-    "the thirteen tasks of RULER, on documents of any length; also with the document out of sight"
+    "evaluate RULER's thirteen tasks at any length; --strict hides the document from the question"
   )
   ruler = add_command(commands, "eval ruler", text, _RULER_EPILOG, fields=MODEL_FIELDS)
   ruler.add_argument("model", help="a Hugging Face directory, a .gguf file, or a run directory")
@@ -130,12 +132,14 @@ def _add_ruler(commands: argparse._SubParsersAction) -> None:
   ruler.add_argument(
     "--strict",
     action="store_true",
-    help="the document is read first; only what the fast weights learned of it is kept for the question",
+    help="prefill the document first and keep only what its fast weights learned for the question",
   )
-  ruler.add_argument("--batch-size", type=int, default=4, help="samples at once (default 4)")
-  ruler.add_argument("--dtype", choices=DTYPES, help="of weights and computation")
   ruler.add_argument(
-    "--out", type=Path, metavar="DIR", help="for the results (default: runs/ruler_MODEL)"
+    "--batch-size", type=int, default=4, help="samples evaluated at once (default 4)"
+  )
+  ruler.add_argument("--dtype", choices=DTYPES, help="dtype of weights and computation")
+  ruler.add_argument(
+    "--out", type=Path, metavar="DIR", help="directory for the results (default: runs/ruler_MODEL)"
   )
   ruler.set_defaults(run=_run_ruler)
 

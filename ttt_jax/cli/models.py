@@ -1,4 +1,4 @@
-"""Models of others: `convert`, `generate`."""
+"""Adds the commands that take any model: `convert`, `generate`."""
 
 import argparse
 from pathlib import Path
@@ -6,11 +6,9 @@ from pathlib import Path
 from ttt_jax.cli.shared import MODEL_FIELDS, add_command, given_model_fields
 from ttt_jax.config import DTYPES
 
-SOURCE = (
-  "a Hugging Face directory, a .gguf file (one part of a split one will do), or a run directory"
-)
+SOURCE = "a Hugging Face directory, a .gguf file (any part of a split one), or a run directory"
 
-_CONVERT_EPILOG = """For example, a GGUF file with fast weights in two of its MLPs that change nothing yet:
+_CONVERT_EPILOG = """For example, a GGUF file gets two fast weights, which change nothing before training:
   ttt-jax convert smollm2.gguf models/smollm2 --dtype bfloat16 --ttt.layers "[14, 28]" --ttt.chunk_size 512
 """
 
@@ -31,7 +29,10 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
   convert.add_argument("source", help=SOURCE)
   convert.add_argument("destination", help="a directory that does not exist yet")
   convert.add_argument(
-    "--dtype", choices=DTYPES, default=None, help="of the tensors (default: as they are)"
+    "--dtype",
+    choices=DTYPES,
+    default=None,
+    help="dtype of the written tensors (default: as they are)",
   )
   convert.set_defaults(run=_run_convert)
 
@@ -44,32 +45,38 @@ def _run_convert(parsed: argparse.Namespace) -> None:
 
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:
-  text = "continue texts with a model whose fast weights learn on while it reads and writes"
+  text = "continue texts with a model whose fast weights learn from prompt and output"
   generate = add_command(commands, "generate", text, _GENERATE_EPILOG, fields=MODEL_FIELDS)
   generate.add_argument("model", help=SOURCE)
   generate.add_argument(
-    "--prompt", action="append", default=[], help="a text to continue; several are done together"
+    "--prompt", action="append", default=[], help="a text to continue; several form a batch"
   )
   generate.add_argument("--prompt-file", action="append", type=Path, default=[], metavar="FILE")
   generate.add_argument("--max-new-tokens", type=int, default=200, help="(default 200)")
-  generate.add_argument("--temperature", type=float, default=0.0, help="(default 0: the likeliest)")
+  generate.add_argument("--temperature", type=float, default=0.0, help="(default 0: greedy)")
   generate.add_argument("--top-k", type=int, help="draw from the K likeliest tokens")
-  generate.add_argument("--top-p", type=float, help="draw from the likeliest that sum to P")
   generate.add_argument(
-    "--min-p", type=float, help="draw from those at least P times as likely as the likeliest"
+    "--top-p", type=float, help="draw from the likeliest tokens whose probabilities sum to P"
   )
-  generate.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-  generate.add_argument("--dtype", choices=DTYPES, help="of weights and computation")
-  generate.add_argument("--no-update", action="store_true", help="fast weights stay as they are")
+  generate.add_argument(
+    "--min-p", type=float, help="draw from tokens at least P times as likely as the likeliest"
+  )
+  generate.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
+  generate.add_argument("--dtype", choices=DTYPES, help="dtype of weights and computation")
+  generate.add_argument(
+    "--no-update", action="store_true", help="keep the fast weights as they are"
+  )
   start = generate.add_mutually_exclusive_group()
   start.add_argument(
     "--learn",
     type=Path,
     metavar="FILE",
-    help="read this text first; only what the fast weights learned of it is kept",
+    help="prefill this text first and keep only what the fast weights learned from it",
   )
-  start.add_argument("--load-state", type=Path, metavar="FILE", help="go on from a saved state")
-  generate.add_argument("--save-state", type=Path, metavar="FILE", help="to go on from later")
+  start.add_argument("--load-state", type=Path, metavar="FILE", help="continue from a saved state")
+  generate.add_argument(
+    "--save-state", type=Path, metavar="FILE", help="save the state, to continue from it later"
+  )
   generate.set_defaults(run=_run_generate)
 
 

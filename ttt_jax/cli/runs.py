@@ -1,27 +1,27 @@
-"""Training runs: one, a grid of them, their plan."""
+"""Adds the commands around training runs: `train`, `plan`, `ablate`."""
 
 import argparse
 
 from ttt_jax.cli.shared import ALL_FIELDS, add_command
 from ttt_jax.config.yaml import load_config, load_fields
 
-_TRAIN_EPILOG = """Every field of the config can be overridden, before the file or behind it. For example:
+_TRAIN_EPILOG = """Every field of the config can be overridden, before the file or after it. For example:
   ttt-jax train configs/quickstart.yaml --train.steps 100 --ttt.layers "[2]" --run_dir runs/short
 """
 
-_PLAN_EPILOG = """Exit status 1 if it does not fit. Fields of the config can be overridden. For example:
+_PLAN_EPILOG = """Exit status 1: it does not fit. Fields of the config can be overridden. For example:
   ttt-jax plan configs/continual_qwen3_14b_128k.yaml --topology v5p:4x4x8 --mesh.context 8
   ttt-jax plan configs/pretrain_4b_8k.yaml --sweep
 """
 
-_ABLATE_EPILOG = """The same command again goes on with what is not finished. For example:
+_ABLATE_EPILOG = """The same command resumes unfinished runs. For example:
   ttt-jax ablate configs/ablation_chunk_size.yaml --train.steps 100
   ttt-jax ablate configs/ablation_target.yaml --devices 0,1 2,3
 """
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-  text = "train a model, evaluate it, draw the result; the same command again resumes"
+  text = "train a model, evaluate it, draw the result; the same command resumes"
   train = add_command(commands, "train", text, _TRAIN_EPILOG, fields=ALL_FIELDS)
   train.add_argument("config", help="a YAML file, see configs/")
   train.set_defaults(run=_run_train)
@@ -39,15 +39,21 @@ def _run_train(parsed: argparse.Namespace) -> None:
 
 
 def _add_plan(commands: argparse._SubParsersAction) -> None:
-  text = "compile a run for a TPU slice that is not here: does it fit, and what limits it"
+  text = "compile a run for a TPU slice without having one: does it fit, and what limits its speed"
   command = add_command(commands, "plan", text, _PLAN_EPILOG, fields=ALL_FIELDS)
   command.add_argument("config", help="a YAML file, see configs/")
   command.add_argument("--topology", help="such as v5p:4x4x4 (default: the config's plan.topology)")
   command.add_argument(
-    "--mode", choices=("train", "prefill"), help="a training step, or reading long prompts"
+    "--mode",
+    choices=("train", "prefill"),
+    help="plan a training step, or the prefill of long prompts",
   )
-  command.add_argument("--sweep", action="store_true", help="a table over sizes of mesh.context")
-  command.add_argument("--json", action="store_true", help="the result as JSON, and nothing else")
+  command.add_argument(
+    "--sweep", action="store_true", help="print a table over sizes of mesh.context"
+  )
+  command.add_argument(
+    "--json", action="store_true", help="print the result as JSON and nothing else"
+  )
   command.set_defaults(run=_run_plan)
 
 
@@ -68,7 +74,7 @@ def _run_plan(parsed: argparse.Namespace) -> int:
 
 
 def _add_ablate(commands: argparse._SubParsersAction) -> None:
-  text = "train a grid of variants over several seeds; one table, one picture"
+  text = "train a grid of variants over several seeds, and write a table and a plot"
   command = add_command(commands, "ablate", text, _ABLATE_EPILOG, fields=ALL_FIELDS)
   command.add_argument("config", help="a YAML file, see configs/ablation_*")
   command.add_argument(
@@ -79,10 +85,10 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
     help="groups of devices, one run at a time on each (default: one run at a time on all)",
   )
   command.add_argument(
-    "--report-only", action="store_true", help="of what is finished; run nothing"
+    "--report-only", action="store_true", help="report finished runs and start none"
   )
   command.add_argument(
-    "--directory", default=None, help="of the runs and the report (default: runs/NAME)"
+    "--directory", default=None, help="directory of the runs and the report (default: runs/NAME)"
   )
   command.set_defaults(run=_run_ablate)
 

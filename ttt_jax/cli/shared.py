@@ -1,4 +1,4 @@
-"""Parts of commands that several have."""
+"""Holds what several commands share."""
 
 import argparse
 import dataclasses
@@ -12,13 +12,13 @@ from ttt_jax.config.recorded import CONFIG_FILE
 from ttt_jax.config.yaml import flatten, load_config, load_fields, make_config, merged_fields
 from ttt_jax.errors import UserError
 
-EVALUATED = "a run's YAML file or directory; or a Hugging Face directory, a .gguf file"
-ALL_FIELDS = "all"  # of the config
+EVALUATED = "a run's YAML file or directory, a Hugging Face directory, or a .gguf file"
+ALL_FIELDS = "all"  # a command takes the fields of all sections
 MODEL_FIELDS = SECTIONS
 
 
 class Command(argparse.ArgumentParser):
-  """The parser of a command, whose help also lists the fields of the config that it takes."""
+  """Parses one command; its help also lists the fields of the config that the command takes."""
 
   def __init__(self, *args: Any, fields: str | Sequence[str] = (), **options: Any):
     """Makes the parser.
@@ -32,12 +32,12 @@ class Command(argparse.ArgumentParser):
 
   @property
   def takes_fields(self) -> bool:
-    """Whether `--section.field value` may be given."""
+    """Says whether the command takes `--section.field value`."""
     return len(self._fields) > 0
 
   @property
   def flags(self) -> frozenset[str]:
-    """The command's own options."""
+    """Returns the command's own options."""
     return frozenset(self._option_string_actions)
 
   def format_help(self) -> str:
@@ -47,8 +47,8 @@ class Command(argparse.ArgumentParser):
     from ttt_jax.config.yaml import fields_help
 
     fields = fields_help(() if self._fields == ALL_FIELDS else self._fields)
-    text = text.replace("\n\n", " [--section.field value ...]\n\n", 1)  # the end of the usage
-    return f"{text}\nFields of the config, which a YAML file has under their section:\n\n{fields}"
+    text = text.replace("\n\n", " [--section.field value ...]\n\n", 1)  # after the usage line
+    return f"{text}\nFields of the config; a YAML file has them under their section:\n\n{fields}"
 
 
 def add_command(
@@ -66,66 +66,66 @@ def add_command(
 
 
 def given_model_fields(parsed: argparse.Namespace) -> dict[str, Any]:
-  """The fields of `model`, `attention` and `ttt` on the command line.
+  """Returns the fields of `model`, `attention` and `ttt` that the command line sets.
 
   Raises:
-    UserError: as `load_fields`, or a field of another section.
+    UserError: the command line sets a field of another section; as `load_fields`.
   """
   fields = load_fields(None, parsed.overrides)
   for name in fields:
     if name not in MODEL_FIELDS:
-      given = next(flatten({name: fields[name]}))[0]
-      raise UserError(f"--{given} cannot be given here, only fields of {', '.join(MODEL_FIELDS)}")
+      field = next(flatten({name: fields[name]}))[0]
+      raise UserError(f"--{field} cannot be given here, only fields of {', '.join(MODEL_FIELDS)}")
   return fields
 
 
 def from_flags(config: type, parsed: argparse.Namespace) -> Any:
-  """A dataclass whose fields are flags; what a flag collects in a list is a tuple in it."""
-  given = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(config)}
-  return config(**{k: tuple(x) if isinstance(x, list) else x for k, x in given.items()})
+  """Makes the dataclass `config` from the flags of the same names; lists become tuples."""
+  values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(config)}
+  return config(**{k: tuple(x) if isinstance(x, list) else x for k, x in values.items()})
 
 
 def evaluated(parsed: argparse.Namespace) -> tuple[Config, bool]:
-  """The config of what is to be evaluated, and whether it is a run, whose model is in its checkpoints.
+  """Returns the config of the model to evaluate, and whether the model is a run's newest checkpoint.
 
   Raises:
-    UserError: as `load_config`; a field that names another model than the command does.
+    UserError: a field names another model than the command does; as `load_config`.
   """
   path = Path(parsed.config)
   if path.suffix in (".yaml", ".yml"):
     return load_config(path, parsed.overrides), True
   is_run = (path / CONFIG_FILE).is_file()
-  named = {"run_dir": str(path)} if is_run else {"init_from": parsed.config}
-  given = load_fields(None, parsed.overrides)
+  source = {"run_dir": str(path)} if is_run else {"init_from": parsed.config}
+  overrides = load_fields(None, parsed.overrides)
   for name in ("run_dir", "init_from") if is_run else ("init_from",):
-    if name in given and given[name] != named.get(name):
+    if name in overrides and overrides[name] != source.get(name):
       raise UserError(
-        f"--{name} {given[name]} is given, but {parsed.config} is what is evaluated: leave one out"
+        f"--{name} {overrides[name]} is given, but {parsed.config} is what is evaluated: leave one out"
       )
   if is_run:
-    return make_config(merged_fields(load_fields(path / CONFIG_FILE), given, named)), True
-  return make_config(merged_fields({"name": path.stem}, given, named)), False
+    return make_config(merged_fields(load_fields(path / CONFIG_FILE), overrides, source)), True
+  return make_config(merged_fields({"name": path.stem}, overrides, source)), False
 
 
 def add_ruler_samples(command: argparse.ArgumentParser) -> None:
-  """What `SamplesConfig` has."""
-  command.add_argument("--tasks", nargs="+", metavar="TASK", help="(default: all)")
+  """Adds the flags for the fields of `SamplesConfig`."""
+  command.add_argument("--tasks", nargs="+", metavar="TASK", help="names of tasks (default: all)")
   command.add_argument(
     "--lengths",
     nargs="+",
     type=int,
     default=[4096],
     metavar="TOKENS",
-    help="of prompt and answer (default 4096)",
+    help="tokens of prompt and answer together (default 4096)",
   )
   command.add_argument(
-    "--samples", type=int, default=100, help="of a task and length (default 100)"
+    "--samples", type=int, default=100, help="samples per task and length (default 100)"
   )
   command.add_argument(
-    "--haystack", type=Path, metavar="FILE", help="text that needles are hidden in (default: noise)"
+    "--haystack", type=Path, metavar="FILE", help="text that hides the needles (default: noise)"
   )
   command.add_argument("--squad", type=Path, metavar="FILE", help="questions in SQuAD's format")
   command.add_argument(
-    "--hotpot", type=Path, metavar="FILE", help="in SQuAD's or HotpotQA's format"
+    "--hotpot", type=Path, metavar="FILE", help="questions in SQuAD's or HotpotQA's format"
   )
-  command.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+  command.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")

@@ -1,1 +1,1 @@
-"""What training, evaluation and generation do not need: nothing outside of this package imports it."""
+"""Holds what training, evaluation and generation do not need; only the command line imports it."""

@@ -1,1 +1,1 @@
-"""A training run: its step, the loop around it, its directory and its log."""
+"""Trains a model: the step, the loop around it, the run directory and the metrics."""

@@ -1,7 +1,7 @@
-"""The FLOPs of a model, counted from its config: what MFU is measured against.
+"""Counts the FLOPs of a model from its config; MFU is measured against them.
 
-Only products count, two FLOPs for a multiplication and an addition, and only those that the model asks
-for: nothing that remat computes again, no masked half of a causal attention.
+Only products count, two FLOPs for a multiplication and an addition, and only products that the model asks
+for: nothing that remat recomputes, and no masked half of a causal attention.
 """
 
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from ttt_jax.nn.transformer import LayerKind, layer_kinds
 
 
 class Flops(NamedTuple):
-  """FLOPs of one token in a row, on average."""
+  """Holds the FLOPs of one token of a row, on average."""
 
-  projections: float  # of attention, or what is in its place, and MLPs
-  attention: float  # scores and weighted values; of linear attention, its state
-  fast_weights: float  # what TTT layers do beyond their gated MLP
+  projections: float  # of attention (or its replacement) and MLPs
+  attention: float  # scores and weighted values; in linear attention the products with its state
+  fast_weights: float  # of TTT layers, without their gated MLP
   head: float
 
   @property
@@ -25,13 +25,15 @@ class Flops(NamedTuple):
 
   @property
   def training(self) -> float:
-    """Forward and backward: a product has two in its backward pass, of as many FLOPs each."""
+    """Counts both passes: each product has two products of the same FLOPs in its backward pass."""
     return 3 * self.forward
 
 
 def visible_keys(tokens: int, window: int | None) -> float:
-  """Keys that a token of a row of `tokens` sees on average: `(T+1)/2`, or with a window of w
-  `w - w(w-1)/(2T)`."""
+  """Counts the keys that a token sees on average in a row of T tokens.
+
+  The number is `(T+1)/2`, or with a window of w `w - w(w-1)/(2T)`.
+  """
   w = tokens if window is None else min(window, tokens)
   return w - w * (w - 1) / (2 * tokens)
 
@@ -39,24 +41,24 @@ def visible_keys(tokens: int, window: int | None) -> float:
 def token_flops(
   model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig, tokens: int
 ) -> Flops:
-  """FLOPs per token of one forward pass over rows of `tokens` tokens, each one document.
+  """Counts the FLOPs per token of one forward pass over rows of `tokens` tokens, each a single document.
 
   With widths D, F, V, H query and G key heads of size K, for every layer
 
       projections   2 D (2 H K + 2 G K) + 2 * 3 D F
-      attention     4 H K s            s: keys a token sees (`visible_keys`)
+      attention     4 H K s            s: keys that a token sees (`visible_keys`)
       fast weight   2 F D (update Z^T V) + 2 D^2 (projection of the target) + 2 w D (its convolution)
 
-  the last one in TTT layers only, and `2 D V` for the head. Layers with linear attention have, with heads
-  G, keys of width K and values of width M as in `ttt_jax.extras.baselines`, in the places of the first two
+  The fast weight counts in TTT layers only; the head has `2 D V`. In layers with linear attention, with G
+  heads, keys of width K and values of width M as in `ttt_jax.extras.baselines`, the first two terms are
 
       gla           2 D (2 G K + 3 G M) + 2 r (D + G K) + 6 D F      4 G K M (k^T v, q S)
       delta_net     2 D (2 G K + 2 G M) + 2 D G + 6 D F              6 G K M (k S, k^T u, q S)
 
-  where r is the rank of the decay's projection, and either has 2 c (2 G K + G M) for a short convolution
-  of c tokens, which DeltaNet has unless `attention.short_conv` says otherwise: the recurrence,
-  token by token. Reading `Z (W + S)` is one product, as the MLP's own; that some implementations read W and
-  S in two, or take more products in chunks of a recurrence, is their cost, not the model's.
+  where r is the rank of the decay's projection. Both add 2 c (2 G K + G M) for a short convolution of c
+  tokens (`attention.short_conv`; 4 in DeltaNet by default). These are the products of the recurrence token
+  by token. Reading `Z (W + S)` counts as the MLP's own product; an implementation that reads W and S in two
+  products, or computes a recurrence in chunks with more products, does not raise these numbers.
   """
   d, f = model.d_model, model.d_ff
   kinds = layer_kinds(model, attention, ttt)
@@ -78,16 +80,16 @@ def _mixer_projections(model: ModelConfig, attention: AttentionConfig, mixer: st
 
 
 def _mixing(model: ModelConfig, kind: LayerKind, tokens: int) -> float:
-  """What meets other tokens: scores and weighted values, or the products with a state."""
+  """Counts the products among tokens: scores and weighted values, or products with a state."""
   if kind.mixer == "attention":
     return 4 * model.num_heads * model.head_size * visible_keys(tokens, kind.window)
   return find_mixer(kind.mixer).mixing_flops(model)
 
 
 def training_flops(config: Config) -> float:
-  """FLOPs of one training step of a config, `6 N` per token and attention's, in all layers.
+  """Counts the FLOPs of one training step: `6 N` per token for N parameters, and attention's.
 
-  Parameters that do not train (`train.trainable`) take no gradient: one of the three products less.
+  Parameters that do not train (`train.trainable`) take no gradient, which saves one of three products.
   """
   flops = token_flops(config.model, config.attention, config.ttt, config.data.seq_len)
   per_token = flops.training

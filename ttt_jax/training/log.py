@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: `metrics.jsonl`, TensorBoard, Weights & Biases; and traces of steps."""
+"""Writes the metrics of a run to `metrics.jsonl`, TensorBoard and Weights & Biases, and traces steps."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -16,17 +16,17 @@ from ttt_jax.training.rundir import METRICS_FILE, MetricsLog
 
 @runtime_checkable
 class Writer(Protocol):
-  """One place that records go to."""
+  """Writes records to one destination."""
 
   def write(self, record: dict[str, Any]) -> None:
-    """Adds a record, which has a `step`."""
+    """Writes a record, which has a `step`."""
 
   def close(self) -> None:
-    """Nothing more comes."""
+    """Closes the destination; no record follows."""
 
 
 class Log:
-  """Writes every record to all writers, of which only the first process has any."""
+  """Writes every record to all writers; only the first process has writers."""
 
   def __init__(self, writers: list[Writer]):
     self._writers = writers
@@ -38,10 +38,10 @@ class Log:
 
 @contextmanager
 def open_log(config: Config, run_dir: Path, *, resume_step: int) -> Iterator[Log]:
-  """The log of a run that goes on after `resume_step`.
+  """Opens the log of a run that resumes after `resume_step`.
 
   Raises:
-    UserError: a writer of `train.writers` whose package is not there.
+    UserError: the package of a writer in `train.writers` is not installed.
   """
   with ExitStack() as stack:
     writers = []
@@ -54,9 +54,9 @@ def open_log(config: Config, run_dir: Path, *, resume_step: int) -> Iterator[Log
 
 
 def check_writers(config: Config) -> None:
-  """Raises UserError for a writer of `train.writers` whose package is not there."""
+  """Raises UserError if the package of a writer in `train.writers` is not installed."""
   for name in config.train.writers:
-    _extra(*_PACKAGES[name])
+    _import_package(*_PACKAGES[name])
 
 
 def _open_jsonl(config: Config, run_dir: Path, resume_step: int) -> Writer:
@@ -65,8 +65,8 @@ def _open_jsonl(config: Config, run_dir: Path, resume_step: int) -> Writer:
 
 class _TensorBoard:
   def __init__(self, config: Config, run_dir: Path, resume_step: int):
-    # Steps after the one resumed from are written again: TensorBoard drops the old ones.
-    self._writer = _extra(*_PACKAGES["tensorboard"]).SummaryWriter(
+    # Steps after `resume_step` are repeated: TensorBoard drops their old records.
+    self._writer = _import_package(*_PACKAGES["tensorboard"]).SummaryWriter(
       str(run_dir / "tensorboard"), purge_step=resume_step + 1
     )
 
@@ -81,9 +81,9 @@ class _TensorBoard:
 
 class _Wandb:
   def __init__(self, config: Config, run_dir: Path, resume_step: int):
-    # One identity per run directory, so that a resumed run goes on in its own curves.
+    # A run directory keeps one identity, so that a resumed run continues its own curves.
     file = run_dir / "wandb_id"
-    wandb = _extra(*_PACKAGES["wandb"])
+    wandb = _import_package(*_PACKAGES["wandb"])
     if not file.exists():
       file.write_text(wandb.util.generate_id())
     self._run = wandb.init(
@@ -103,11 +103,11 @@ _OPENERS: dict[str, Callable[[Config, Path, int], Writer]] = {
 }
 
 
-# By the name of a writer: what it imports, and the extra of ttt_jax that installs it.
+# By writer: the package that it imports, and the extra of ttt_jax that installs the package.
 _PACKAGES = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb", "wandb")}
 
 
-def _extra(package: str, extra: str):
+def _import_package(package: str, extra: str):
   try:
     return importlib.import_module(package)
   except ModuleNotFoundError as error:
@@ -117,7 +117,7 @@ def _extra(package: str, extra: str):
 
 
 def scalars(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-  """The numbers of a record by path, as `ttt/2/state_ratio`, without those that are not there."""
+  """Flattens a record to its numbers by path, such as `ttt/2/state_ratio`; None is left out."""
   flat = {}
   for name, value in record.items():
     if isinstance(value, dict):
@@ -128,14 +128,13 @@ def scalars(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class Profile:
-  """A trace of the steps `first` to `last` under `run_dir/profile`, for TensorBoard or Perfetto; a context
-  manager."""
+  """Traces steps `first` to `last` into `run_dir/profile` (TensorBoard, Perfetto); a context manager."""
 
   def __init__(self, steps: tuple[int, int] | None, run_dir: Path):
     self._steps = steps
     self._path = run_dir / "profile"
     self._running = False
-    self._latest = None  # what the last step of the trace will have made
+    self._latest = None  # the state that the last traced step returns
 
   def __enter__(self) -> "Profile":
     return self
@@ -144,18 +143,18 @@ class Profile:
     self._stop()
 
   def before(self, step: int, state: Any) -> None:
-    """Called before a step is started, with the state that it will be given."""
+    """Starts the trace if `step` is its first; called with the input state before each step."""
     if self._steps is None:
       return
     first, last = self._steps
     self._latest = None  # donated to the step
     if first <= step <= last and not self._running:
-      jax.block_until_ready(state)  # else the trace begins with the end of earlier steps
+      jax.block_until_ready(state)  # else the trace would contain the end of earlier steps
       jax.profiler.start_trace(str(self._path))
       self._running = True
 
   def after(self, step: int, state: Any) -> None:
-    """Called when a step was started, with the state that it will have made."""
+    """Stops the trace if `step` is its last; called with the returned state after each dispatch."""
     if self._running:
       self._latest = state
       if step >= self._steps[1]:
@@ -163,7 +162,7 @@ class Profile:
 
   def _stop(self) -> None:
     if self._running:
-      # A step is only dispatched when `after` is called; a trace stopped then would not have it.
+      # When `after` is called, the step is only dispatched: wait, so that the trace contains it.
       jax.block_until_ready(self._latest)
       jax.profiler.stop_trace()
       self._running, self._latest = False, None

@@ -1,4 +1,4 @@
-"""The training loop: it feeds the step, logs, saves, and can be stopped and gone on with."""
+"""Runs the training loop: it feeds the step, logs, saves, and can be stopped and resumed."""
 
 import dataclasses
 import time
@@ -31,16 +31,16 @@ from ttt_jax.training.trainable import trained_parameters
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-  """How a call of `train` ended."""
+  """Says how a call of `train` ended."""
 
   state: TrainState
-  finished: bool  # False: it was interrupted, and saved
+  finished: bool  # False: interrupted, and saved
 
 
 class TokenCount:
-  """Tokens that all steps have read, on all processes, without the padding of their rows.
+  """Counts the tokens of all steps on all processes, without the padding of their rows.
 
-  Counted on the host, by the slots of the batch: in a step it would be an all-reduce more, and processes
+  The host counts, per slot of the batch: counting in the step would cost an all-reduce, and processes
   whose devices split a sequence hold the same slots.
   """
 
@@ -52,36 +52,36 @@ class TokenCount:
   def resumed(
     cls, config: Config, slots: Sequence[int], step: int, data_state: dict[str, Any]
   ) -> "TokenCount":
-    """The count that goes on from a checkpoint, by the total in its data state."""
+    """Continues the count of a checkpoint, from the total in its data state."""
     if _TOKENS in data_state:
       return cls(slots, data_state[_TOKENS])
     filled = step * config.train.batch_size * config.data.seq_len
     if is_main():
       warnings.warn(
-        f"the checkpoint of step {step} is of an earlier version of ttt_jax, which did not count tokens: "
-        f"'tokens' goes on from {filled}, the padding of the rows so far included",
+        f"the checkpoint of step {step} was written by an older ttt_jax, which did not count tokens: "
+        f"'tokens' goes on from {filled}, which includes the padding of the rows so far",
         stacklevel=3,
       )
     return cls(slots, filled)
 
   def add(self, rows: dict[str, np.ndarray]) -> None:
-    """Those of the rows that this process has of one more batch."""
+    """Adds the tokens of this process's rows of the next batch."""
     for slot, segment_ids in zip(self._counts, rows["segment_ids"], strict=True):
       self._counts[slot] += int(np.count_nonzero(segment_ids))
 
   def total(self) -> int:
-    """Called by all processes."""
-    of_slots = {}
+    """Sums over all processes; all of them must call."""
+    by_slot = {}
     for counts in gather({str(slot): count for slot, count in self._counts.items()}):
-      of_slots |= counts
-    return self._before + sum(of_slots.values())
+      by_slot |= counts
+    return self._before + sum(by_slot.values())
 
 
-_TOKENS = "tokens"  # in the data state of a checkpoint
+_TOKENS = "tokens"  # the key of the total in the data state of a checkpoint
 
 
 class Clock:
-  """Speed and waiting of the steps between two records; the step that compiles counts in neither."""
+  """Measures the speed of the steps between two records and their wait for data, without compilation."""
 
   def __init__(self, config: Config, devices: int):
     self._flops_per_token = training_flops(config) / config.train.batch_size / config.data.seq_len
@@ -94,21 +94,21 @@ class Clock:
 
   @contextmanager
   def waiting(self) -> Iterator[None]:
-    """For the data."""
+    """Adds the time of the `with` block to the wait for data."""
     start = time.perf_counter()
     yield
     self._waited += time.perf_counter() - start
 
-  def read(self, tokens: int) -> dict[str, float | None]:
-    """What a record says of the steps since the last call; call it when their results are there.
+  def lap(self, tokens: int) -> dict[str, float | None]:
+    """Returns the rates of the steps since the last call; call it when their results are on the host.
 
-    `tokens_per_second` counts no padding, nor does `mfu`: the FLOPs of the tokens read, by
-    `training_flops`, against the peak of the devices for products of bfloat16; it is None where
-    `ttt_jax.ops.hardware` does not know the peak. `waiting_for_data` is the part of the time that the host
-    spent on rows, whether or not the devices had to wait for them.
+    `tokens_per_second` and `mfu` count no padding. `mfu` is the FLOPs of the tokens, by `training_flops`,
+    against the devices' peak for products of bfloat16; it is None where `ttt_jax.ops.hardware` does not
+    know the peak. `waiting_for_data` is the part of the time that the host spent on rows, whether or not
+    the devices had to wait for them.
 
     Args:
-      tokens: read in all, by `TokenCount`.
+      tokens: the total of `TokenCount`.
     """
     now = time.perf_counter()
     values = dict.fromkeys(("tokens_per_second", "mfu", "waiting_for_data"))
@@ -124,17 +124,17 @@ class Clock:
     return values
 
   def restart(self) -> None:
-    """What came since `read` was no step."""
+    """Leaves out the time since `lap`, which was no training."""
     self._since = time.perf_counter()
 
 
 def metrics_record(
   config: Config, step: int, metrics: dict[str, Any], tokens: int
 ) -> dict[str, Any]:
-  """What a line of `metrics.jsonl` says of a step: its loss, norms and learning rate.
+  """Makes the line of `metrics.jsonl` for a step, with its loss, norms and learning rate.
 
-  And of all steps so far, with those that were skipped: the `tokens` read, the part of their rows that
-  was `padding` instead, and how many were `skipped`.
+  Three fields sum up all steps so far, skipped steps included: the number of `tokens`, the part of the
+  rows that was `padding`, and the number of `skipped` steps.
   """
   record = {
     "step": step,
@@ -159,7 +159,7 @@ def metrics_record(
 
 
 def device_memory() -> dict[str, float]:
-  """GiB in use on the first device of this process, now and at most; empty where it does not say (CPU)."""
+  """Returns the GiB in use on this process's first device, now and at most; empty on a CPU."""
   stats = jax.local_devices()[0].memory_stats() or {}
   names = {"memory_gib": "bytes_in_use", "memory_peak_gib": "peak_bytes_in_use"}
   return {name: stats[key] / 2**30 for name, key in names.items() if key in stats}
@@ -176,13 +176,14 @@ def train(
 ) -> TrainResult:
   """Trains to `train.steps`, from the newest checkpoint under `run_dir` if there is one.
 
-  Writes `metrics.jsonl` and `checkpoints/` there. Ctrl-C and SIGTERM finish the running step, save
-  and return; the same call again goes on from there, with every logged step in the metrics once. With
-  `eval.every` the records of those steps have the `heldout_loss`, the mean over `evaluation_rows`.
+  Writes `metrics.jsonl` and `checkpoints/` into `run_dir`. Ctrl-C and SIGTERM finish the running step,
+  save and return; the same call resumes, and the metrics have every logged step once. With `eval.every`
+  the records of these steps have the `heldout_loss`, the mean over `evaluation_rows`.
 
   Raises:
-    UserError: a checkpoint that cannot be read or is another model's; nothing is overwritten. More than
-      `train.max_bad_steps` steps in a row without a finite loss and gradient; nothing more is saved.
+    UserError: a checkpoint cannot be loaded or belongs to another model, and nothing is overwritten; or
+      more than `train.max_bad_steps` steps in a row had no finite loss and gradient, and nothing more is
+      saved.
   """
   steps = config.train.steps
   rows = training_rows(
@@ -197,14 +198,14 @@ def train(
     if checkpoints.latest_step is None:
       state, tokens = init_state(config, mesh), TokenCount(rows.slots)
     else:
-      at, arrays, data_state = checkpoints.restore(abstract_state(config, mesh)._asdict())
+      restored, arrays, data_state = checkpoints.restore(abstract_state(config, mesh)._asdict())
       state = TrainState(**arrays)
-      tokens = TokenCount.resumed(config, rows.slots, at, data_state)
+      tokens = TokenCount.resumed(config, rows.slots, restored, data_state)
       rows.set_state(data_state)
     done = int(state.step)
 
     def save() -> None:
-      # A state that has given up would never train again.
+      # A state with too many bad steps in a row would never train again.
       _check_bad(config, done, int(state.bad_in_a_row))
       checkpoints.save(
         done,
@@ -232,17 +233,17 @@ def train(
         state, metrics = step(state, batch)
         done += 1
         profile.after(done, state)
-        judged = heldout is not None and done % config.eval.every == 0
-        due = judged or done % config.train.log_every == 0 or done == steps
-        if due or not clock.started:
-          # The only transfer from the devices between two checkpoints.
+        evaluates = heldout is not None and done % config.eval.every == 0
+        logs = evaluates or done % config.train.log_every == 0 or done == steps
+        if logs or not clock.started:
+          # Nothing else is transferred from the devices between two checkpoints.
           metrics = jax.device_get(metrics)
-          read = tokens.total()
-          record = metrics_record(config, done, metrics, read) | clock.read(read) | device_memory()
-          if judged:
+          total = tokens.total()
+          record = metrics_record(config, done, metrics, total) | clock.lap(total) | device_memory()
+          if evaluates:
             record["heldout_loss"] = float(losses_by_token(state.model, heldout, mesh).mean())
             clock.restart()
-          if due:
+          if logs:
             log.write(record)
           progress.update(done, record)
           _check_bad(config, done, int(metrics["bad_in_a_row"]))
@@ -256,7 +257,7 @@ def train(
 
 
 def _check_bad(config: Config, step: int, in_a_row: int) -> None:
-  """Raises UserError where too many steps in a row changed nothing."""
+  """Raises UserError if too many steps in a row were skipped."""
   if in_a_row > config.train.max_bad_steps:
     raise UserError(
       f"step {step} is the last of {in_a_row} in a row without a finite loss and gradient, more than "
@@ -266,7 +267,7 @@ def _check_bad(config: Config, step: int, in_a_row: int) -> None:
 
 
 def model_summary(config: Config, model: Transformer) -> str:
-  """One line that says what is trained."""
+  """Describes in one line what is trained."""
   kinds = f"{config.model.num_layers} layers"
   if config.ttt.layers:
     kinds += (

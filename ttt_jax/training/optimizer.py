@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay and clipping, from optax."""
+"""Makes AdamW with warm-up, cosine decay and gradient clipping, from optax."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ import optax
 from ttt_jax.config import TrainConfig
 from ttt_jax.nn.fast_mlp import LEARNED_LOGS
 
-# Parameters that weight decay would only pull away from where they do nothing: scales towards 0,
-# convolutions, the inner rate, the half-life and biases.
+# Weight decay leaves these out: 0 is not their neutral value (scales, convolutions, inner rates,
+# half-lives), or they are biases.
 _BIASES = ("query_bias", "key_bias", "value_bias", "out_bias", "decay_bias")
 _NO_DECAY = ("scale", "conv", "short_conv", *LEARNED_LOGS, *_BIASES)
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
-  """Linear from 0 over `warmup_steps`, then a cosine down to `final_lr_ratio` at `steps`."""
+  """Rises linearly from 0 over `warmup_steps`, then falls as a cosine to `final_lr_ratio` at `steps`."""
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=config.learning_rate,
@@ -26,7 +26,7 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def decays(params: Any) -> Any:
-  """A pytree like `params`, named by the parameters' paths: whether weight decay applies."""
+  """Returns a pytree like `params` of booleans, by the parameters' paths: whether weight decay applies."""
 
   def applies(path, _):
     names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")

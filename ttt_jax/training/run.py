@@ -1,4 +1,4 @@
-"""A whole run: corpus, mesh, training, its twin, evaluation, and what they leave in the run directory."""
+"""Does a whole run: loads the corpus, trains a model and its twin, evaluates both, and reports."""
 
 import statistics
 from collections.abc import Callable
@@ -39,13 +39,13 @@ from ttt_jax.training.rundir import METRICS_FILE, hold_run, open_run, read_metri
 
 
 def run_training(config: Config, console: Console | None = None) -> dict[str, Any] | None:
-  """Trains the model of a config (and its twin), evaluates, draws; returns the summary.
+  """Trains the model of a config (and its twin), evaluates, and draws the plots; returns the summary.
 
-  The same call again goes on from the last checkpoint. Returns None if it was interrupted.
+  The same call resumes from the last checkpoint. Returns None if it was interrupted.
 
   Raises:
-    UserError: the run directory is another config's, or another process trains there; as `resolve`,
-      `make_mesh`, `load_data` and `train`.
+    UserError: the run directory belongs to another config, or another process trains in it; as
+      `resolve`, `make_mesh`, `load_data` and `train`.
   """
   console = Console(quiet=not is_main()) if console is None else console
   config = with_recorded_boundaries(resolve(config))
@@ -59,13 +59,13 @@ def run_training(config: Config, console: Console | None = None) -> dict[str, An
 
 
 def check_ready(config: Config, corpus: Corpus, mesh: Mesh) -> Int32[np.ndarray, "B T"]:
-  """Asks before the first step what would else be missing after the last; returns `evaluation_rows`.
+  """Checks before the first step what the evaluation after the last needs; returns `evaluation_rows`.
 
-  Nothing has been written by then.
+  No file has been written yet.
 
   Raises:
-    UserError, UnsupportedError: no held-out document is long enough; documents of that length cannot be
-      read on this mesh; a trace of steps that do not come; a writer whose package is not there.
+    UserError, UnsupportedError: no held-out document is long enough; this mesh cannot evaluate documents
+      of that length; `train.profile` ends after the last step; the package of a writer is not installed.
   """
   if is_main():
     check_writers(config)
@@ -92,12 +92,12 @@ def _train_and_report(config, corpus, mesh, run_dir, rows, console) -> dict[str,
   )
   baseline = None
   if finished and twin:
-    # It has all the memory; then the models are read from their checkpoints, one at a time.
-    plain, where = config.without_ttt(), run_dir / BASELINE
-    named = {"title": "twin without TTT", "console": console}
-    finished, step, _ = _train(plain, corpus, mesh, where, keep_model=False, **named)
+    # The twin trains alone in memory; then the models are loaded from their checkpoints, one at a time.
+    plain, plain_dir = config.without_ttt(), run_dir / BASELINE
+    shown = {"title": "twin without TTT", "console": console}
+    finished, step, _ = _train(plain, corpus, mesh, plain_dir, keep_model=False, **shown)
     model = partial(load_model, config, mesh, run_dir)
-    baseline = partial(load_model, plain, mesh, where)
+    baseline = partial(load_model, plain, mesh, plain_dir)
   if not finished:
     console.print(f"stopped after step {step}, saved: the same command goes on from there")
     return None
@@ -105,9 +105,9 @@ def _train_and_report(config, corpus, mesh, run_dir, rows, console) -> dict[str,
 
 
 def _train(*args, keep_model: bool, **kwargs) -> tuple[bool, int, Callable[[], Transformer] | None]:
-  """`train`: whether it finished, its last step, and its model to be handed over.
+  """Calls `train`; returns whether it finished, its last step, and a function that hands over its model.
 
-  All other arrays of its state are deleted: a run that just fits has no room for more.
+  All other arrays of the state are deleted, since a run that just fits leaves no memory for the evaluation.
   """
   result = train(*args, **kwargs)
   finished, step, state = result.finished, int(result.state.step), result.state
@@ -116,7 +116,7 @@ def _train(*args, keep_model: bool, **kwargs) -> tuple[bool, int, Callable[[], T
 
 
 def _handed_over(model: Transformer) -> Callable[[], Transformer]:
-  """A function that returns the model once and keeps no reference to it."""
+  """Makes a function that returns the model once and then keeps no reference to it."""
   return [model].pop
 
 
@@ -126,12 +126,12 @@ def run_evaluation(
   """Evaluates a model again, with the config's `eval` section.
 
   Args:
-    is_run: the newest checkpoint of a run, and its twin's; else the model of `init_from` as it is, in a
-      run directory of its own.
+    is_run: evaluate the newest checkpoint of a run, and its twin's; else the model of `init_from` as it
+      is, in a new run directory.
 
   Raises:
-    UserError: there is no run or no checkpoint there, or it is another model's; the run directory is
-      another run's; as `load_pretrained`.
+    UserError: there is no run or no checkpoint, or the checkpoint is another model's; the run directory
+      belongs to another run; as `load_pretrained`.
   """
   console = Console(quiet=not is_main()) if console is None else console
   config = with_recorded_boundaries(resolve_run(config) if is_run else resolve(config))
@@ -151,10 +151,12 @@ def run_evaluation(
 def _evaluate_and_report(
   config, model, baseline, corpus, mesh, run_dir, rows, console
 ) -> dict[str, Any]:
-  """`model` and `baseline` are functions that hand them over."""
+  """Evaluates, writes and prints; `model` and `baseline` are functions that return the models."""
   console.print("evaluating on held-out documents ...")
   runs = {}
-  if (run_dir / METRICS_FILE).exists():  # else nothing was trained: a pretrained model as it is
+  if (
+    run_dir / METRICS_FILE
+  ).exists():  # a pretrained model that was not trained here has no metrics
     name = "with fast weights" if config.ttt.layers else "model"
     runs[name] = read_metrics(run_dir / METRICS_FILE)
   if baseline is not None:
@@ -193,7 +195,7 @@ def _write_summary(config, model, summary, runs, run_dir, console) -> None:
 
 
 def _speed(records: list[dict[str, Any]]) -> float | None:
-  """The median over the logged intervals."""
+  """Returns the median of the tokens per second over the logged intervals."""
   speeds = [r["tokens_per_second"] for r in records if r["tokens_per_second"]]
   return statistics.median(speeds) if speeds else None
 

@@ -1,7 +1,7 @@
-"""The directory of a run: its config and its metrics.
+"""Manages the run directory: its config, its lock and its metrics.
 
-A run directory belongs to one config, so that a command repeated there resumes what was begun and
-anything else is refused before a file is touched. Checkpoints live beside, in `checkpoints/orbax.py`.
+A run directory belongs to one config: the same config resumes the run, and any other is refused before a
+file changes. `checkpoints/orbax.py` manages the checkpoints.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ from ttt_jax.files import jsonable, lock, unfinished_path, write_text
 
 METRICS_FILE = "metrics.jsonl"
 _LOCK_FILE = ".lock"
-# They say where a run goes on, not what it computes: never compared.
+# Settings of the machine, which change no result: a resumed run may change them.
 _NOT_COMPARED = ("run_dir", "runtime", "plan")
-# Fields and sections that a resumed run may change: how long, on what, how often, how judged.
+# A resumed run may also change these: its length, its mesh, how often it logs and saves, its evaluation.
 MAY_CHANGE = (
   "train.steps",
   "train.log_every",
@@ -42,16 +42,16 @@ MAY_CHANGE = (
 
 
 def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = MAY_CHANGE) -> Path:
-  """Makes the directory of a new run or returns that of the run to resume; holds its `config.yaml`.
+  """Makes the directory of a new run, or opens the directory of a run to resume; returns its path.
 
   Args:
     path: the directory.
-    config: what is to run there. If a resumed run's config differs in `may_change`, the new one is
-      recorded.
+    config: the run's config. It is written to `config.yaml` in a new directory, and where it differs
+      in `may_change` from the recorded one.
     may_change: fields and sections in which the config of a resumed run may differ.
 
   Raises:
-    UserError: the directory is not a run's, or is another config's. Nothing has been changed.
+    UserError: the directory is not a run directory, or belongs to another config. No file has changed.
   """
   path = Path(path)
   changed = _check_run(path, config, may_change)
@@ -63,14 +63,14 @@ def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = 
 
 @contextmanager
 def hold_run(path: str | Path, config: Config) -> Iterator[None]:
-  """`open_run` to write there: no second process can, from here to the end of the `with`.
+  """Locks the run directory against other processes for the `with` block, and calls `open_run`.
 
-  The system lets go of the directory when the process ends, however it ends. Where files cannot be
-  locked, a warning says that nothing holds it.
+  The operating system releases the lock when the process ends, however it ends. Where files cannot be
+  locked, a warning says so.
 
   Raises:
-    UserError: another process is at it; it cannot be written to; as `open_run`. Nothing has been
-      changed.
+    UserError: another process has the lock; the directory cannot be written to; as `open_run`. No file
+      has changed.
   """
   path = Path(path)
   _check_run(path, config, MAY_CHANGE)
@@ -90,19 +90,19 @@ def hold_run(path: str | Path, config: Config) -> Iterator[None]:
 
 
 class MetricsLog:
-  """`metrics.jsonl`: one JSON object per line, each with its `step`; a context manager."""
+  """Writes `metrics.jsonl`, one JSON object per line, each with its `step`; a context manager."""
 
   def __init__(self, path: str | Path):
-    """Appends to the file as it is; a run that may have been killed uses `open`."""
+    """Opens the file to append to it as it is; a resumed run uses `open`."""
     self._path = Path(path)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._file = self._path.open("a", encoding="utf-8")
 
   @classmethod
   def open(cls, path: str | Path, resume_step: int) -> "MetricsLog":
-    """The log of a run that goes on after `resume_step`, so that every step stands in it once.
+    """Opens the log of a run that resumes after `resume_step`, so that it has every step once.
 
-    Records of later steps, which will come again, and a line a killed process left torn are dropped.
+    Records of later steps, which will be repeated, and a line that a killed process left torn are dropped.
     """
     path = Path(path)
     if path.exists():
@@ -120,7 +120,7 @@ class MetricsLog:
     self.close()
 
   def write(self, record: dict[str, Any]) -> None:
-    """Appends a record, on disk for others to read at once; NaN and infinities become null."""
+    """Appends a record and flushes it to the file; NaN and infinities become null."""
     self._file.write(_line(record))
     self._file.flush()
 
@@ -129,10 +129,10 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-  """The records of a `metrics.jsonl`, without a last line that a killed process left torn.
+  """Loads the records of a `metrics.jsonl`, without a last line that a killed process left torn.
 
   Raises:
-    UserError: another line is no record.
+    UserError: a line before the last is no record.
   """
   path = Path(path)
   lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -150,12 +150,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> bool:
-  """Refuses a directory that is not this config's; whether its recorded config has to be written."""
+  """Refuses a directory of another config; returns whether the config has to be recorded."""
   file = path / CONFIG_FILE
   if path.exists() and not path.is_dir():
     raise UserError(f"run_dir={str(path)!r} is a file: give another --run_dir")
   if not file.exists():
-    # A start killed at once leaves at most the lock and the unfinished config.
+    # A run that was killed as it started leaves at most the lock and the unfinished config.
     if path.is_dir() and {p.name for p in path.iterdir()} - {
       unfinished_path(file).name,
       _LOCK_FILE,
@@ -185,7 +185,7 @@ def _make_directory(path: Path) -> None:
 
 
 def _without(tree: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-  """The fields by dotted name, less those in `names`, in a section of `names`, or not compared."""
+  """Returns fields by dotted name, without `_NOT_COMPARED` and the fields and sections in `names`."""
   dropped = (*_NOT_COMPARED, *names)
   return {
     name: value

@@ -1,4 +1,4 @@
-"""One training step over the mesh: the state that it reads and replaces, and how both are made."""
+"""Defines one training step over the mesh, and its state, and makes both."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,16 +23,16 @@ from ttt_jax.training.trainable import trained_parameters, with_parameters
 
 
 class TrainState(NamedTuple):
-  """Everything a step reads and replaces.
+  """Holds everything that a step takes and replaces.
 
   Attributes:
     model: in `model.param_dtype`.
-    master: the parameters that train, in `train.master_dtype`, of which the model's are rounded
-      copies; None where the model's own are as wide.
-    opt_state: of optax, for the master's parameters.
-    step: steps done, with those skipped.
-    skipped: steps whose loss or gradient was not finite: they changed nothing but the counters.
-    bad_in_a_row: of these, the last ones.
+    master: the parameters that train, in `train.master_dtype`; the model has rounded copies of them.
+      None where the model's own are as wide.
+    opt_state: the state of optax, for `master` (or the model's parameters without one).
+    step: the number of steps done, skipped steps included.
+    skipped: the number of steps whose loss or gradient was not finite; they changed only the counters.
+    bad_in_a_row: the number of skipped steps since the last good one.
   """
 
   model: Transformer
@@ -44,13 +44,15 @@ class TrainState(NamedTuple):
 
 
 class Batch(NamedTuple):
+  """Holds the rows of one step."""
+
   tokens: Int[Array, "B T"]
   labels: Int[Array, "B T"]
   segment_ids: Int[Array, "B T"]
 
 
 def new_state(config: Config, model: Transformer) -> TrainState:
-  """The state before the first step of training a model."""
+  """Makes the state before the first step of training a model."""
   parameters = trained_parameters(model, config.train.trainable)
   master = None
   wide = jnp.dtype(config.train.master_dtype)
@@ -61,18 +63,18 @@ def new_state(config: Config, model: Transformer) -> TrainState:
 
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
-  """The parameters before the first step and fresh optimiser state, made on the mesh."""
+  """Makes the state before the first step on the mesh: parameters and fresh optimiser state."""
   model = initial_model(config, mesh)
-  where = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh)._replace(model=None))
-  start = jax.jit(lambda model: new_state(config, model)._replace(model=None), out_shardings=where)
-  return start(model)._replace(model=model)
+  layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh)._replace(model=None))
+  make = jax.jit(lambda model: new_state(config, model)._replace(model=None), out_shardings=layout)
+  return make(model)._replace(model=model)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-  """Shapes, dtypes and shardings of `init_state`, without computing it."""
+  """Returns shapes, dtypes and shardings of `init_state`, without computing it."""
   shapes = jax.eval_shape(lambda: new_state(config, make_model(config)))
   return jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
     shapes,
     shardings(shapes, mesh),
   )
@@ -81,20 +83,19 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 def train_step(
   state: TrainState, batch: Batch, *, config: Config
 ) -> tuple[TrainState, dict[str, Any]]:
-  """One step of gradient descent on the mean loss of a batch, in the parameters that train.
+  """Does one optimiser step on the mean loss of a batch, in the parameters that train.
 
-  Where the loss or a gradient is not finite, nothing changes but the counters. Pure; jit it under
+  If the loss or a gradient is not finite, only the counters change. The function is pure; jit it under
   `jax.set_mesh`.
 
   Returns:
     The next state, and the metrics: `loss`, `grad_norm`, `update_norm` (0 if skipped), `learning_rate` of
-    this update, `skipped` and `bad_in_a_row` with this step, and the statistics of the fast weights as
-    `ttt`.
+    this update, `skipped` and `bad_in_a_row` after this step, and the fast weights' statistics, `ttt`.
   """
   loss, grads, stats = _gradients(state.model, batch, config.train)
   grad_norm = optax.tree.norm(grads)
   good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-  # Beyond the limit every step counts as bad, so that the loop, which looks now and then, finds it.
+  # Beyond the limit every step counts as bad: the loop, which looks only at some steps, then sees it.
   good &= state.bad_in_a_row <= config.train.max_bad_steps
   with jax.named_scope("optimizer"):
     old = trained_parameters(state.model, config.train.trainable)
@@ -120,7 +121,7 @@ def train_step(
     "loss": loss,
     "grad_norm": grad_norm,
     "update_norm": jnp.where(good, optax.tree.norm(updates), 0),
-    # Optax counts updates, of which a skipped step is none.
+    # Optax counts updates, and a skipped step makes none.
     "learning_rate": learning_rate(config.train)(state.step - state.skipped),
     "skipped": new.skipped,
     "bad_in_a_row": new.bad_in_a_row,
@@ -130,9 +131,9 @@ def train_step(
 
 
 def _gradients(model: Transformer, batch: Batch, config: TrainConfig):
-  """The loss of a batch, its gradients in float32 or wider, and the `MlpStats`.
+  """Returns the loss of a batch, its gradients in float32 or wider, and the `MlpStats`.
 
-  With `train.accumulate` the rows are read in so many parts. The mean is over all tokens of the batch
+  `train.accumulate` splits the rows into so many parts. The mean is over all tokens of the whole batch
   with a label, so that the parts add up to the same numbers.
   """
   valid = (batch.labels != IGNORE).astype(jnp.float32)
@@ -157,7 +158,7 @@ def _gradients(model: Transformer, batch: Batch, config: TrainConfig):
     return value, constrain_parameters(widened(grads)), stats
 
   def split(rows):
-    """Every part holds rows of all devices, which keep theirs."""
+    """Cuts rows into parts, each with rows of every device, so that no row moves."""
     parts = rows.reshape(-1, config.accumulate, rows.shape[1]).swapaxes(0, 1)
     return constrain(parts, None, "batch", "sequence")
 
@@ -167,15 +168,15 @@ def _gradients(model: Transformer, batch: Batch, config: TrainConfig):
     return jax.tree.map(jnp.add, total, (value, grads)), stats
 
   zeros = constrain_parameters(widened(jax.tree.map(jnp.zeros_like, parameters)))
-  start = jnp.zeros((), accumulation_dtype(model.model.dtype)), zeros
-  (value, grads), stats = jax.lax.scan(add, start, jax.tree.map(split, batch))
+  initial = jnp.zeros((), accumulation_dtype(model.model.dtype)), zeros
+  (value, grads), stats = jax.lax.scan(add, initial, jax.tree.map(split, batch))
   return value, grads, None if stats is None else merge_stats(stats)
 
 
 def jit_train_step(config: Config, mesh: Mesh) -> Callable:
-  """`train_step`, compiled for the mesh, to be called (or lowered) under `jax.set_mesh(mesh)`.
+  """Jits `train_step` for the mesh; call or lower the result under `jax.set_mesh(mesh)`.
 
-  The state passed in is donated.
+  The state that is passed in is donated.
   """
   state = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
   return jax.jit(
@@ -184,5 +185,5 @@ def jit_train_step(config: Config, mesh: Mesh) -> Callable:
 
 
 def put_batch(rows: dict[str, Any], mesh: Mesh) -> Batch:
-  """The batch on the mesh, from the host rows that this process holds (`local_rows`)."""
+  """Makes the batch on the mesh from the host rows of this process (`local_rows`)."""
   return Batch(*(rows_to_mesh(rows[name], mesh, "sequence") for name in Batch._fields))

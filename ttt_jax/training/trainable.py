@@ -1,7 +1,7 @@
-"""Which parameters train, and the model's arrays by their path, split into those and the rest.
+"""Selects the parameters that train, and puts updated ones back into the model.
 
-Gradients are taken and optimiser state is kept for what `trained_parameters` returns and for nothing
-else: the other arrays enter a step as constants and leave it as they came.
+Only the arrays that `trained_parameters` returns have gradients and optimiser state; all other arrays are
+constants of a step.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ttt_jax.nn.fast_mlp import LEARNED_LOGS
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.parallel.trees import named_leaves
 
-# Of a TTT layer's MLP, by `train.trainable`.
+# The parameters of a TTT layer's MLP that train, by `train.trainable`.
 _NAMES = {
   "ttt": ("conv", "projection", *LEARNED_LOGS),
   "ttt+down": ("conv", "projection", *LEARNED_LOGS, "down"),
@@ -21,20 +21,20 @@ _NAMES = {
 
 
 def trained_parameters(model: Transformer, trainable: str) -> dict[str, Any]:
-  """The arrays that train, under their path as `groups/0/1/mlp/conv/value`; the model may be abstract.
+  """Returns the arrays that train by their path, such as `groups/0/1/mlp/conv/value`.
 
   Args:
-    model: any, with layers of one kind stacked: those with and without fast weights lie in arrays of
-      their own.
-    trainable: "all"; "ttt": convolution, projection and inner rate of the TTT layers; "ttt+down":
-      also their down projections.
+    model: a model, also an abstract one. Layers with and without fast weights are stacked in separate
+      arrays, so that an array trains as a whole or not at all.
+    trainable: "all"; "ttt" for convolution, projection, inner rate and half-life of the TTT layers;
+      "ttt+down" for their down projections as well.
   """
   trains = _trains(model, trainable)
   return {name: leaf for name, leaf in named_leaves(model).items() if trains(name)}
 
 
 def with_parameters(model: Transformer, parameters: dict[str, Any]) -> Transformer:
-  """The model with these arrays in the places of its own."""
+  """Returns the model with these arrays in place of its own, by path."""
   leaves = [parameters.get(name, leaf) for name, leaf in named_leaves(model).items()]
   return jax.tree.unflatten(jax.tree.structure(model), leaves)
 

@@ -1,4 +1,4 @@
-"""Questions asked of the method: a grid of runs that differ in a few fields, a table, a picture."""
+"""Trains a grid of runs that differ in a few fields, and reports a table and a picture."""
 
 from ttt_jax.extras.ablation.grid import Ablation, Variant, load_ablation
 

@@ -1,4 +1,4 @@
-"""What the runs of a grid are asked after their training, checked against their documents before it."""
+"""Checks before training that a grid's documents suffice for the evaluations after it."""
 
 from collections.abc import Iterable
 
@@ -14,18 +14,18 @@ from ttt_jax.extras.ablation.grid import Ablation, Variant
 def check_questions(ablation: Ablation, runs: Iterable[tuple[Variant, Config]]) -> None:
   """Raises UserError if the held-out documents of a run cannot answer the grid's `probe` or `recall`.
 
-  A corpus that cannot be read is left to the run itself, which says so before its first step.
+  A corpus that cannot be loaded is no error here: the run itself reports it before its first step.
   """
   corpora = {}
   for variant, config in runs:
-    read = config.data, config.tokenizer
-    if read not in corpora:
-      corpora[read] = _corpus(config)
-    if corpora[read] is None:
+    key = config.data, config.tokenizer
+    if key not in corpora:
+      corpora[key] = _corpus(config)
+    if corpora[key] is None:
       continue
     try:
-      _check_probe(ablation, config, corpora[read])
-      _check_recall(ablation, config, corpora[read])
+      _check_probe(ablation, config, corpora[key])
+      _check_recall(ablation, config, corpora[key])
     except UserError as error:
       raise UserError(f"{ablation.name}, variant {variant.name!r}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""`ttt-jax ablate`: all runs of a grid, then one table, one picture, one JSON file."""
+"""Runs `ttt-jax ablate`: trains a grid, then prints a table and writes a picture and a JSON file."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def run(
   report_only: bool,
   directory: str | None,
 ) -> int:
-  """Runs what is not finished and reports; 1 if a run failed.
+  """Does the unfinished runs and reports all; returns 1 if a run failed, else 0.
 
   Raises:
     UserError: as `load_ablation`, `run_all` and `report`.
@@ -32,34 +32,36 @@ def run(
   failed = {}
   if not report_only:
     failed = run_all(ablation, console, device_groups=device_groups)
-  found = report(ablation, failed)
-  write_json(ablation.directory / "ablation.json", found)
-  plot_ablation(found, ablation.directory / "ablation.png")
-  _print(found, console)
+  results = report(ablation, failed)
+  write_json(ablation.directory / "ablation.json", results)
+  plot_ablation(results, ablation.directory / "ablation.png")
+  _print(results, console)
   written = ", ".join(str(ablation.directory / f"ablation.{end}") for end in ("json", "png"))
   console.print(f"written: {written}", highlight=False)
   return 1 if failed else 0
 
 
-def _print(found: dict[str, Any], console: Console) -> None:
-  """The table: means over the seeds, with half of their 95 % intervals."""
-  reference = found["reference"]
-  recalls = next((row["by_distance"] for row in found["variants"] if row.get("by_distance")), None)
-  titles, said = ["seeds", "loss"], []
+def _print(results: dict[str, Any], console: Console) -> None:
+  """Prints the means over the seeds, each with half of its 95 % interval."""
+  reference = results["reference"]
+  recalls = next(
+    (row["by_distance"] for row in results["variants"] if row.get("by_distance")), None
+  )
+  titles, explained = ["seeds", "loss"], []
   if reference is not None:
     titles.append("difference")
-    said.append(f"difference: from {reference!r} of the same seed")
+    explained.append(f"difference: from {reference!r} of the same seed")
   if recalls:
     titles.append("recall")
-    said.append(f"recall: values known again after {recalls[-1]['from']:,} tokens")
+    explained.append(f"recall: accuracy after {recalls[-1]['from']:,} tokens")
   else:
     titles += ["first", "last"]
-    said.append("first, last: loss in the first and the last part of the documents")
+    explained.append("first, last: loss in the first and the last part of the documents")
   titles.append("tok/s")
   table = Table(
-    title=found["title"],
+    title=results["title"],
     title_justify="left",
-    caption="; ".join(said),
+    caption="; ".join(explained),
     caption_justify="left",
     box=box.SIMPLE_HEAD,
     collapse_padding=True,
@@ -68,21 +70,21 @@ def _print(found: dict[str, Any], console: Console) -> None:
   table.add_column("variant", overflow="fold")
   for title in titles:
     table.add_column(title, justify="right", no_wrap=True)
-  for row in found["variants"]:
+  for row in results["variants"]:
     if not row["seeds"]:
       table.add_row(row["variant"], "0", *["-"] * (len(titles) - 1))
       continue
     if recalls:
-      what = [_share(row["by_distance"][-1]["right"])]
+      ends = [_share(row["by_distance"][-1]["right"])]
     else:
-      what = [_mean(row["by_position"][i]["loss"]) for i in (0, -1)]
+      ends = [_mean(row["by_position"][i]["loss"]) for i in (0, -1)]
     speed = row["tokens_per_second"]
     table.add_row(
       row["variant"],
       str(len(row["seeds"])),
       _mean(row["loss"], row["high"]),
       *([] if reference is None else [_difference(row)]),
-      *what,
+      *ends,
       "-" if speed is None else f"{speed:,.0f}",
     )
   console.print(table)

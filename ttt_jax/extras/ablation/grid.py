@@ -1,4 +1,4 @@
-"""From the YAML file of an ablation to the configs of its runs."""
+"""Loads the YAML file of an ablation and makes the configs of its runs."""
 
 import dataclasses
 import itertools
@@ -21,18 +21,18 @@ _KEYS = {
   "title": str,  # of the picture
   "set": dict,  # field: value, for all runs
   "grid": dict,  # field: list of values; every combination is a variant
-  "variants": dict,  # name: {field: value}; besides the grid
+  "variants": dict,  # name: {field: value}; in addition to the grid
   "reference": str,  # the variant that the others are compared with, seed by seed
   "seeds": list,
-  "probe": dict,  # fields of `PerplexityConfig`: what each trained model reads after its own evaluation
-  "recall": int,  # tokens of a window: what each recalls of pairs, by so many windows
+  "probe": dict,  # fields of `PerplexityConfig`: evaluates each model on one block after more context
+  "recall": int,  # tokens of a window: evaluates recall by the distance in windows
 }
 _NEEDED = ("name", "base", "seeds")
 
 
 @dataclass(frozen=True)
 class Variant:
-  """One setting of the grid, trained once per seed."""
+  """Holds one setting of the grid, which is trained once per seed."""
 
   name: str
   configs: tuple[Config, ...]  # by seed, in `Ablation.seeds`
@@ -40,7 +40,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Ablation:
-  """A question: its variants differ in the fields of the grid and in nothing else."""
+  """Holds variants that differ in the fields of the grid and in nothing else."""
 
   name: str
   title: str
@@ -52,7 +52,7 @@ class Ablation:
   recall: int | None = None
 
   def runs(self) -> Iterator[tuple[Variant, Config]]:
-    """All runs, seed by seed, so that an unfinished ablation has every variant equally often."""
+    """Yields all runs seed by seed, so that an unfinished ablation has every variant equally often."""
     for index in range(len(self.seeds)):
       for variant in self.variants:
         yield variant, variant.configs[index]
@@ -63,7 +63,7 @@ def load_ablation(
   overrides: Mapping[str, Any] | None = None,
   directory: str | PathLike | None = None,
 ) -> Ablation:
-  """The ablation of a YAML file, every config of it checked.
+  """Loads the ablation of a YAML file, and checks each of its configs.
 
       name: ablation_chunk_size
       base: quickstart.yaml
@@ -76,12 +76,12 @@ def load_ablation(
 
   Args:
     path: the file.
-    overrides: fields by section, as `{"train": {"steps": 100}}`, for all runs, over the file's `set`.
-    directory: of the runs and the report; None: runs/NAME.
+    overrides: fields for all runs by section, such as `{"train": {"steps": 100}}`; they win over `set`.
+    directory: where runs and report go; None is runs/NAME.
 
   Raises:
-    UserError: no such file, keys it does not know or lacks, variants of one name, or a config that
-      `load_config` refuses, with the variant's name.
+    UserError: the file does not exist, has unknown keys or lacks some, names two variants alike, or has
+      a variant, which is named, whose config `load_config` refuses.
   """
   path = Path(path)
   tree = read_yaml(path)
@@ -101,28 +101,28 @@ def load_ablation(
   if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) for s in seeds):
     raise UserError(f"{path}: seeds={list(seeds)} must be different integers, at least one")
   directory = Path("runs", tree["name"]) if directory is None else Path(directory)
-  everywhere = (nested_fields(tree.get("set", {})), {} if overrides is None else overrides)
+  for_all = (nested_fields(tree.get("set", {})), {} if overrides is None else overrides)
   variants = []
   for name, fields in _settings(path, tree):
     configs = []
     for seed in seeds:
-      where = directory / _file_name(name) / f"seed{seed}"
-      own = {"seed": seed, "name": name, "run_dir": str(where)}
+      run_dir = directory / _file_name(name) / f"seed{seed}"
+      of_run = {"seed": seed, "name": name, "run_dir": str(run_dir)}
       try:
         base = load_fields(path.parent / tree["base"])
-        configs.append(make_config(merged_fields(base, *everywhere, nested_fields(fields), own)))
+        configs.append(make_config(merged_fields(base, *for_all, nested_fields(fields), of_run)))
       except UserError as error:
         raise UserError(f"{path}, variant {name!r}: {error}") from error
     variants.append(Variant(name, tuple(configs)))
   if not variants:
     raise UserError(f"{path} has no variants: give grid, variants, or both")
   names = [_file_name(variant.name) for variant in variants]
-  if twice := sorted({name for name in names if names.count(name) > 1}):
-    raise UserError(f"{path} has several variants named {', '.join(twice)}")
+  if repeated := sorted({name for name in names if names.count(name) > 1}):
+    raise UserError(f"{path} has several variants named {', '.join(repeated)}")
   reference = tree.get("reference")
-  if reference is not None and reference not in (known := [variant.name for variant in variants]):
+  if reference is not None and reference not in (names := [variant.name for variant in variants]):
     raise UserError(
-      f"{path}: reference={reference!r} is no variant; the variants are {', '.join(map(repr, known))}"
+      f"{path}: reference={reference!r} is no variant; the variants are {', '.join(map(repr, names))}"
     )
   return Ablation(
     name=tree["name"],
@@ -139,17 +139,17 @@ def load_ablation(
 def _probe(path: Path, fields: dict[str, Any] | None) -> PerplexityConfig | None:
   if fields is None:
     return None
-  known = [field.name for field in dataclasses.fields(PerplexityConfig)]
-  if unknown := fields.keys() - set(known):
+  names = [field.name for field in dataclasses.fields(PerplexityConfig)]
+  if unknown := fields.keys() - set(names):
     raise UserError(
-      f"{path}: probe has {', '.join(map(str, sorted(unknown)))}; it has {', '.join(known)}"
+      f"{path}: probe has {', '.join(map(str, sorted(unknown)))}; it has {', '.join(names)}"
     )
   lists = ("lengths", "reset_every")
   for name, value in fields.items():
     numbers = value if name in lists and isinstance(value, list) else [value]
     if (name in lists) != isinstance(value, list) or not all(type(n) is int for n in numbers):
-      what = "a list of integers" if name in lists else "an integer"
-      raise UserError(f"{path}: probe.{name}={value!r} must be {what}")
+      kind = "a list of integers" if name in lists else "an integer"
+      raise UserError(f"{path}: probe.{name}={value!r} must be {kind}")
   try:
     return PerplexityConfig(**{k: tuple(v) if k in lists else v for k, v in fields.items()})
   except UserError as error:
@@ -157,7 +157,7 @@ def _probe(path: Path, fields: dict[str, Any] | None) -> PerplexityConfig | None
 
 
 def _settings(path: Path, tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Name and fields of every variant: the grid's combinations, then those with names of their own."""
+  """Yields name and fields of every variant: the grid's combinations, then `variants`."""
   grid = tree.get("grid", {})
   for field, values in grid.items():
     if not isinstance(values, list) or not values:

@@ -1,4 +1,4 @@
-"""The picture of an ablation, drawn with matplotlib from its report."""
+"""Draws the picture of an ablation from its report, with matplotlib."""
 
 from pathlib import Path
 from typing import Any
@@ -10,20 +10,20 @@ from matplotlib.figure import Figure
 
 from ttt_jax.evaluation.plots import shares, subplots
 
-# A row of the report that has a loss, and how it is drawn.
+# Rows of the report that have a loss, each with matplotlib's arguments for its line.
 _Drawn = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 def plot_ablation(report: dict[str, Any], path: Path) -> None:
-  """`draw_ablation`, as a file."""
+  """Writes `draw_ablation` to a file."""
   draw_ablation(report).savefig(path)
 
 
 def draw_ablation(report: dict[str, Any]) -> Figure:
-  """Held-out loss of every variant with its interval, and along a document.
+  """Draws the held-out loss of every variant with its interval, and along a document.
 
-  Beside them, where the grid asked for it: how much less than the reference's it is along a document, the
-  loss after more and more context, and what was recalled.
+  Further panels, where the report has their numbers, show the gain over the reference along a document, the
+  loss after more and more context, and the recall accuracy.
   """
   rows = [row for row in report["variants"] if row.get("loss") is not None]
   colors = iter(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(rows))))
@@ -59,7 +59,7 @@ def draw_ablation(report: dict[str, Any]) -> Figure:
 
 
 def _losses(axes: Axes, report: dict[str, Any], drawn: _Drawn) -> None:
-  """A dot for the mean over the seeds, ticks for the seeds, a line for the interval of the mean."""
+  """Draws a dot for the mean over the seeds, ticks for the seeds, a line for the mean's interval."""
   for place, (row, look) in enumerate(drawn):
     color = look["color"]
     if row["low"] is not None:
@@ -69,7 +69,7 @@ def _losses(axes: Axes, report: dict[str, Any], drawn: _Drawn) -> None:
   axes.set_yticks(range(len(drawn)), [row["variant"] for row, _ in drawn])
   axes.invert_yaxis()
   axes.set_xlabel("held-out loss (nats per token)")
-  # Of an unfinished grid they differ; a variant whose loss is not finite is not drawn, but counts.
+  # In an unfinished grid the counts differ; a variant whose loss is not finite counts without being drawn.
   counts = [len(row["seeds"]) for row in report["variants"] if row["seeds"]]
   seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
   title = f"{report['title']} ({seeds} seed{'s' if max(counts) > 1 else ''})"
@@ -84,7 +84,7 @@ def _by_position(axes: Axes, report: dict[str, Any], drawn: _Drawn) -> None:
 
 
 def _gain(axes: Axes, report: dict[str, Any], drawn: _Drawn) -> None:
-  """Less loss than the reference, upwards; the band is the interval of the mean of the pairs."""
+  """Draws the reference's loss less the variant's; the band is the interval of the pairs' mean."""
   for row, look in drawn:
     parts = row["by_position"]
     if any(part.get("difference") is None for part in parts):
@@ -118,7 +118,7 @@ def _by_distance(axes: Axes, report: dict[str, Any], drawn: _Drawn) -> None:
   axes.set_ylim(-0.02, 1.02)
   axes.tick_params(axis="x", labelrotation=45)
   axes.set_xlabel("tokens since the key came last")
-  axes.set_title("values known again", loc="left", fontsize=11)
+  axes.set_title("recall accuracy", loc="left", fontsize=11)
 
 
 def _middle(row: dict[str, Any]) -> list[float]:

@@ -1,4 +1,4 @@
-"""What an ablation found: a row per variant, with the spread over its seeds."""
+"""Reports an ablation: a row per variant, with the spread over its seeds."""
 
 import math
 from typing import Any
@@ -13,16 +13,16 @@ from ttt_jax.extras.ablation.runs import finished, read_probe, read_recall, read
 
 
 def report(ablation: Ablation, failed: dict[tuple[str, int], str]) -> dict[str, Any]:
-  """The results of the runs that are finished, by variant.
+  """Returns the results of the finished runs, by variant.
 
-  `loss` and the losses by position are means over the seeds; `low` and `high` the 95 % interval of the
-  mean, by Student's t over the seeds, None of a single one. `by_context` are those of the probe's last
-  block by the tokens before it, `by_distance` the part of values known again. A variant none of whose
-  runs is finished has no numbers. `failed` says what the others came to.
+  `loss` and the losses by position are means over the seeds. `low` and `high` are the 95 % interval of the
+  mean, by Student's t over the seeds, and None for a single seed. `by_context` has the losses of the
+  probe's last block by the tokens before it, `by_distance` the recall accuracy. A variant without a
+  finished run has no numbers. `failed` has the last lines of the runs that failed.
 
-  Where the ablation has a reference, `difference` is a loss less the reference's, the mean over the seeds
-  that both have, with `difference_low` and `difference_high` the 95 % interval of that mean: runs of one
-  seed read the same batches in the same order, so that what a seed does to both falls out.
+  With a reference, `difference` is a loss less the reference's, the mean over the seeds that both have,
+  and `difference_low` and `difference_high` are the 95 % interval of that mean. Runs of one seed train on
+  the same batches in the same order, so that the difference cancels the seed's effect on both.
 
   Raises:
     UserError: no run is finished.
@@ -41,7 +41,7 @@ def report(ablation: Ablation, failed: dict[tuple[str, int], str]) -> dict[str, 
     "seeds": list(ablation.seeds),
     "variants": rows,
     "failed": [
-      {"variant": name, "seed": seed, "said": said} for (name, seed), said in failed.items()
+      {"variant": name, "seed": seed, "said": lines} for (name, seed), lines in failed.items()
     ],
   }
 
@@ -73,7 +73,7 @@ def _row(ablation: Ablation, variant: Variant) -> dict[str, Any]:
 
 
 def _compare(rows: list[dict[str, Any]], reference: str) -> None:
-  """Adds the differences to every row but the reference's own, and to the rows of its tables."""
+  """Adds the differences to every row but the reference's own, and to its tables."""
   (base,) = (row for row in rows if row["variant"] == reference)
   for row in rows:
     pairs = [
@@ -82,25 +82,25 @@ def _compare(rows: list[dict[str, Any]], reference: str) -> None:
     if row is base or not pairs:
       continue
     row |= _difference(row, base, pairs)
-    for name, place in (("by_position", ("from", "to")), ("by_context", ("context",))):
-      of_base = {tuple(part[p] for p in place): part for part in base[name] or ()}
-      for part in row[name] or ():
-        if (same := of_base.get(tuple(part[p] for p in place))) is not None:
+    for table, fields in (("by_position", ("from", "to")), ("by_context", ("context",))):
+      base_parts = {tuple(part[f] for f in fields): part for part in base[table] or ()}
+      for part in row[table] or ():
+        if (same := base_parts.get(tuple(part[f] for f in fields))) is not None:
           part |= _difference(part, same, pairs)
 
 
 def _difference(
-  mine: dict[str, Any], its: dict[str, Any], pairs: list[tuple[int, int]]
+  row: dict[str, Any], base: dict[str, Any], pairs: list[tuple[int, int]]
 ) -> dict[str, Any]:
-  """Of losses by seed, those of `mine` less those of `its`."""
-  losses = [(mine["losses"][i], its["losses"][j]) for i, j in pairs]
+  """Returns the mean of the losses of `row` less those of `base`, seed by seed, with its interval."""
+  losses = [(row["losses"][i], base["losses"][j]) for i, j in pairs]
   differences = [None if None in both else both[0] - both[1] for both in losses]
   low, high = interval(differences)
   return {"difference": _mean(differences), "difference_low": low, "difference_high": high}
 
 
 def _by_context(probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """The loss of the probe's block by the tokens before it; fast weights, where there are any, update."""
+  """Returns the loss of the probe's block by the tokens before it, with any fast weights updating."""
   tables = [
     [row for row in probe["by_context"] if row["mode"] in ("updating", "plain")] for probe in probes
   ]
@@ -111,7 +111,7 @@ def _by_context(probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _by_distance(recalls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """The part of values known again by the distance; fast weights, where there are any, update."""
+  """Returns the recall accuracy by distance, with any fast weights updating."""
   tables = [next(iter(recall["by_distance"].values())) for recall in recalls]
   return [
     {"from": rows[0]["from"], "to": rows[0]["to"]}
@@ -127,17 +127,17 @@ def _over_seeds(losses: list[float | None]) -> dict[str, Any]:
 
 
 def _state_numbers(config: Config) -> int:
-  """Numbers of the fast weights of all TTT layers."""
+  """Counts the numbers in the fast weights of all TTT layers."""
   return len(config.ttt.layers) * config.model.d_model * config.model.d_ff
 
 
 def _mean(values: list[float | None]) -> float | None:
-  """None where one is: a loss that is not finite, updates where there are none."""
+  """Returns the mean, or None if a value is None (a loss that is not finite, or a missing one)."""
   return None if None in values else float(np.mean(values))
 
 
 def interval(values: list[float | None]) -> tuple[float, float] | tuple[None, None]:
-  """The 95 % interval of the mean of a few normal values, `mean +- t s / sqrt(n)`; None of one."""
+  """Returns the 95 % interval of the mean of normal values, `mean +- t s / sqrt(n)`; None of one."""
   n = len(values)
   if n < 2 or None in values:
     return None, None

@@ -1,4 +1,4 @@
-"""The runs of an ablation, each a process of its own, some side by side on devices of their own."""
+"""Does the runs of an ablation, each in its own process, several at once on separate devices."""
 
 import dataclasses
 import json
@@ -22,36 +22,36 @@ from ttt_jax.files import jsonable, lock
 from ttt_jax.training.rundir import open_run
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_DEVICES")
-# What a run is asked after its training, in its directory.
+# The reports of the evaluations after training, in the run directory.
 _PROBE = Path("probe", "perplexity.json")
 _RECALL = Path("recall", "recall.json")
-# Of the small triangular systems that DeltaNet has XLA solve on a CPU, with scipy's library: several
-# processes whose threads wait for one another there take ten times as long.
+# On a CPU, XLA solves DeltaNet's small triangular systems with scipy's library. Several processes whose
+# threads wait for one another in it take ten times as long.
 _SIDE_BY_SIDE = {"OPENBLAS_NUM_THREADS": "1"}
-# Where the runs of one grid find what another has compiled: those of a variant differ in their seed alone.
+# The runs of a grid share their compiled programs: runs of one variant differ in their seed alone.
 _COMPILED = "JAX_COMPILATION_CACHE_DIR"
 _WORTH_KEEPING = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-_LAST_LINES = 5  # of a run that failed, to show
+_LAST_LINES = 5  # that are shown of a failed run's log
 _ELSEWHERE = "another ttt-jax ablate is at this run"
 
 
 def run_all(
   ablation: Ablation, console: Console, *, device_groups: Sequence[str] = ()
 ) -> dict[tuple[str, int], str]:
-  """Trains and evaluates every run that is not finished; returns the last words of those that failed.
+  """Trains and evaluates every unfinished run; returns the last lines of the logs of failed runs.
 
-  A run that was interrupted goes on from its last checkpoint, a finished one is left alone. One run's
-  failure, a variant that diverges for instance, is reported and the others go on. They share what they
-  compile, until the last one's end or, where the environment names JAX_COMPILATION_CACHE_DIR, there.
-  Several calls may share a grid: a run that another call is at is waited for after all the others.
+  An interrupted run resumes from its last checkpoint. A run that fails, because it diverges for instance,
+  is reported, and the others continue. Runs share their compiled programs, in JAX_COMPILATION_CACHE_DIR
+  or, where the environment does not set it, until the last run ends. Several calls may share a grid: a
+  call waits for the runs of other calls after it has done all others.
 
   Args:
-    device_groups: devices by number, such as `("0,1", "2,3")`: one run at a time on each. None: one
-      run at a time on all devices.
+    device_groups: devices by number, such as `("0,1", "2,3")`, with one run at a time on each group; if
+      empty, one run at a time on all devices.
 
   Raises:
-    UserError: a run's directory holds something else; documents that cannot answer what the grid asks.
-      No run has been started.
+    UserError: a run's directory holds something else, or the documents do not suffice for the grid's
+      evaluations. No run has started.
   """
   runs, todo = list(ablation.runs()), []
   for variant, config in runs:
@@ -67,20 +67,20 @@ def run_all(
   groups: SimpleQueue[str | None] = SimpleQueue()
   for group in device_groups or (None,):
     groups.put(group)
-  started, made = time.monotonic(), 0
+  started, ended = time.monotonic(), 0
   failed = {}
 
-  def tell(variant: Variant, config: Config, error: str | None) -> None:
+  def print_end(variant: Variant, config: Config, error: str | None) -> None:
     if error is None:
       loss = read_summary(config)["heldout_loss"]
       status = f"held-out loss {loss:.3f}" if loss is not None else "held-out loss not finite"
     else:
       failed[variant.name, config.seed] = error
       status = f"failed: {error.splitlines()[-1]} (see {_log(config)})"
-    left = (time.monotonic() - started) / made * (len(todo) - made)
+    seconds_left = (time.monotonic() - started) / ended * (len(todo) - ended)
     console.print(
-      f"{done + made}/{total}  {variant.name}, seed {config.seed}: {status}"
-      + (f"  {left:,.0f} s left" if left else ""),
+      f"{done + ended}/{total}  {variant.name}, seed {config.seed}: {status}"
+      + (f"  {seconds_left:,.0f} s left" if seconds_left else ""),
       highlight=False,
     )
 
@@ -95,47 +95,47 @@ def run_all(
       if error is _ELSEWHERE:
         elsewhere.append((variant, config))
       else:
-        made += 1
-        tell(variant, config, error)
+        ended += 1
+        print_end(variant, config, error)
     results = pool.map(
       lambda run: _run(ablation, run[1], groups, environment, wait=True), elsewhere
     )
     for (variant, config), error in zip(elsewhere, results):
-      made += 1
-      tell(variant, config, error)
+      ended += 1
+      print_end(variant, config, error)
   return failed
 
 
 def finished(ablation: Ablation, config: Config) -> bool:
-  """Whether a run was trained to its end, evaluated, and asked whatever else the ablation asks."""
-  return not _left(ablation, config)
+  """Says whether a run is trained and has all evaluations of the ablation."""
+  return not _missing_commands(ablation, config)
 
 
 def read_summary(config: Config) -> dict[str, Any]:
-  """The `summary.json` of a finished run."""
-  return _read(config, Path("summary.json"))
+  """Loads the `summary.json` of a finished run."""
+  return _load(config, Path("summary.json"))
 
 
 def read_probe(config: Config) -> dict[str, Any]:
-  """The `perplexity.json` of a finished run of an ablation with a probe."""
-  return _read(config, _PROBE)
+  """Loads the `perplexity.json` of a finished run of an ablation with a probe."""
+  return _load(config, _PROBE)
 
 
 def read_recall(config: Config) -> dict[str, Any]:
-  """The `recall.json` of a finished run of an ablation with `recall`."""
-  return _read(config, _RECALL)
+  """Loads the `recall.json` of a finished run of an ablation with `recall`."""
+  return _load(config, _RECALL)
 
 
-def _read(config: Config, report: Path) -> dict[str, Any]:
+def _load(config: Config, report: Path) -> dict[str, Any]:
   return json.loads((Path(config.resolved_run_dir) / report).read_text(encoding="utf-8"))
 
 
-def _left(ablation: Ablation, config: Config) -> list[list[str]]:
-  """What `ttt-jax` has still to do for a run, as the words of its commands."""
+def _missing_commands(ablation: Ablation, config: Config) -> list[list[str]]:
+  """Lists the `ttt-jax` commands that a run still needs, each as its words."""
   directory = Path(config.resolved_run_dir)
   commands = []
   if not _is_trained(config):
-    commands.append(["train", str(directory / CONFIG_FILE)])  # of `open_run`
+    commands.append(["train", str(directory / CONFIG_FILE)])  # written by `open_run`
   if ablation.probe is not None:
     probe = dataclasses.asdict(ablation.probe)
     if not _answers(config, _PROBE, asked=probe):
@@ -152,18 +152,18 @@ def _left(ablation: Ablation, config: Config) -> list[list[str]]:
 
 
 def _is_trained(config: Config) -> bool:
-  """Whether there is a summary, and of the last step: `ttt-jax eval` writes one of any checkpoint."""
+  """Says whether the run has a summary of its last step; `ttt-jax eval` writes one of any checkpoint."""
   if not (Path(config.resolved_run_dir) / "summary.json").is_file():
     return False
   return read_summary(config).get("steps", config.train.steps) == config.train.steps
 
 
 def _answers(config: Config, report: Path, **question: Any) -> bool:
-  """Whether there is a report, and of this question rather than of one that was asked before."""
+  """Says whether the run has this report, with these settings."""
   if not (Path(config.resolved_run_dir) / report).is_file():
     return False
-  found = _read(config, report)
-  return {name: found.get(name) for name in question} == jsonable(question)
+  loaded = _load(config, report)
+  return {name: loaded.get(name) for name in question} == jsonable(question)
 
 
 def _log(config: Config) -> Path:
@@ -178,9 +178,9 @@ def _run(
   *,
   wait: bool = False,
 ) -> str | None:
-  """A run in processes of its own; None, or the last lines of what it said if it failed.
+  """Does a run in its own processes; returns None, or the last lines of its log if it failed.
 
-  While another `ttt-jax ablate` is at this run, it waits for that, or returns `_ELSEWHERE`.
+  While another `ttt-jax ablate` does this run, the call waits for it, or returns `_ELSEWHERE`.
   """
   group = groups.get()
   status = 0
@@ -193,11 +193,11 @@ def _run(
     with held as is_ours:
       if not is_ours:
         return _ELSEWHERE
-      left = _left(ablation, config)
-      if not left:  # another `ttt-jax ablate` finished it meanwhile; its log stays
+      commands = _missing_commands(ablation, config)
+      if not commands:  # another `ttt-jax ablate` finished it meanwhile; its log stays
         return None
       with _log(config).open("w", encoding="utf-8") as log:
-        for words in left:
+        for words in commands:
           command = [sys.executable, "-m", "ttt_jax.cli", *words]
           status = subprocess.run(
             command, env=environment, stdout=log, stderr=log, check=False
@@ -206,7 +206,7 @@ def _run(
             break
       if status == 0 and finished(ablation, config):
         return None
-      said = _log(config).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+      lines = _log(config).read_text(encoding="utf-8", errors="replace").strip().splitlines()
   finally:
     groups.put(group)
-  return "\n".join(said[-_LAST_LINES:]) or f"exit status {status}"
+  return "\n".join(lines[-_LAST_LINES:]) or f"exit status {status}"

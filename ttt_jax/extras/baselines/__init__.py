@@ -1,3 +1,3 @@
-"""Linear recurrences in the place of attention, to compare with; importing this registers them."""
+"""Registers linear recurrences that replace attention, as baselines for comparison."""
 
 from ttt_jax.extras.baselines import layers as layers

@@ -1,8 +1,8 @@
-"""Baselines in the place of attention: gated linear attention and DeltaNet, around the ops beside this.
+"""Defines the layers that replace attention in the baselines: gated linear attention and DeltaNet.
 
-Each has the parameters of the attention that it replaces, so that a model of either kind is within 2 % of
-the plain one (from d_model 64 on, with d_ff three times that). Neither has rotary positions: the state is
-made in order.
+Each has as many parameters as the attention that it replaces, so that a model's number of parameters is
+within 2 % of the plain model's (from d_model 64 on, with d_ff three times that). Neither has rotary
+positions, since the order of the updates already encodes positions.
 """
 
 from functools import partial
@@ -24,19 +24,19 @@ from ttt_jax.ops.manual import shard_count
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.parallel.mesh import Axes, over_shards
 
-# The published values: alpha = sigmoid(.)^(1/16), from a projection through at most 16 channels; and in
-# DeltaNet convolutions over a token and the three before it.
+# Published values: alpha = sigmoid(.)^(1/16) with a projection of rank 16 at most, and in DeltaNet a
+# convolution over four tokens.
 TEMPERATURE = 16
 _DECAY_RANK = 16
 _SHORT_CONV = {"gla": 1, "delta_net": 4}
 
 
 class LinearCache(NamedTuple):
-  """What a layer keeps of the rows it reads, however long they are.
+  """Holds what a layer keeps of its rows, in memory that does not grow with their length.
 
   Attributes:
-    state: of the recurrence, float32 or wider.
-    recent: the last tokens' projections before the short convolution; None where there is none.
+    state: the state of the recurrence, float32 or wider.
+    recent: the last tokens' projections, inputs of the short convolution; None without a convolution.
   """
 
   state: Float[Array, "B H K M"]
@@ -49,7 +49,7 @@ LINEAR_CACHE = LinearCache(
 
 
 class Sizes(NamedTuple):
-  """Heads, the widths of a head's keys and values, and the rank of the decay's projection (0: none)."""
+  """Holds the number of heads, a head's key and value widths, and the decay's rank (0: no decay)."""
 
   heads: int
   key: int
@@ -58,12 +58,12 @@ class Sizes(NamedTuple):
 
 
 def linear_sizes(model: ModelConfig, mixer: str) -> Sizes:
-  """Sizes with which a mixer's projections have the parameters of the attention it replaces.
+  """Returns sizes that give a mixer's projections as many parameters as the attention it replaces.
 
   With H query heads and G key heads of width K, attention has 2 D (H + G) K parameters. The mixers have G
-  heads, one state for each that attention keeps keys and values of, and values of width
-  `M = K (1 + H/G) / 2`: four projections of D G M for DeltaNet (q, k, v, out); and for GLA, whose keys are
-  half as wide as its values, as published, two halves and three whole ones (q, k; v, output gate, out).
+  heads, like attention's keys and values, with one state each, and values of width `M = K (1 + H/G) / 2`.
+  DeltaNet has four projections of D G M parameters (q, k, v, out). In GLA keys are half as wide as values,
+  as published: two projections have half as many (q, k), and three have D G M (v, output gate, out).
   """
   value = model.head_size * (model.num_kv_heads + model.num_heads) // (2 * model.num_kv_heads)
   if mixer == "delta_net":
@@ -72,14 +72,14 @@ def linear_sizes(model: ModelConfig, mixer: str) -> Sizes:
 
 
 def short_conv_width(attention: AttentionConfig, mixer: str) -> int:
-  """Tokens that a mixer's short convolution sees; 1 where it has none."""
+  """Returns the width in tokens of a mixer's short convolution; 1 means no convolution."""
   return _SHORT_CONV[mixer] if attention.short_conv is None else attention.short_conv
 
 
 class _LinearAttention(nnx.Module):
-  """What both mixers share: projections, one call of an op on the shards of rows and heads, the output.
+  """Does what both mixers share: projections, the op on shards of rows and heads, the output.
 
-  With `attention.short_conv` tokens, queries, keys and values are `silu(conv(x (W_q, W_k, W_v)))`.
+  With a short convolution, queries, keys and values are `silu(conv(x (W_q, W_k, W_v)))`.
   """
 
   mixer: str
@@ -113,7 +113,7 @@ class _LinearAttention(nnx.Module):
     rotary: tuple[Float[Array, "T half"], Float[Array, "T half"]],
     documents: Int[Array, "B T"] | None,
   ) -> Float[Array, "B T D"]:
-    """As `Attention`; `rotary` is not used."""
+    """Mixes tokens as `Attention` does; `rotary` is not used."""
     q, k, v, gate, _ = self._inputs(x, documents, None)
     return self._out(x, self._mix(q, k, v, gate, documents, None)[0])
 
@@ -125,9 +125,9 @@ class _LinearAttention(nnx.Module):
     lengths: Int[Array, "B"],
     counts: Int[Array, "B"],
   ) -> tuple[Float[Array, "B T D"], LinearCache]:
-    """As `Attention.read`: the first `counts` of T new tokens enter the state, the others read zero."""
+    """Does what `Attention.read` does: of T tokens the first `counts` are new, the others padding."""
     is_new = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < counts[:, None]
-    documents = is_new.astype(jnp.int32)  # padding behind: it leaves the state as it is
+    documents = is_new.astype(jnp.int32)  # right padding leaves the state as it is
     q, k, v, gate, projected = self._inputs(x, documents, cache.recent)
     mixed, state = self._mix(q, k, v, gate, documents, cache.state)
     recent = cache.recent
@@ -138,7 +138,7 @@ class _LinearAttention(nnx.Module):
     return self._out(x, mixed), LinearCache(state, recent)
 
   def empty_cache(self, rows: int, capacity: int, dtype: DTypeLike) -> LinearCache:
-    """Of rows that have read nothing; of one size for any `capacity`."""
+    """Makes the cache of empty rows; its size does not depend on `capacity`."""
     h, k, m, _ = self.sizes
     state = jnp.zeros((rows, h, k, m), accumulation_dtype(dtype))
     if self.short_conv is None:
@@ -147,18 +147,18 @@ class _LinearAttention(nnx.Module):
     return LinearCache(state, jnp.zeros((rows, width - 1, h, channels), dtype))
 
   def _init_gates(self, model: ModelConfig, param_dtype: DTypeLike, rngs: nnx.Rngs):
-    """Parameters that only this mixer has."""
+    """Makes the parameters that only this mixer has."""
     raise NotImplementedError
 
   def _inputs(self, x, documents, recent):
-    """q, k, v, the gate of the op, and the projections of which the cache keeps the last tokens'."""
+    """Returns q, k, v, the op's gate, and the projections before the convolution, for the cache."""
     raise NotImplementedError
 
   def _op(self, *arrays, **options):
     raise NotImplementedError
 
   def _project(self, x, documents, recent):
-    """q, k and v, convolved where this layer does that, and the projections that the convolution saw."""
+    """Returns q, k and v after any convolution, and the projections before it (None without one)."""
     q, k, v = (
       checkpoint_name(project("btd,dhk->bthk", x, kernel, x.dtype), PROJECTED)
       for kernel in (self.query, self.key, self.value)
@@ -171,7 +171,7 @@ class _LinearAttention(nnx.Module):
     return *jnp.split(jax.nn.silu(mixed), (width, 2 * width), axis=-1), projected
 
   def _mix(self, q, k, v, gate, documents, state):
-    """The op's outputs and last state, every device its rows and heads."""
+    """Returns the op's outputs and last state; every device computes its rows and heads."""
     tokens = ("batch", "sequence" if q.shape[1] > 1 else None)
     heads = (*tokens, "kv_heads", None)
 
@@ -208,14 +208,14 @@ class _LinearAttention(nnx.Module):
 
 
 class GatedLinearAttention(_LinearAttention):
-  """`out(norm(o) silu(x W_gate))` with o of `gated_linear_attention`.
+  """Computes `out(norm(o) silu(x W_gate))` with o from `gated_linear_attention`.
 
       q = x W_q / sqrt(K)     k = x W_k     v = x W_v     alpha = sigmoid(x W_1 W_2 + b)^(1/16)
 
-  The published block (Yang et al., arXiv 2312.06635; `fla`'s layer with its defaults): keys half as wide
-  as values, a norm per head, an output gate, no short convolution. Differences: the heads are those of the
-  model's keys and values instead of four, RMSNorm stands for LayerNorm (as in `fla`), and the decay's
-  projection has rank D/8 where that is below 16.
+  It is the published block (Yang et al., arXiv 2312.06635; `fla`'s layer with its defaults): keys half as
+  wide as values, a norm per head, an output gate, no short convolution. It differs in three points: it has
+  as many heads as the model has key heads instead of four, RMSNorm replaces LayerNorm (as in `fla`), and
+  the decay's projection has rank D/8 where that is below 16.
   """
 
   mixer = "gla"
@@ -243,14 +243,14 @@ class GatedLinearAttention(_LinearAttention):
 
 
 class DeltaNet(_LinearAttention):
-  """`out(norm(o))` with o of `delta_rule`.
+  """Computes `out(norm(o))` with o from `delta_rule`.
 
       (q, k, v) = silu(conv(x (W_q, W_k, W_v)))     q, k of norm 1     beta = sigmoid(x W_beta)
 
-  The published block (Yang et al., arXiv 2406.06484; `fla`'s layer with its defaults): a causal
-  convolution of width 4 per channel, silu, keys and queries L2-normalised per head, RMSNorm per head.
-  The difference: the heads are those of the model's keys and values. Left out, as there: an output gate,
-  beta up to 2, and feature maps other than silu. Without the convolution silu stays, also as there.
+  It is the published block (Yang et al., arXiv 2406.06484; `fla`'s layer with its defaults): a causal
+  convolution of width 4 per channel, silu, keys and queries L2-normalised per head, RMSNorm per head. It
+  differs in its number of heads, the model's key heads. As in the published block there is no output gate,
+  no beta up to 2 and no feature map but silu, which stays without the convolution.
   """
 
   mixer = "delta_net"
@@ -271,13 +271,13 @@ class DeltaNet(_LinearAttention):
 
 
 def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
-  """`x / sqrt(sum(x^2) + 1e-6)` over the last axis, computed in float32 or wider."""
+  """Returns `x / sqrt(sum(x^2) + 1e-6)` over the last axis, computed in float32 or wider."""
   wide = x.astype(accumulation_dtype(x.dtype))
   return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
 def projection_flops(mixer: str, model: ModelConfig, attention: AttentionConfig) -> int:
-  """FLOPs per token of a mixer's projections and short convolution."""
+  """Counts the FLOPs per token of a mixer's projections and short convolution."""
   d = model.d_model
   heads, key, value, rank = linear_sizes(model, mixer)
   keys, values = heads * key, heads * value
@@ -289,7 +289,7 @@ def projection_flops(mixer: str, model: ModelConfig, attention: AttentionConfig)
 
 
 def mixing_flops(mixer: str, model: ModelConfig) -> float:
-  """FLOPs per token of a mixer's products with its state."""
+  """Counts the FLOPs per token of a mixer's products with its state."""
   heads, key, value, _ = linear_sizes(model, mixer)
   return float({"gla": 4, "delta_net": 6}[mixer] * heads * key * value)
 

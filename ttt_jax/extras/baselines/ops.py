@@ -1,11 +1,11 @@
-"""Attention whose memory is a matrix per head: gated linear attention and the delta rule, in chunks.
+"""Computes gated linear attention and the delta rule, whose memory is a matrix per head, in chunks.
 
-Baselines for the fast weights, written to be read: one state is carried through the chunks by a `lax.scan`,
-and what happens inside a chunk are masked products. Kept for the backward pass are the inputs and the state
-before every chunk. K is the width of a key and M that of a value; the sequence lies on one device.
+These are baselines for the fast weights, simple rather than fast: a `lax.scan` carries one state through
+the chunks, and a chunk computes masked products. The backward pass keeps the inputs and the state before
+every chunk. K is the width of a key, M that of a value; the whole sequence lies on one device.
 
-A product of masked scores would let a NaN of one document into another. So what is computed is made of what
-is finite, and NaN is added to the tokens, and to the state, that saw what was not.
+A product with masked scores would spread a NaN of one document to others. Therefore the products use finite
+inputs, non-finite ones replaced, and NaN is added afterwards to the tokens and states that depend on them.
 """
 
 import functools
@@ -26,7 +26,7 @@ from ttt_jax.ops.linear import finite_cotangent
 from ttt_jax.ops.manual import vary_over, varying_axes
 from ttt_jax.ops.numerics import accumulation_dtype, finite, matmul, poison, where
 
-# Tokens among which `_decayed_scores` forms every pair's decay by itself, at most.
+# The largest number of tokens among which `_decayed_scores` forms the decay of every pair separately.
 _SUB_CHUNK = 16
 
 
@@ -40,32 +40,33 @@ def gated_linear_attention(
   state: Float[Array, "B H K M"] | None = None,
   chunk_size: int = 64,
 ) -> tuple[Float[Array, "B T H M"], Float[Array, "B H K M"]]:
-  """`S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t` and `o_t = q_t S_t`; the outputs and the last S.
+  """Computes `S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t` and `o_t = q_t S_t`.
 
-  With `b_t` the sum of log_decay over the chunk's tokens up to t (of t's document), and S the state before,
+  With `b_t` the sum of log_decay over the chunk's tokens up to t (of t's document), and S the state before
+  the chunk,
 
       o_i = (q_i exp(b_i)) S + sum_{j <= i} A_ij v_j        A_ij = sum_k q_ik k_jk exp(b_ik - b_jk)
       S'  = diag(exp(b_C)) S + sum_j (k_j exp(b_C - b_j))^T v_j
 
-  No exponent is ever positive, so nothing overflows however fast a channel forgets: `exp(-b_j)` alone,
-  which would make A one product, is never formed. `_decayed_scores` forms the differences instead, pair by
-  pair in sub-chunks of at most 16 tokens, and through the first token of the later sub-chunk between them
-  (the paper's secondary chunking).
+  No exponent is positive, so that nothing overflows however fast a channel decays. `exp(-b_j)` alone would
+  make A a single product, but may overflow. `_decayed_scores` forms the differences instead, pair by pair
+  in sub-chunks of at most 16 tokens, and between sub-chunks through the first token of the later one (the
+  paper's secondary chunking).
 
   Args:
-    q, k, v: of any length T; q is used as it is, scale it before.
+    q, k, v: of any length T; q is used without scaling.
     log_decay: logarithms of decays in (0, 1], finite.
-    segment_ids: documents of packed rows: the state restarts in each, wherever in a chunk it begins.
-      Padding, 0, reads 0 and leaves the state as it is.
-    state: what the first token's document left behind; None is zero.
-    chunk_size: tokens per step of the scan; changes nothing but the work.
+    segment_ids: documents of packed rows. The state restarts at each document, anywhere in a chunk.
+      Padding, 0, has output 0 and leaves the state as it is.
+    state: the state of the first token's document; None is zero.
+    chunk_size: tokens per step of the scan; it changes the work, not the result.
 
   Returns:
-    o in q's dtype, and the state after the last token in `promote_types(dtype, float32)`, in which all of
-    it is computed.
+    o in q's dtype, and the state after the last token in `promote_types(dtype, float32)`, the dtype of
+    all computation.
 
   Raises:
-    UserError: shapes that disagree, chunk_size < 1, ids that are not integers.
+    UserError: shapes disagree, chunk_size < 1, or ids are no integers.
 
   Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training
     (arXiv 2312.06635), section 4.
@@ -85,29 +86,28 @@ def delta_rule(
   state: Float[Array, "B H K M"] | None = None,
   chunk_size: int = 64,
 ) -> tuple[Float[Array, "B T H M"], Float[Array, "B H K M"]]:
-  """`S_t = S_{t-1} - beta_t k_t^T (k_t S_{t-1} - v_t)` and `o_t = q_t S_t`; the outputs and the last S.
+  """Computes `S_t = S_{t-1} - beta_t k_t^T (k_t S_{t-1} - v_t)` and `o_t = q_t S_t`.
 
-  What token i writes is `k_i^T u_i` with `u_i = beta_i (v_i - k_i S_{i-1})`. In a chunk with the state S
-  before it, `S_{i-1} = S + sum_{j < i} k_j^T u_j`, so that all u solve one triangular system:
+  Token i adds `k_i^T u_i` with `u_i = beta_i (v_i - k_i S_{i-1})`. In a chunk that starts from the state S,
+  `S_{i-1} = S + sum_{j < i} k_j^T u_j`, so that all u solve one triangular system:
 
       (I + diag(beta) strict_lower(k k^T)) u = diag(beta) (v - k S)
       o = q S + lower(q k^T) u        S' = S + k^T u
 
   Args:
     q, k, v: of any length T; keys of norm at most 1 and beta in [0, 1] keep the state bounded.
-    beta: how much of what a key holds is replaced.
-    segment_ids, state, chunk_size: as of `gated_linear_attention`.
+    beta: the part of a key's stored value that is replaced.
+    segment_ids, state, chunk_size: as in `gated_linear_attention`.
 
   Returns:
     o in q's dtype, and the state after the last token in `promote_types(dtype, float32)`, in which all of
     it is computed.
 
   Raises:
-    UserError: shapes that disagree, chunk_size < 1, ids that are not integers.
+    UserError: shapes disagree, chunk_size < 1, or ids are no integers.
 
   Source: Yang et al., Parallelizing Linear Transformers with the Delta Rule over Sequence Length
-    (arXiv 2406.06484); the system is that of its UT transform, solved with the state on the right-hand
-    side.
+    (arXiv 2406.06484). The system is that of its UT transform, here with the state on the right-hand side.
   """
   _check(q, k, v, {"beta": (beta, k.shape[:-1])}, segment_ids, state, chunk_size)
   with jax.named_scope("delta_rule"):
@@ -121,14 +121,14 @@ def short_convolution(
   segment_ids: Int[Array, "B T"] | None = None,
   before: Float[Array, "B before H K"] | None = None,
 ) -> Float[Array, "B T H K"]:
-  """`y_t = sum_i kernel[i] x_{t - (width - 1) + i}` per channel: a token and the width - 1 before it.
+  """Computes `y_t = sum_i kernel[i] x_{t - (width - 1) + i}` per channel, over a token and earlier ones.
 
-  A tap counts as zero where it lies in another document or before the row; padding has y = 0. Returns
-  x's dtype; sums are formed in float32 or wider.
+  Tokens of another document or before the row count as zero; padding has y = 0. The result has x's dtype;
+  sums are formed in float32 or wider.
 
   Args:
     segment_ids: documents of packed rows, 0 for padding.
-    before: the width - 1 tokens before the row, of the first token's document; None for none.
+    before: the width - 1 tokens before the row, of the first token's document; None means zeros.
   """
   wide = accumulation_dtype(x.dtype)
   width, t = kernel.shape[0], x.shape[1]
@@ -150,14 +150,14 @@ def short_convolution(
   return y.astype(x.dtype)
 
 
-class _Borders(NamedTuple):
-  """What the documents of a chunk leave of it; with axes of size 1 for heads and channels.
+class _Masks(NamedTuple):
+  """Holds a chunk's document masks, with axes of size 1 for heads and channels.
 
   Attributes:
-    sees: token i sees token j: `j <= i` and one document.
-    reads: the token belongs to the document whose state comes in.
+    sees: token i sees token j: `j <= i`, in the same document.
+    reads: the token belongs to the document of the incoming state.
     writes: the token belongs to the chunk's last document.
-    keeps: these two documents are the same one.
+    keeps: these two documents are the same.
   """
 
   sees: Bool[Array, "B 1 C C"]
@@ -166,12 +166,12 @@ class _Borders(NamedTuple):
   keeps: Bool[Array, "B 1 1 1"]
 
 
-def _borders(starts: Bool[Array, "B C"]) -> _Borders:
-  """From the tokens at which a document begins; padding goes with the document before it."""
+def _document_masks(starts: Bool[Array, "B C"]) -> _Masks:
+  """Makes the masks from the first tokens of documents; padding belongs to the document before it."""
   number = jnp.cumsum(starts.astype(jnp.int32), axis=1)
   size = starts.shape[1]
   causal = jnp.tril(jnp.ones((1, size, size), bool))
-  return _Borders(
+  return _Masks(
     sees=(causal & (number[:, :, None] == number[:, None, :]))[:, None],
     reads=(number == 0)[:, None, :, None],
     writes=(number == number[:, -1:])[:, None, :, None],
@@ -190,10 +190,10 @@ def _over_chunks(
   state: Float[Array, "B H K M"] | None,
   chunk_size: int,
 ) -> tuple[Float[Array, "B T H M"], Float[Array, "B H K M"]]:
-  """`step(S, chunk, borders) -> (S', o)` from chunk to chunk; what is computed is float32 or wider.
+  """Scans `step(S, chunk, masks) -> (S', o)` over the chunks, in float32 or wider.
 
-  Padding has zeros for all inputs: it decays nothing, writes nothing and reads 0. So has what fills up the
-  last chunk.
+  Padding, also that of the last chunk, has zeros for all inputs: it does not change the state, and its
+  output is 0.
   """
   q, _, v = inputs[:3]
   b, t, h, width = q.shape
@@ -204,15 +204,15 @@ def _over_chunks(
   before = jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
   starts = (segment_ids != before) & (segment_ids != 0)
   inputs = tuple(where(real, x) for x in inputs)
-  bad, bad_state = _saw_what_is_not_finite(inputs, starts, state)
+  bad, bad_state = _depends_on_non_finite(inputs, starts, state)
 
   size = min(chunk_size, t)
   chunks = -(-t // size)
 
   def cut(x):
-    """`[B, T, ...]` to `[N, B, C, ...]`, zeros behind the end."""
-    filled = jnp.pad(x, [(0, 0), (0, chunks * size - t)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(filled.reshape(b, chunks, size, *x.shape[2:]), 1, 0)
+    """Cuts `[B, T, ...]` into `[N, B, C, ...]`, right-padded with zeros."""
+    padded = jnp.pad(x, [(0, 0), (0, chunks * size - t)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(padded.reshape(b, chunks, size, *x.shape[2:]), 1, 0)
 
   cuts = tuple(jnp.swapaxes(cut(finite(x).astype(wide)), 2, 3) for x in inputs)
   if state is None:
@@ -222,7 +222,7 @@ def _over_chunks(
   @jax.checkpoint
   def body(state, chunk):
     arrays, starts = chunk
-    return step(state, arrays, _borders(starts))
+    return step(state, arrays, _document_masks(starts))
 
   state = vary_over(state.astype(wide), varying_axes(*inputs))
   state, o = lax.scan(body, state, (cuts, cut(starts)))
@@ -234,38 +234,38 @@ def _over_chunks(
   return o.astype(q.dtype), state
 
 
-def _saw_what_is_not_finite(
+def _depends_on_non_finite(
   inputs: tuple[Float[Array, "B T H _"], ...],
   starts: Bool[Array, "B T"],
   state: Float[Array, "B H K M"] | None,
 ) -> tuple[Bool[Array, "B T"], Bool[Array, "B"]]:
-  """The tokens up to which their document held what is not finite, and the rows whose last one did."""
+  """Returns the tokens, and the rows' last states, that depend on a non-finite number."""
   finite_tokens = (jnp.all(jnp.isfinite(x), axis=(2, 3)) for x in inputs)
   count = jnp.cumsum(~functools.reduce(jnp.logical_and, finite_tokens), axis=1, dtype=jnp.int32)
   if state is not None:
     count += jnp.any(~jnp.isfinite(state), axis=(1, 2, 3)).astype(jnp.int32)[:, None]
-  # Before a document: what was counted up to the token before its first one.
+  # The count before the first token of each document.
   before = jnp.pad(count[:, :-1], ((0, 0), (1, 0)))
   before = lax.cummax(jnp.where(starts, before, 0), axis=1)
   bad = count > before
   return bad, bad[:, -1]
 
 
-def _gated_chunk(state, chunk, borders: _Borders):
+def _gated_chunk(state, chunk, masks: _Masks):
   q, k, v, log_decay = chunk  # [B H C K]
-  # Each document sums its own: so no rounding of another one's decays is in a difference of two sums.
-  same = borders.sees.astype(log_decay.dtype)[:, 0]
+  # Sums start at each document, so that no rounding of another document's decays enters a difference.
+  same = masks.sees.astype(log_decay.dtype)[:, 0]
   b = jnp.einsum("bij,bhjk->bhik", same, log_decay, precision=lax.Precision.HIGHEST)
   total = b[:, :, -1:]
-  o = matmul("bhij,bhjm->bhim", _decayed_scores(q, k, b, borders.sees), v)
-  o += matmul("bhik,bhkm->bhim", q * _decay(borders.reads, b), state)
-  left = jnp.swapaxes(_decay(borders.keeps, total), 2, 3)
-  written = k * _decay(borders.writes, total - b)
-  return left * state + matmul("bhjk,bhjm->bhkm", written, v), o
+  o = matmul("bhij,bhjm->bhim", _decayed_scores(q, k, b, masks.sees), v)
+  o += matmul("bhik,bhkm->bhim", q * _decay(masks.reads, b), state)
+  kept = jnp.swapaxes(_decay(masks.keeps, total), 2, 3)
+  written = k * _decay(masks.writes, total - b)
+  return kept * state + matmul("bhjk,bhjm->bhkm", written, v), o
 
 
 def _decay(mask, exponent):
-  """exp, and 0 where the mask is off: only there may the exponent be positive."""
+  """Returns exp(exponent), and 0 where the mask is off; only there the exponent may be positive."""
   return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
 
 
@@ -275,10 +275,10 @@ def _decayed_scores(
   b: Float[Array, "B H C K"],
   sees: Bool[Array, "B 1 C C"],
 ) -> Float[Array, "B H C C"]:
-  """`A_ij = sum_k q_ik k_jk exp(b_ik - b_jk)` where i sees j, else 0; b falls along a document.
+  """Computes `A_ij = sum_k q_ik k_jk exp(b_ik - b_jk)` where i sees j, else 0; b falls along a document.
 
-  In a sub-chunk the differences are formed for every pair. For j in an earlier sub-chunk than i's, whose
-  first token f lies between them, `exp(b_i - b_j) = exp(b_i - b_f) exp(b_f - b_j)`: a product.
+  Within a sub-chunk the differences are formed for every pair. If j is in an earlier sub-chunk than i, and
+  f is the first token of i's sub-chunk, then `exp(b_i - b_j) = exp(b_i - b_f) exp(b_f - b_j)`: a product.
   """
   rows, _, size, width = q.shape
   sub = math.gcd(size, _SUB_CHUNK)
@@ -289,30 +289,30 @@ def _decayed_scores(
 
   first = split(b)[:, :, :, :1]
   by_part = sees.reshape(rows, 1, parts, sub, parts, sub)
-  own_part = jnp.moveaxis(jnp.diagonal(by_part, axis1=2, axis2=4), -1, 2)  # [B 1 parts i j]
+  same_part = jnp.moveaxis(jnp.diagonal(by_part, axis1=2, axis2=4), -1, 2)  # [B 1 parts i j]
   before = jnp.arange(size)[None, :] < sub * jnp.arange(parts)[:, None]
   earlier = sees[:, :, ::sub] & before[None, None]
-  to_first = split(q) * _decay(own_part[..., :1], split(b) - first)
+  to_first = split(q) * _decay(same_part[..., :1], split(b) - first)
   from_first = k[:, :, None] * _decay(earlier[..., None], first - b[:, :, None])
   across = matmul("bhpik,bhpjk->bhpij", to_first, from_first)
-  pairs = _decay(own_part[..., None], split(b)[:, :, :, :, None] - split(b)[:, :, :, None])
-  own = jnp.sum(split(q)[:, :, :, :, None] * split(k)[:, :, :, None] * pairs, axis=-1)
-  placed = jnp.einsum("bhpij,pr->bhpirj", own, jnp.eye(parts, dtype=own.dtype))
+  pairs = _decay(same_part[..., None], split(b)[:, :, :, :, None] - split(b)[:, :, :, None])
+  within = jnp.sum(split(q)[:, :, :, :, None] * split(k)[:, :, :, None] * pairs, axis=-1)
+  placed = jnp.einsum("bhpij,pr->bhpirj", within, jnp.eye(parts, dtype=within.dtype))
   return across.reshape(*q.shape[:3], size) + placed.reshape(*q.shape[:3], size)
 
 
-def _delta_chunk(state, chunk, borders: _Borders):
+def _delta_chunk(state, chunk, masks: _Masks):
   q, k, v, beta = chunk  # [B H C K], beta [B H C 1]
   read = partial(matmul, "bhik,bhkm->bhim")
   pairs = partial(matmul, "bhik,bhjk->bhij")
   size = k.shape[2]
-  strictly = borders.sees & ~jnp.eye(size, dtype=bool)[None, None]
-  system = jnp.eye(size, dtype=k.dtype)[None, None] + beta * _where(strictly, pairs(k, k))
-  known = beta * (v - read(_where(borders.reads, k), state))
-  u = solve_triangular(system, known, lower=True, unit_diagonal=True)
-  o = read(_where(borders.reads, q), state)
-  o += matmul("bhij,bhjm->bhim", _where(borders.sees, pairs(q, k)), u)
-  return _where(borders.keeps, state) + matmul("bhjk,bhjm->bhkm", _where(borders.writes, k), u), o
+  sees_earlier = masks.sees & ~jnp.eye(size, dtype=bool)[None, None]
+  system = jnp.eye(size, dtype=k.dtype)[None, None] + beta * _where(sees_earlier, pairs(k, k))
+  right_side = beta * (v - read(_where(masks.reads, k), state))
+  u = solve_triangular(system, right_side, lower=True, unit_diagonal=True)
+  o = read(_where(masks.reads, q), state)
+  o += matmul("bhij,bhjm->bhim", _where(masks.sees, pairs(q, k)), u)
+  return _where(masks.keeps, state) + matmul("bhjk,bhjm->bhkm", _where(masks.writes, k), u), o
 
 
 def _check(q, k, v, gates, segment_ids, state, chunk_size):

@@ -1,1 +1,1 @@
-"""Benchmarks of fast weights and of generation."""
+"""Measures fast weights and generation."""

@@ -1,6 +1,6 @@
-"""`ttt-jax bench generation`: what learning costs while writing, in time per token and memory.
+"""Runs `ttt-jax bench generation`: measures the time per token and memory of learning meanwhile.
 
-A model of random weights and its twin without fast weights write in turns, round after round.
+A model of random weights and its twin without fast weights generate in turns, round after round.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig
 from ttt_jax.errors import UserError
-from ttt_jax.extras.bench.fast_weights import machine, wide_console
+from ttt_jax.extras.bench.machine import machine, wide_console
 from ttt_jax.files import write_json
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
@@ -26,12 +26,12 @@ from ttt_jax.nn.transformer import Transformer, count_parameters
 
 @dataclasses.dataclass(frozen=True)
 class GenerationBenchConfig:
-  """Sizes of the model, by default those of SmolLM2-135M, and of the texts.
+  """Sets the sizes of the model (by default those of SmolLM2-135M) and of the texts.
 
   Attributes:
-    every: every how many layers there is a fast weight.
-    chunk_size: C. A round writes C tokens, so that every row learns one chunk in it.
-    prompt: tokens read before. batch: rows. repeats: rounds.
+    every: one layer in so many has a fast weight.
+    chunk_size: C. A round generates C tokens, so that every row learns one chunk per round.
+    prompt: tokens of the prompt. batch: rows. repeats: rounds.
   """
 
   layers: int = 30
@@ -55,10 +55,10 @@ class GenerationBenchConfig:
 
 
 def run_generation_bench(config: GenerationBenchConfig, name: str, out: Path) -> dict[str, Any]:
-  """Measures, prints a table, and writes `out/NAME.json`."""
+  """Measures both models, prints a table, and writes `out/NAME.json`."""
   console = wide_console()
-  where = machine()
-  console.print(f"{where['device']} ({where['processor']}), jax {where['jax']}", highlight=False)
+  here = machine()
+  console.print(f"{here['device']} ({here['processor']}), jax {here['jax']}", highlight=False)
   model = ModelConfig(
     vocab_size=config.vocab,
     num_layers=config.layers,
@@ -73,23 +73,23 @@ def run_generation_bench(config: GenerationBenchConfig, name: str, out: Path) ->
   cases = {}
   for case, layers in (("without fast weights", ()), ("with fast weights", fast)):
     ttt = TTTConfig(layers=layers, chunk_size=config.chunk_size, target="hidden_states")
-    made = Transformer(model, AttentionConfig(), ttt, rngs=nnx.Rngs(0))
-    cases[case] = (Reader.of(made), count_parameters(made))
+    decoder = Transformer(model, AttentionConfig(), ttt, rngs=nnx.Rngs(0))
+    cases[case] = (Reader.of(decoder), count_parameters(decoder))
   rng = np.random.default_rng(0)
   prompts = rng.integers(0, config.vocab, (config.batch, config.prompt)).astype(np.int32)
   states = {
     case: generate(reader, prompts, max_new_tokens=0).state for case, (reader, _) in cases.items()
   }
   seconds: dict[str, list[float]] = {case: [] for case in cases}
-  nothing = [[]] * config.batch
+  no_prompt = [[]] * config.batch
   for turn in track(range(config.repeats + 1), "writing", console=console):
     for case, (reader, _) in cases.items():
-      how = {"max_new_tokens": config.chunk_size, "state": states[case], "stop": ()}
-      result = generate(reader, nothing, **how)
-      if turn:  # the first compiles
+      options = {"max_new_tokens": config.chunk_size, "state": states[case], "stop": ()}
+      result = generate(reader, no_prompt, **options)
+      if turn:  # the first turn compiles
         seconds[case].append(result.write_seconds / config.chunk_size)
   report = {
-    "machine": where,
+    "machine": here,
     "config": dataclasses.asdict(config),
     "cases": [
       {
@@ -111,7 +111,7 @@ def run_generation_bench(config: GenerationBenchConfig, name: str, out: Path) ->
 
 
 def _bytes(state) -> dict[str, int]:
-  """What a state holds, by kind."""
+  """Counts the bytes of a state, by kind."""
   layers = state.cache.layers
   fast = [layer.fast for layer in layers if layer.fast is not None]
   kinds = {

@@ -1,4 +1,4 @@
-"""What a run would take on accelerators that are not here: its programs, compiled ahead of time."""
+"""Plans a run for a TPU slice that is not here: compiles its programs ahead of time."""
 
 from ttt_jax.extras.plan.planner import Mode, Plan, plan
 

@@ -1,4 +1,4 @@
-"""`ttt-jax plan`: one plan in words or as JSON, or a table over several meshes."""
+"""Runs `ttt-jax plan`: prints one plan as text or JSON, or a table over several meshes."""
 
 import dataclasses
 import json
@@ -26,10 +26,10 @@ def run(
   sweep: bool,
   console: Console | None = None,
 ) -> int:
-  """Plans a run and prints it; 0 if it fits, 1 if it does not.
+  """Plans a run and prints the plan; returns 0 if the run fits, 1 if it does not.
 
   Raises:
-    UserError: no topology is given; a mesh that fits neither it nor the model.
+    UserError: no topology is given; a mesh fits neither the topology nor the model.
   """
   console = Console() if console is None else console
   topology = config.plan.topology if topology is None else topology
@@ -44,7 +44,7 @@ def run(
     for mesh in swept_meshes(config, devices):
       plans.append(_plan(dataclasses.replace(config, mesh=mesh), topology, mode, devices))
       if not as_json:
-        console.print(_row_in_words(plans[-1]), highlight=False, soft_wrap=True)
+        console.print(_summary_line(plans[-1]), highlight=False, soft_wrap=True)
     if as_json:
       print(json.dumps([as_dict(p) for p in plans], indent=2))
     else:
@@ -59,26 +59,26 @@ def run(
 
 
 def _plan(config: Config, topology: str, mode: Mode, devices: int) -> Plan:
-  """Only shapes count: where the checkpoint of `init_from` is not here, those of the config do."""
-  is_here = config.init_from is None or Path(config.init_from).expanduser().exists()
-  if not is_here:
+  """Plans with the shapes of the config's `model` section if the checkpoint of `init_from` is not here."""
+  if config.init_from is not None and not Path(config.init_from).expanduser().exists():
     if config.model.d_model == ModelConfig().d_model:
       raise UserError(
-        f"init_from={config.init_from!r} is not here, and the config's section model does not say what "
-        "it is: give its shapes (model.d_model and so on), or fetch it"
+        f"init_from={config.init_from!r} does not exist here, and the config's section model does not give "
+        "its shapes: set them (model.d_model and so on), or download the checkpoint"
       )
     config = dataclasses.replace(config, init_from=None)
   return plan(resolve(config, devices), topology, mode=mode)
 
 
 def as_dict(planned: Plan) -> dict:
+  """Returns a plan as it is printed in JSON."""
   return planned._asdict() | {"largest": [buffer._asdict() for buffer in planned.largest]}
 
 
 def swept_meshes(config: Config, devices: int) -> list[MeshConfig]:
-  """Meshes of so many devices with the config's `tensor`, over sizes of `context`.
+  """Lists meshes of so many devices, with the config's `tensor`, over sizes of `context`.
 
-  `fsdp` takes as many of the others as there are rows for, `data` what is left.
+  `fsdp` takes the largest part of the other devices that divides `model.d_model`, `data` the rest.
   """
   meshes = []
   tensor = max(1, config.mesh.tensor)
@@ -102,7 +102,7 @@ def _mesh(planned: Plan) -> str:
   return " x ".join(f"{axis} {size}" for axis, size in planned.mesh.items() if size > 1) or "1"
 
 
-def _row_in_words(planned: Plan) -> str:
+def _summary_line(planned: Plan) -> str:
   fits = "fits" if planned.fits else "does not fit"
   return (
     f"{_mesh(planned)}: {_memory(planned)}, {fits}; compiled in {planned.compile_seconds:.0f} s"
@@ -145,9 +145,9 @@ def _print(planned: Plan, console: Console) -> None:
   def line(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-  what = "training step" if planned.mode == "train" else "prefill"
+  name = "training step" if planned.mode == "train" else "prefill"
   line(
-    f"{what} of {planned.params:,} parameters, {planned.tokens_per_step:,} tokens, on {planned.topology}: "
+    f"{name} of {planned.params:,} parameters, {planned.tokens_per_step:,} tokens, on {planned.topology}: "
     f"{planned.devices} devices ({_mesh(planned)}); compiled in {planned.compile_seconds:.0f} s"
   )
   parts = {k: v for k, v in planned.hbm_per_device_gib.items() if k != "total"}

@@ -1,4 +1,4 @@
-"""The programs of a run, traced for a mesh that need not exist: nothing is computed, nothing allocated."""
+"""Traces the programs of a run for a mesh that need not exist; nothing is computed or allocated."""
 
 from typing import NamedTuple
 
@@ -14,12 +14,12 @@ from ttt_jax.training.step import Batch, abstract_state, jit_train_step
 
 
 class Traced(NamedTuple):
-  """A program to compile.
+  """Holds a traced program.
 
   Attributes:
-    program: traced; lower and compile it under `jax.set_mesh`.
-    tokens: that one run of it reads.
-    runs: of it, in what the user calls a step.
+    program: lower and compile it under `jax.set_mesh`.
+    tokens: the number of tokens that one execution processes.
+    runs: the number of executions in a step.
   """
 
   program: jax.stages.Traced
@@ -28,7 +28,7 @@ class Traced(NamedTuple):
 
 
 def trace_training(config: Config, mesh: Mesh) -> Traced:
-  """The training step of `ttt_jax.training.loop`, of a resolved config."""
+  """Traces the training step of `ttt_jax.training.loop` for a resolved config."""
   shape = (config.train.batch_size, config.data.seq_len)
   rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding(mesh, "batch", "sequence"))
   with jax.set_mesh(mesh):
@@ -37,7 +37,7 @@ def trace_training(config: Config, mesh: Mesh) -> Traced:
 
 
 def trace_prefill(config: Config, mesh: Mesh) -> Traced:
-  """What `generate` runs for every segment of prompts: `train.batch_size` rows of `data.seq_len` tokens."""
+  """Traces `generate`'s prefill of `train.batch_size` prompts of `data.seq_len` tokens, piece by piece."""
   rows, length = config.train.batch_size, config.data.seq_len
   model = jax.eval_shape(lambda: make_model(config))
   program, segment = trace_read(model, mesh, rows, length)

@@ -1,7 +1,7 @@
-"""FLOPs of a program that was traced, on one device: of the products it runs, those of remat too.
+"""Counts the FLOPs of a traced program's products on one device, remat included.
 
-What XLA reports of a compiled program counts a loop's body once, and nothing of a kernel; a jaxpr says
-how often a scan runs and what is in a kernel.
+XLA's cost analysis counts a loop's body once and nothing inside a kernel; a jaxpr says how often a scan
+runs and what a kernel computes.
 """
 
 import math
@@ -14,6 +14,8 @@ from ttt_jax.training.flops import visible_keys
 
 
 class _Row(NamedTuple):
+  """Describes a row, for the pairs of tokens that attention kernels compute."""
+
   tokens: int
   window: int | None
 
@@ -21,19 +23,19 @@ class _Row(NamedTuple):
 def device_flops(
   jaxpr: ClosedJaxpr, *, devices: int, tokens: int, window: int | None = None
 ) -> float:
-  """FLOPs that one of `devices` devices does, two for a multiplication and an addition.
+  """Counts the FLOPs of one device, two for a multiplication and an addition.
 
       dot_general      2 x (numbers of the result) x (numbers summed for each)
       attention kernel (products per block of scores) x 2 K x (pairs of query and key that see each other)
 
-  Outside of `jax.shard_map` arrays are whole, and every device does its part of a product. Of a `cond` the
-  dearest branch counts; a `while` of unknown length counts once.
+  Outside `jax.shard_map` arrays are global, and the devices share a product evenly. A `cond` counts its
+  most expensive branch; a `while`, whose length is unknown, counts once.
 
   Args:
-    jaxpr: of the program.
-    devices: of its mesh.
-    tokens: of a row.
-    window: of the attention layers that have one.
+    jaxpr: the program.
+    devices: the number of devices of its mesh.
+    tokens: the tokens of a row.
+    window: the window of the attention layers that have one.
   """
   return _flops(jaxpr.jaxpr, 1 / devices, _Row(tokens, window))
 
@@ -56,20 +58,20 @@ def _flops(jaxpr: Jaxpr, share: float, row: _Row) -> float:
 
 
 class TracedArray(NamedTuple):
-  """A device's part of an array that a program makes."""
+  """Describes one device's part of an array that a program makes."""
 
   bytes: float
   shape: str
-  scope: str  # the `jax.named_scope`s it is made in
+  scope: str  # the `jax.named_scope`s that it is made in
 
 
-# What makes an array that has to be stored; results of other primitives are mostly parts of a fusion.
+# Primitives whose results are stored; results of others are mostly fused into their consumers.
 _STORED = ("dot_general", "scan", "all_gather", "all_to_all", "pallas_call", "gather")
 
 
 def largest_arrays(jaxpr: ClosedJaxpr, *, devices: int, count: int) -> list[TracedArray]:
-  """The largest arrays of a program, by shape and scope; those of a loop's steps stacked, with the loop."""
-  found: dict[tuple[str, str], TracedArray] = {}
+  """Returns the largest arrays by shape and scope; a loop's stacked results count as the loop's."""
+  largest: dict[tuple[str, str], TracedArray] = {}
 
   def visit(jaxpr: Jaxpr, share: float) -> None:
     for equation in jaxpr.eqns:
@@ -79,18 +81,18 @@ def largest_arrays(jaxpr: ClosedJaxpr, *, devices: int, count: int) -> list[Trac
           shape = variable.aval.str_short()
           size = share * math.prod(variable.aval.shape) * variable.aval.dtype.itemsize
           array = TracedArray(size, shape, scope)
-          found[shape, scope] = max(array, found.get((shape, scope), array))
+          largest[shape, scope] = max(array, largest.get((shape, scope), array))
       if equation.primitive.name != "pallas_call":
         within = 1.0 if equation.primitive.name == "shard_map" else share
         for inner in _inner(equation.params):
           visit(inner, within)
 
   visit(jaxpr.jaxpr, 1 / devices)
-  return sorted(found.values(), reverse=True)[:count]
+  return sorted(largest.values(), reverse=True)[:count]
 
 
 def _inner(params: dict[str, Any]) -> list[Jaxpr]:
-  """The jaxprs among an equation's parameters; derivative rules are functions, and not among them."""
+  """Returns the jaxprs among an equation's parameters; derivative rules, which are functions, are not."""
   found = []
   for leaf in jax.tree.leaves(
     list(params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
@@ -109,9 +111,9 @@ def _product(equation: Any) -> float:
 
 
 def _kernel(equation: Any, row: _Row) -> float:
-  """Of splash attention, whose blocks are computed where a query sees a key, half of them on diagonals.
+  """Counts a splash attention kernel, which computes the blocks where a query sees a key.
 
-  A kernel that visits all blocks is that of full attention.
+  Blocks on a diagonal count half. A kernel that visits all blocks belongs to full attention.
   """
   q, k = [v.aval for v in equation.invars if v.aval.dtype.kind not in "iu"][:2]
   heads, tokens, width = q.shape[-3:]

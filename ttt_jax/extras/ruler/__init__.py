@@ -1,7 +1,7 @@
-"""RULER (Hsieh et al., 2024, arXiv 2404.06654): thirteen tasks on documents of any length.
+"""Makes and scores RULER (Hsieh et al., 2024, arXiv 2404.06654): thirteen tasks at any length.
 
-The texts, the needles and the order of things are those of the lm-evaluation-harness; what is drawn is not,
-and no file is downloaded. A document is cut to length by the model's own tokenizer.
+Texts, needles and their order are those of the lm-evaluation-harness; the random draws are not, and no file
+is downloaded. The model's own tokenizer measures the length of a document.
 """
 
 from ttt_jax.extras.ruler.generate import Ruler as Ruler

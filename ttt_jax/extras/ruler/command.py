@@ -1,4 +1,4 @@
-"""`ttt-jax eval ruler`: a model's scores, as a table, as JSON and as a picture."""
+"""Runs `ttt-jax eval ruler`: reports a model's scores as a table, as JSON and as a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +22,15 @@ def run(
   dtype: str | None,
   fields: Fields,
 ) -> int:
-  """Evaluates the model of `source`, or goes on; returns the exit status."""
+  """Evaluates the model of `source`, or resumes its evaluation; returns the exit status."""
   console = Console()
   name = Path(source).stem
   if out is None:
     out = Path("runs") / f"ruler_{name}{'_strict' if config.strict else ''}"
   tokenizer = open_tokenizer(source)
-  config.ruler(tokenizer).sample(config.chosen[0], min(config.lengths), 0)  # before a long loading
+  config.ruler(tokenizer).sample(
+    config.chosen[0], min(config.lengths), 0
+  )  # a mistake shows before the model loads
   model = Reader.of(open_model(source, dtype=dtype, fields=fields), donate=True)
   if left_out := config.left_out():
     console.print(left_out)
@@ -43,12 +45,12 @@ def run(
 
 
 def _table(report: dict[str, Any]) -> Table:
-  """Scores in percent, a row for each task, a column for each length."""
+  """Makes a table of scores in percent, a row per task and a column per length."""
   lengths = [int(length) for length in report["averages"]]
   scores = {(cell["task"], cell["length"]): cell["score"] for cell in report["cells"]}
   settings = report["settings"]
-  how = ", only through the fast weights" if settings["strict"] else ""
-  table = Table(title=f"RULER: {report['name']}, {settings['samples']} samples each, %{how}")
+  mode = ", only through the fast weights" if settings["strict"] else ""
+  table = Table(title=f"RULER: {report['name']}, {settings['samples']} samples each, %{mode}")
   table.add_column("task")
   for length in lengths:
     table.add_column(str(length), justify="right")

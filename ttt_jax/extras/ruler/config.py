@@ -1,4 +1,4 @@
-"""Which samples are asked for, and the files they are made of."""
+"""Configures which samples are made, and from which files."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ _QUESTIONS = {"ruler_qa_squad": "squad", "ruler_qa_hotpot": "hotpot"}
 
 @dataclass(frozen=True)
 class SamplesConfig:
-  """Samples of some tasks at some lengths.
+  """Chooses the samples of some tasks at some lengths.
 
   Attributes:
-    tasks: None for all, but those without a file of questions.
+    tasks: names; None for all tasks, without those that lack their file of questions.
     lengths: tokens of prompt and answer together.
-    samples: of every task and length.
-    haystack: a text file that needles are hidden in where RULER takes essays; None for its noise.
+    samples: the number of samples per task and length.
+    haystack: a text file that hides needles where RULER takes essays; None for RULER's noise.
     squad, hotpot: files of questions, in SQuAD's or HotpotQA's format.
   """
 
@@ -42,26 +42,28 @@ class SamplesConfig:
 
   @property
   def chosen(self) -> tuple[str, ...]:
+    """Returns the names of the tasks."""
     if self.tasks is not None:
       return tuple(dict.fromkeys(self.tasks))
     return tuple(task for task in TASKS if task not in _QUESTIONS or self._questions(task))
 
   @property
   def pairs(self) -> list[tuple[str, int]]:
-    """Of task and length, the short ones first."""
+    """Lists all pairs of task and length, short lengths first."""
     return [(task, length) for length in sorted(set(self.lengths)) for task in self.chosen]
 
   def left_out(self) -> str | None:
-    """What to tell the user of tasks that are not among all, None if there are none."""
+    """Says which tasks lack a file of questions; None if no task is left out."""
     missing = [task for task in TASKS if self.tasks is None and task not in self.chosen]
     return f"left out, for want of --squad or --hotpot: {', '.join(missing)}" if missing else None
 
   def ruler(self, tokenizer: Tokenizer) -> Ruler:
+    """Makes the generator of these samples."""
     haystack = None if self.haystack is None else _text(self.haystack)
     return Ruler(tokenizer, seed=self.seed, haystack=haystack, squad=self.squad, hotpot=self.hotpot)
 
   def check(self, ruler: Ruler) -> None:
-    """Makes the last sample of every task and length: what is wrong is known before hours of work.
+    """Makes the last sample of every task and length, so that errors show before hours of work.
 
     Raises:
       UserError: as `Ruler.sample`.
@@ -70,10 +72,11 @@ class SamplesConfig:
       ruler.sample(task, length, self.samples - 1)
 
   def haystack_digest(self) -> str:
+    """Returns a digest of the haystack, or "noise"."""
     return "noise" if self.haystack is None else _digest(self.haystack)
 
   def questions_digest(self, task: str) -> str | None:
-    """Of the task's file of questions, None for a task that has none."""
+    """Returns a digest of the task's file of questions; None for a task without one."""
     file = self._questions(task)
     return None if file is None else _digest(file)
 

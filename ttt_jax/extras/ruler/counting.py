@@ -1,4 +1,4 @@
-"""Two tasks of counting: the common words of a numbered list, and the frequent ones of a coded text."""
+"""Drafts two counting tasks: the common words of a numbered list, the frequent words of a coded text."""
 
 import math
 from string import ascii_lowercase
@@ -28,34 +28,34 @@ FREQUENT_QUESTION = (
 )
 
 _COMMON = 10  # words asked for
-_LONG = 4096  # tokens, from which on words appear more often
-_TOKENS_PER_ENTRY = 4  # of the list, for most tokenizers at least: a number, a dot, and a word
-_FREQUENT = 3
-_LETTERS = 6
-_TOKENS_PER_CODE = 50  # of the length
+_LONG = 4096  # tokens of a sample, from which on words appear more often
+_TOKENS_PER_ENTRY = 4  # at least, for most tokenizers: a number, a dot, and a word
+_FREQUENT = 3  # words asked for
+_LETTERS = 6  # of a coded word
+_TOKENS_PER_CODE = 50  # a sample has one coded word per so many tokens
 _ALPHA = 2.0  # rank k is drawn in proportion to k ** -_ALPHA
-_ZETA = math.pi**2 / 6  # of _ALPHA
-_LEAST_FREQUENT = 74  # words, from which on the third is more frequent than the fourth
+_ZETA = math.pi**2 / 6  # zeta(_ALPHA)
+_LEAST_FREQUENT = 74  # words of a text, from which on rank 3 is more frequent than rank 4
 
 
 def common_words(materials: Materials, draw: Draw, room: int) -> Draft:
-  """A unit is a word, common or not.
+  """Drafts a numbered list; a unit is a word, common or not.
 
-  Where the list would have more words than there are, `adjective-noun` compounds are added; the harness
-  ends the list there.
+  If the list needs more words than there are, `adjective-noun` compounds are added; the harness ends the
+  list instead.
   """
   often, seldom = (30, 3) if draw.length >= _LONG else (6, 1)
   words = all_words().copy()
   draw("words").shuffle(words)
   enough = max(room // _TOKENS_PER_ENTRY // seldom, _COMMON) + 2
-  more = _compounds(draw, max(0, enough - len(words)))
-  words = [*words[:enough], *more]
-  blank = [f" {word}" for word in words]
-  of_words = materials.pieces(blank[: len(words) - len(more)])
-  of_words = np.concatenate([of_words, materials.counter.parts(blank[len(words) - len(more) :])])
+  added = _compounds(draw, max(0, enough - len(words)))
+  words = words[:enough]
+  word_tokens = materials.pieces([f" {word}" for word in words])
+  added_tokens = materials.counter.parts([f" {word}" for word in added])
+  words, word_tokens = [*words, *added], np.concatenate([word_tokens, added_tokens])
   repeats = np.where(np.arange(len(words)) < _COMMON, often, seldom)
   listed = np.concatenate([[0], np.cumsum(repeats)])
-  tokens = np.concatenate([[0], np.cumsum(repeats * of_words)])
+  tokens = np.concatenate([[0], np.cumsum(repeats * word_tokens)])
   tokens += materials.number_tokens(int(listed[-1]))[listed]
 
   def make(n: int):
@@ -74,9 +74,9 @@ def _compounds(draw: Draw, count: int) -> list[str]:
 
 
 def frequent_words(materials: Materials, draw: Draw, room: int) -> Draft:
-  """n words of which floor(n k^-2 / zeta(2)) have rank k: dots first, then the three asked for.
+  """Drafts n words, floor(n k^-2 / zeta(2)) of them of rank k: dots first, then the three asked for.
 
-  The harness leaves no room for the answer here, and has prompts of the whole length.
+  Here the harness leaves no room for the answer: its prompts have the whole length.
   """
   vocabulary = ["...", *_codes(draw, max(_COMMON, draw.length // _TOKENS_PER_CODE) - 1)]
   share = np.arange(1, len(vocabulary) + 1) ** -_ALPHA / _ZETA
@@ -105,10 +105,10 @@ def _codes(draw: Draw, count: int) -> list[str]:
 
 
 def _frequent_tokens(share, cost, most: int):
-  """Entry n: sum over k of floor(n share[k]) cost[k], from where each word comes once more."""
+  """Returns entry n = sum over k of floor(n share[k]) cost[k], from the n where each word is repeated."""
   counts = (most * share).astype(int)
   first = np.concatenate([[0], np.cumsum(counts)])
   nth = np.arange(first[-1]) - np.repeat(first[:-1], counts) + 1
-  where = np.ceil(nth / np.repeat(share, counts) - 1e-9).astype(int)
-  added = np.bincount(where, weights=np.repeat(cost, counts), minlength=most + 1)
+  first_n = np.ceil(nth / np.repeat(share, counts) - 1e-9).astype(int)
+  added = np.bincount(first_n, weights=np.repeat(cost, counts), minlength=most + 1)
   return np.cumsum(added[: most + 1]).astype(np.int64)

@@ -1,8 +1,7 @@
-"""A model's scores at RULER, task by task and length by length, and what is written of them.
+"""Evaluates a model on RULER, task by task and length by length, and writes the results.
 
-A directory of results belongs to one model and one set of settings. Every pair of task and length is
-kept in `cells.jsonl` when it is done and never done again, so that the same call goes on where the last one
-was stopped, and another one adds tasks and lengths to those there are.
+A directory of results belongs to one model and one set of settings. `cells.jsonl` keeps every finished pair
+of task and length, so that the same call resumes where it stopped, and another call adds tasks and lengths.
 """
 
 import time
@@ -36,12 +35,11 @@ _CELLS = "cells.jsonl"
 
 @dataclass(frozen=True)
 class RulerConfig(SamplesConfig):
-  """What is asked of a model: samples, and how it meets them.
+  """Chooses the samples, and how the model gets them.
 
   Attributes:
-    strict: the document is read first, and the question with nothing of it but what the fast weights
-      learned.
-    batch_size: samples read together; it does not change the answers.
+    strict: prefill the document first, and keep only what its fast weights learned for the question.
+    batch_size: samples in a batch; it does not change the answers.
   """
 
   strict: bool = False
@@ -61,18 +59,17 @@ def evaluate_ruler(
   *,
   name: str = "model",
 ) -> dict[str, Any]:
-  """The scores of a model, from 0 to 1; also written to `out`, with a picture and all answers.
+  """Scores a model from 0 to 1; writes the scores to `out`, with a picture and all answers.
 
-  The likeliest token is taken at every step, up to as many as the task asks for, or one that ends a text.
+  Answers are greedy, up to the task's number of tokens or a token that ends a text.
 
   Returns:
-    What `ruler.json` has, of all that is in `out`: `settings`, `cells` (task, length, questions, score,
-    seconds), `averages` by length. An average is of the same tasks at every length: None where one is
-    missing.
+    The content of `ruler.json` for all results in `out`: `settings`, `cells` (task, length, questions,
+    score, seconds) and `averages` by length. An average is None if a task of another length is missing.
 
   Raises:
-    UserError: as `Ruler.sample`, before anything is read by the model; a tokenizer of another model;
-      results of other settings in `out`; `strict` and no fast weights.
+    UserError: the tokenizer belongs to another model; `out` has results of other settings; `strict`
+      without fast weights; as `Ruler.sample`, before the model starts.
   """
   reader, out = Reader.of(model), Path(out)
   tokenizer.check_vocabulary(reader.model.vocab_size)
@@ -115,7 +112,7 @@ def _evaluate_cell(
   length: int,
   show: Callable[[int], None],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  """A task at a length: its result, and every answer with what was expected and its score."""
+  """Evaluates a task at a length; returns its result, and every answer with its score."""
   task, started, answers = TASKS[name], time.perf_counter(), []
   batch: list[Sample] = []
   for sample in ruler.samples(name, length, config.samples):
@@ -141,10 +138,10 @@ def _evaluate_cell(
 def _answer(
   reader: Reader, tokenizer: Tokenizer, samples: Sequence[Sample], task: Task, *, strict: bool
 ) -> list[str]:
-  """What the model says to each of them."""
+  """Generates the model's answer to each sample."""
   state, prompts = None, [tokenizer.encode(sample.prompt) for sample in samples]
   with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message=".*max_positions")  # `_check_positions` said so
+    warnings.filterwarnings("ignore", message=".*max_positions")  # `_check_positions` warned
     if strict:
       state = _learn(reader, tokenizer, [sample.context for sample in samples])
       prompts = [tokenizer.encode(sample.question) for sample in samples]
@@ -154,21 +151,21 @@ def _answer(
 
 
 def _learn(reader: Reader, tokenizer: Tokenizer, documents: Sequence[str]):
-  """What the fast weights learn of documents, which are filled up to whole chunks with empty lines.
+  """Returns what the fast weights learn from documents, right-padded with empty lines to whole chunks.
 
-  Else the tokens behind the last whole chunk would not be learned.
+  Without the padding, the tokens after the last whole chunk would not be learned.
   """
   rows = [tokenizer.encode(document) for document in documents]
   empty = tokenizer.encode("\n", add_special_tokens=False)
   for row in rows:
     missing = -len(row) % reader.ttt.chunk_size
-    fill = empty or row[-1:]
-    row.extend((fill * missing)[:missing])
+    padding = empty or row[-1:]
+    row.extend((padding * missing)[:missing])
   return generate(reader, rows, max_new_tokens=0).state.fast_weights_only()
 
 
 def _settings(reader: Reader, config: RulerConfig) -> dict[str, Any]:
-  """What scores depend on, besides task, length and file of questions."""
+  """Returns what scores depend on, besides task, length and file of questions."""
   return {
     "evaluation": "ruler",
     "model": reader.fingerprint(),
@@ -180,7 +177,7 @@ def _settings(reader: Reader, config: RulerConfig) -> dict[str, Any]:
 
 
 def _check_questions(out: Path, cells: ResultFile, questions: dict[str, str | None]) -> None:
-  """Raises UserError if there are results of a task with another file of questions."""
+  """Raises UserError if `out` has results of a task with another file of questions."""
   for task, _, asked in cells:
     if questions.get(task, asked) != asked:
       raise UserError(

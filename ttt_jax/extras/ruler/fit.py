@@ -1,4 +1,4 @@
-"""As many units of a document as fit: a search that counts the tokens of few whole prompts."""
+"""Fits as many units of a document as possible into a length, by tokenising few whole prompts."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,11 +8,11 @@ from jaxtyping import Int
 from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.extras.ruler.sample import Draft, Sample
 
-_MANY_TOKENS = 256  # enough to see how far the estimate is off
+_MANY_TOKENS = 256  # enough to measure the error of the estimate
 
 
 class TooLong(Exception):
-  """Even the shortest sample has more tokens than there is room for."""
+  """Reports that even the shortest sample has too many tokens."""
 
   def __init__(self, tokens: int):
     super().__init__(tokens)
@@ -20,7 +20,7 @@ class TooLong(Exception):
 
 
 class TooShort(Exception):
-  """Even the longest sample leaves room for more."""
+  """Reports that even the longest sample leaves room."""
 
   def __init__(self, tokens: int):
     super().__init__(tokens)
@@ -28,52 +28,52 @@ class TooShort(Exception):
 
 
 class TokenCounter:
-  """How many tokens texts are."""
+  """Counts the tokens of texts."""
 
   def __init__(self, tokenizer: Tokenizer):
     self._tokenizer = tokenizer
 
   def prompt(self, text: str) -> int:
-    """As the model reads it: with the special tokens that its tokenizer puts around a text."""
+    """Counts a prompt with the special tokens that the tokenizer puts around a text."""
     return self._tokenizer.count_batch([text], add_special_tokens=True)[0]
 
   def parts(self, texts: Sequence[str]) -> Int[np.ndarray, "N"]:
-    """Of each text as a part of a longer one, counted by itself."""
+    """Counts each text by itself, as a part of a longer text, without special tokens."""
     return np.array(self._tokenizer.count_batch(texts, add_special_tokens=False), np.int64)
 
 
 def fit(draft: Draft, room: int, count: Callable[[str], int]) -> Sample:
-  """The sample with the most units whose prompt has at most `room` tokens.
+  """Returns the sample with the most units whose prompt has at most `room` tokens.
 
-  Counts the shortest prompt, goes to the length that the draft's estimate predicts, and corrects it: the
-  prompt returned has been counted, and what is left over is less than the next unit takes. Units whose
-  tokens together are more or fewer than those of each by itself make it count more often, not wrongly.
+  The search counts the shortest prompt, jumps to the number of units that the draft's estimate predicts,
+  and corrects it. The returned prompt has been counted, and one more unit would not fit. If units have
+  other numbers of tokens together than apart, the search counts more prompts and stays correct.
 
   Raises:
-    TooLong, TooShort: there is no such sample.
+    TooLong, TooShort: no number of units fits.
   """
-  n, scale = draft.least, 1.0
-  fits, over, kept = draft.least - 1, draft.most + 1, None
+  n, scale = draft.least, 1.0  # scale: counted tokens per estimated token
+  fits, over, best_sample = draft.least - 1, draft.most + 1, None
   start = None
   while over - fits > 1:
     sample = draft.make(n)
     used = count(sample.prompt)
     spare = room - used
     if spare >= 0:
-      fits, kept = n, sample
+      fits, best_sample = n, sample
     else:
       over = n
     if start is None:
       start = (draft.tokens[n], used)
     elif draft.tokens[n] - start[0] >= _MANY_TOKENS:
       scale = max(used - start[1], 1) / (draft.tokens[n] - start[0])
-    reach = draft.tokens[n] + spare / scale
-    best = int(np.searchsorted(draft.tokens, reach, side="right")) - 1
-    if best == n and n < draft.most:
+    limit = draft.tokens[n] + spare / scale
+    predicted = int(np.searchsorted(draft.tokens, limit, side="right")) - 1
+    if predicted == n and n < draft.most:
       break
-    n = min(max(best, fits + 1), over - 1)
-  if kept is None:
+    n = min(max(predicted, fits + 1), over - 1)
+  if best_sample is None:
     raise TooLong(used)
   if fits == draft.most:
     raise TooShort(used)
-  return kept
+  return best_sample

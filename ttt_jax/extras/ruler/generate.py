@@ -1,4 +1,4 @@
-"""Samples of any task and length, for any tokenizer."""
+"""Makes samples of any task and length, for any tokenizer."""
 
 import os
 from collections.abc import Iterator
@@ -12,21 +12,21 @@ from ttt_jax.extras.ruler.materials import Materials
 from ttt_jax.extras.ruler.sample import Draw, Sample
 from ttt_jax.extras.ruler.tasks import Task, task_named
 
-_MORE_UNITS = (1, 2, 8)  # times as many as the tokens of each by itself ask for
+_MORE_UNITS = (1, 2, 8)  # times the estimated number of units, until they suffice
 
 
 class Ruler:
   """Makes samples whose prompt and answer have a given length in tokens, or a little less.
 
-  The prompt's tokens and those reserved for the answer are never more than the length, and what is missing
-  is less than one more unit of the document would take: a word of the text, a sentence of the noise, a
-  needle, a word with its repetitions, or a paragraph. (The harness goes in steps of 5 to 500 units.)
+  The tokens of the prompt and those reserved for the answer never exceed the length, and one more unit of
+  the document would exceed it. A unit is a word of the text, a sentence of the noise, a needle, a word with
+  its repetitions, or a paragraph. (The harness goes in steps of 5 to 500 units.)
 
   Args:
-    tokenizer: the model's; its special tokens count.
-    seed: sample i of a task and length depends on it, and on nothing else.
-    haystack: a text that needles are hidden in, where RULER takes essays; None for its noise sentences.
-      It is repeated where it is too short.
+    tokenizer: the model's tokenizer; its special tokens count.
+    seed: sample i of a task and length depends on the seed only.
+    haystack: a text that hides needles where RULER takes essays, repeated if it is too short; None for
+      RULER's noise sentences.
     squad, hotpot: files of questions, in SQuAD's or HotpotQA's format, for `ruler_qa_squad` and
       `ruler_qa_hotpot`.
 
@@ -49,11 +49,11 @@ class Ruler:
     self._materials = Materials(tokenizer, haystack=haystack, squad=squad, hotpot=hotpot)
 
   def sample(self, task: str, length: int, index: int) -> Sample:
-    """A sample by its number, from 0 on.
+    """Makes a sample by its number, from 0 on.
 
     Raises:
-      UserError: an unknown task, a length that is too small (with the smallest one) or that the file of
-        questions cannot fill, a missing or damaged file, or `wonderwords` is not installed.
+      UserError: the task is unknown, the length is too small (the message has the smallest) or more than
+        the file of questions can fill, a file is missing or damaged, or `wonderwords` is not installed.
     """
     try:
       return self._fit(task, length, index)
@@ -69,10 +69,10 @@ class Ruler:
       ) from None
 
   def samples(self, task: str, length: int, count: int) -> Iterator[Sample]:
-    """The first `count` samples, made by all cores a few at a time."""
+    """Yields the first `count` samples, which all cores make a few at a time."""
     if not count:
       return
-    yield self.sample(task, length, 0)  # alone: counts what all of them need
+    yield self.sample(task, length, 0)  # alone: it counts tokens that all samples share
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
       for start in range(1, count, workers):
@@ -80,22 +80,22 @@ class Ruler:
         yield from pool.map(lambda i: self.sample(task, length, i), indices)
 
   def _fit(self, task: str, length: int, index: int) -> Sample:
-    found = task_named(task)
-    room = length - found.new_tokens
+    chosen = task_named(task)
+    room = length - chosen.new_tokens
     draw = Draw(self.seed, task, length, index)
-    for more in _MORE_UNITS[:-1]:
+    for times in _MORE_UNITS[:-1]:
       try:
-        return self._cut(found, draw, room, more * max(room, 0))
+        return self._cut(chosen, draw, room, times * max(room, 0))
       except TooShort:
         pass
-    return self._cut(found, draw, room, _MORE_UNITS[-1] * max(room, 0))
+    return self._cut(chosen, draw, room, _MORE_UNITS[-1] * max(room, 0))
 
   def _cut(self, task: Task, draw: Draw, room: int, units_for: int) -> Sample:
     draft = task.draft(self._materials, draw, units_for)
     return fit(draft, room, self._materials.counter.prompt)
 
   def _smallest(self, task: str, tokens: int, index: int) -> int:
-    """A length that the shortest sample fits, which depends on the length that draws it."""
+    """Returns a length that the shortest sample fits; the draw of the sample depends on the length."""
     new_tokens = task_named(task).new_tokens
     while True:
       try:

@@ -1,4 +1,4 @@
-"""What needles are hidden in: the published noise, or a text of the user's in sentences."""
+"""Hides needles between the sentences of a text: the published noise, or the user's text."""
 
 import re
 from bisect import bisect_left
@@ -16,10 +16,10 @@ _SENTENCE_END = re.compile(r"""[.!?]["')\]\u201d\u2019]*$""")
 
 
 class Text:
-  """A text as words, over and over where it is too short, that knows where its sentences begin.
+  """Holds the words of a text, repeated if it is too short, and where its sentences begin.
 
-  A sentence ends with a word that ends with a full stop, an exclamation or a question mark, quotes and
-  brackets aside. (The harness has `nltk` for it, which downloads a model.)
+  A sentence ends with a word that ends with a full stop, an exclamation mark or a question mark, before any
+  quotes and brackets. (The harness uses `nltk`, which downloads a model.)
   """
 
   def __init__(self, text: str, counter: TokenCounter):
@@ -30,17 +30,17 @@ class Text:
     if not ends or ends[-1] != len(self._words):
       ends.append(len(self._words))
     self._starts = [0, *ends[:-1]]
-    different = sorted(set(self._words))
-    tokens = dict(zip(different, counter.parts([f" {word}" for word in different]).tolist()))
+    vocabulary = sorted(set(self._words))
+    tokens = dict(zip(vocabulary, counter.parts([f" {word}" for word in vocabulary]).tolist()))
     self._tokens = np.array([tokens[word] for word in self._words], np.int64)
 
   def tokens(self, room: int) -> Int[np.ndarray, "N"]:
-    """Entry n: the tokens of the first n words, up to more than `room`."""
+    """Returns entry n = the tokens of the first n words, until they exceed `room`."""
     repeats = 1 + room // max(int(self._tokens.sum()), 1)
     return np.cumsum(np.concatenate([[0], np.tile(self._tokens, repeats), self._tokens[:1]]))
 
   def with_needles(self, words: int, needles: Sequence[str], depths: Sequence[int]) -> str:
-    """The first words, with needles between sentences at depths in percent of the sentences."""
+    """Returns the first words with needles between sentences, at depths in percent of the sentences."""
     repeats = -(-words // len(self._words))
     text = (self._words * repeats)[:words]
     starts = [r * len(self._words) + start for r in range(repeats) for start in self._starts]

@@ -1,4 +1,4 @@
-"""What samples are made of besides random numbers, read and counted once."""
+"""Loads and tokenises once what samples share: the text, the questions, short pieces."""
 
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,11 @@ from ttt_jax.extras.ruler.qa import Questions
 
 
 class Materials:
-  """A tokenizer, the user's text and the files with questions.
+  """Holds the token counter, the user's text and the files of questions.
 
   Args:
-    haystack: the text that needles are hidden in where RULER has essays; None for noise.
-    squad, hotpot: files of the two tasks that ask questions.
+    haystack: the text that hides needles where RULER has essays; None for noise.
+    squad, hotpot: the files of the two question tasks.
   """
 
   def __init__(
@@ -40,7 +40,7 @@ class Materials:
     return Text(NOISE if self._haystack is None else self._haystack, self.counter)
 
   def questions(self, name: str) -> Questions:
-    """Of the file `squad` or `hotpot`."""
+    """Returns the questions of the file `squad` or `hotpot`."""
     if name not in self._questions:
       if self._files[name] is None:
         raise UserError(
@@ -50,13 +50,13 @@ class Materials:
     return self._questions[name]
 
   def pieces(self, texts: list[str]) -> Int[np.ndarray, "N"]:
-    """The tokens of short texts that come again and again: they are remembered."""
+    """Counts the tokens of short texts, and caches the counts, since the texts recur."""
     new = [text for text in texts if text not in self._pieces]
     self._pieces.update(zip(new, self.counter.parts(new).tolist()))
     return np.array([self._pieces[text] for text in texts], np.int64)
 
   def number_tokens(self, last: int) -> Int[np.ndarray, "N"]:
-    """Entry n: of " 1.", " 2." and so on to n, together."""
+    """Returns entry n = the tokens of " 1.", " 2." and so on to n together."""
     if len(self._numbers) <= last:
       tokens = self.counter.parts([f" {i}." for i in range(len(self._numbers), last + 1)])
       self._numbers = np.concatenate([self._numbers, self._numbers[-1] + np.cumsum(tokens)])

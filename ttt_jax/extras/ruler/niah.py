@@ -1,4 +1,4 @@
-"""Eight needle tasks: values of keys, in sentences hidden in noise, in a text, or among other needles."""
+"""Drafts eight needle tasks: values of keys, hidden in noise, in a text, or among other needles."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,17 +26,17 @@ ONE_QUESTION = QUESTION.replace("are all", "is").replace("are", "is")
 NEEDLE = "One of the special magic {values} for {key} is: {value}."
 
 _DEPTHS = [round(100 * i / 39) for i in range(40)]  # in percent
-_BLOCK = 256  # needles drawn and counted at once
+_BLOCK = 256  # needles that are drawn and counted at once
 
 
 @dataclass(frozen=True)
 class Needles:
-  """A needle task.
+  """Configures a needle task.
 
   Attributes:
-    haystack: "repeat" (noise), "essay" (the user's text, else noise), or "needle".
+    haystack: "repeat" (noise), "essay" (the user's text, else noise), or "needle" (other needles).
     keys, values: "words", "numbers" or "uuids".
-    num_keys, num_values, num_queries: keys in the document, values of each, and keys asked for.
+    num_keys, num_values, num_queries: keys in the document, values of each key, and keys asked for.
   """
 
   haystack: str
@@ -47,6 +47,7 @@ class Needles:
   num_queries: int = 1
 
   def draft(self, materials: Materials, draw: Draw, room: int) -> Draft:
+    """Draws needles and hides them in a document."""
     rng = draw("needles")
     keys: list[str] = []
     while len(keys) < self.num_keys:
@@ -96,16 +97,16 @@ class Needles:
     rng, lines, tokens = draw("haystack"), [], [np.zeros(1, np.int64)]
     while sum(int(t.sum()) for t in tokens) <= room or len(lines) <= len(needles):
       drawn = [_RANDOM[self.keys](rng) for _ in range(_BLOCK)]
-      drawn = [key for key in drawn if key not in keys]  # it would have two answers
+      drawn = [key for key in drawn if key not in keys]  # such a key would have two answers
       block = [self._needle(key, _RANDOM[self.values](rng)) for key in drawn]
       if self.keys != "words":
         tokens.append(materials.counter.parts([line + "\n" for line in block]))
       else:
-        of_keys = _key_tokens(materials, drawn)
-        if not lines:  # what is not the key has as many tokens in all lines, or nearly
-          of_lines = materials.counter.parts([line + "\n" for line in block])
-          rest = round(float(np.mean(of_lines - of_keys)))
-        tokens.append(of_keys + rest)
+        key_tokens = _key_tokens(materials, drawn)
+        if not lines:  # without its key, each line has nearly the same number of tokens
+          line_tokens = materials.counter.parts([line + "\n" for line in block])
+          rest = round(float(np.mean(line_tokens - key_tokens)))
+        tokens.append(key_tokens + rest)
       lines.extend(block)
 
     def document(n):
@@ -115,7 +116,7 @@ class Needles:
 
 
 def _key_tokens(materials: Materials, keys: list[str]) -> Int[np.ndarray, "N"]:
-  """Of `adjective-noun`, from the tokens of both, which are counted once for all keys there are."""
+  """Counts the tokens of `adjective-noun` keys as the sum of both halves, each counted once."""
   halves = [key.partition("-") for key in keys]
   first = materials.pieces([f" {adjective}" for adjective, *_ in halves])
   return first + materials.pieces([f"-{noun}" for *_, noun in halves])

@@ -1,4 +1,4 @@
-"""Question answering: the paragraphs that hold the answer among others of the same file."""
+"""Drafts question answering: the paragraphs with the answer stand among others of the same file."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ DOCUMENT = "Document {number}:\n{document}"
 
 @dataclass(frozen=True)
 class Question:
-  """A question, its answers, the documents that hold them, and others about the same thing."""
+  """Holds a question, its answers, the documents with the answers, and related documents."""
 
   text: str
   answers: tuple[str, ...]
@@ -36,10 +36,10 @@ class Question:
 
 
 class Questions:
-  """The questions that have answers, and the documents, of a file in SQuAD's or HotpotQA's format.
+  """Loads the questions that have answers, and the documents, of a SQuAD or HotpotQA file.
 
   Raises:
-    UserError: there is no such file, it is no JSON, it lacks a field, or has no question with an answer.
+    UserError: the file does not exist, is no JSON, lacks a field, or has no question with an answer.
   """
 
   def __init__(self, path: str | Path, counter: TokenCounter):
@@ -65,22 +65,22 @@ class Questions:
     self._headers = np.cumsum(counter.parts(headers))
 
   def tokens(self, documents: list[int]) -> Int[np.ndarray, "N"]:
-    """Entry n: the tokens of the first n of these documents."""
+    """Returns entry n = the tokens of the first n of these documents."""
     return np.concatenate([[0], np.cumsum(self._tokens[documents]) + self._headers])
 
 
 def draft(questions: Questions, draw: Draw) -> Draft:
-  """The index-th question; a unit is a document. Those of the same article come before all others."""
+  """Drafts question number `draw.index`; a unit is a document, related documents come first."""
   if draw.index >= len(questions.questions):
     raise UserError(
       f"{questions.path} has {len(questions.questions)} questions with answers: ask for no more samples"
     )
   question = questions.questions[draw.index]
   rng = draw("documents")
-  near = rng.sample(question.related, len(question.related))
-  known = {*question.documents, *near}
-  far = [i for i in range(len(questions.documents)) if i not in known]
-  order = [*question.documents, *near, *rng.sample(far, len(far))]
+  related = rng.sample(question.related, len(question.related))
+  first = {*question.documents, *related}
+  others = [i for i in range(len(questions.documents)) if i not in first]
+  order = [*question.documents, *related, *rng.sample(others, len(others))]
 
   def make(n: int):
     chosen = order[:n]
@@ -111,12 +111,12 @@ def _read(path: Path) -> dict | list:
 
 
 def _field(path: Path, parent: Any, name: str | int, kind: type, where: str) -> Any:
-  """`parent[name]`, of the kind it must have."""
+  """Returns `parent[name]`; raises UserError if it is missing or not of this kind."""
   if isinstance(name, int):
-    there = isinstance(parent, list) and len(parent) > name
+    exists = isinstance(parent, list) and len(parent) > name
   else:
-    there = isinstance(parent, dict) and name in parent
-  if not there:
+    exists = isinstance(parent, dict) and name in parent
+  if not exists:
     raise UserError(f"{path}: {where} has no field {name!r}, which the format asks for")
   if not isinstance(parent[name], kind):
     raise UserError(f"{path}: {where}.{name} is not a {_KINDS[kind]}")
@@ -165,7 +165,7 @@ def _hotpot(field: Callable, data: list):
 
 
 def _hotpot_document(field: Callable, part: Any, place: str) -> str:
-  """A title and its sentences."""
+  """Joins a title and its sentences."""
   title, sentences = field(part, 0, str, place), field(part, 1, list, place)
   parts = [field(sentences, i, str, f"{place}[1]") for i in range(len(sentences))]
   return f"{title}\n{''.join(parts)}"

@@ -1,4 +1,4 @@
-"""What a task asks, and how an answer is scored."""
+"""Defines samples, drafts of samples, their random numbers, and the scores of answers."""
 
 import random
 import re
@@ -13,14 +13,14 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f]")
 
 @dataclass(frozen=True)
 class Sample:
-  """A document and a question about it.
+  """Holds a document and a question about it.
 
   Attributes:
-    task: its name, see `TASKS`.
-    length: tokens that the prompt and the answer may take.
-    context: the document, with what is said in front of it.
-    question: what follows it, with the words that the answer begins with.
-    answers: what has to be found in the answer.
+    task: the name of the task, one of `TASKS`.
+    length: the largest number of tokens of prompt and answer together.
+    context: the document after its instruction.
+    question: the question, followed by the first words of the answer.
+    answers: the strings that the answer has to contain.
   """
 
   task: str
@@ -36,13 +36,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Draft:
-  """A sample whose document can have any number of units: sentences, words, or documents.
+  """Makes a sample with any number of units (sentences, words, or documents) in its document.
 
   Attributes:
-    make: the sample with a document of so many units.
+    make: returns the sample with so many units.
     least: the fewest units that make sense.
-    tokens: entry n estimates the tokens of n units, each counted by itself; the last entry is that of the
-      most units there are. Only differences are used.
+    tokens: entry n estimates the tokens of n units, each counted by itself, up to the most units that
+      exist. Only differences are used.
   """
 
   make: Callable[[int], Sample]
@@ -56,10 +56,9 @@ class Draft:
 
 @dataclass(frozen=True)
 class Draw:
-  """Where the random numbers of a sample come from: `draw(part)` is a fresh generator for one part of it.
+  """Makes the random numbers of a sample: `draw(part)` is a fresh generator for one part of the sample.
 
-  They depend on nothing else, so that a sample does not depend on how many are asked for, or on the units
-  of its document.
+  The numbers depend on these fields only, not on how many samples are made or how many units fit.
   """
 
   seed: int
@@ -75,15 +74,15 @@ class Draw:
 
 
 def string_match_all(answer: str, expected: Sequence[str]) -> float:
-  """The fraction of the expected strings that the answer contains, in upper or lower case."""
+  """Returns the fraction of the expected strings that the answer contains, case ignored."""
   answer = _cleaned(answer)
   return sum(text.lower() in answer for text in expected) / len(expected)
 
 
 def string_match_part(answer: str, expected: Sequence[str]) -> float:
-  """1 if the answer contains any of the expected strings, in upper or lower case, else 0.
+  """Returns 1 if the answer contains any of the expected strings, case ignored, else 0.
 
-  As RULER has it. The harness (0.4.13) has a fraction here too: 0.5 where one of two is found.
+  RULER defines it so. The harness (0.4.13) has a fraction here too: 0.5 where it finds one of two.
   """
   answer = _cleaned(answer)
   return float(any(text.lower() in answer for text in expected))

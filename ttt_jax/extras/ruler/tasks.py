@@ -1,4 +1,4 @@
-"""The thirteen tasks by name."""
+"""Lists the thirteen tasks by name."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from ttt_jax.extras.ruler.sample import Draft, Draw, string_match_all, string_ma
 
 @dataclass(frozen=True)
 class Task:
-  """How samples are made and scored.
+  """Makes and scores the samples of a task.
 
   Attributes:
-    draft: of the materials, the random numbers, and the tokens that the document may have.
-    new_tokens: how many the answer may have.
-    score: of an answer and the strings expected in it.
+    draft: makes a draft from the materials, the random numbers, and the tokens for the document.
+    new_tokens: the largest number of tokens of the answer.
+    score: scores an answer by the strings expected in it.
   """
 
   draft: Callable[[Materials, Draw, int], Draft]
@@ -25,8 +25,8 @@ class Task:
   score: Callable[[str, Sequence[str]], float] = string_match_all
 
 
-def _needles(haystack: str, **how) -> Task:
-  return Task(Needles(haystack, **how).draft, new_tokens=128)
+def _needles(haystack: str, **options) -> Task:
+  return Task(Needles(haystack, **options).draft, new_tokens=128)
 
 
 def _questions(name: str) -> Task:
@@ -54,7 +54,7 @@ TASKS = {
 
 
 def task_named(name: str) -> Task:
-  """Raises UserError, with the names there are, for another one."""
+  """Returns a task; raises UserError, with all names, if the name is unknown."""
   if name not in TASKS:
     raise UserError(f"there is no RULER task {name!r}; there are {', '.join(TASKS)}")
   return TASKS[name]

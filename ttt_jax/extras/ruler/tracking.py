@@ -1,4 +1,4 @@
-"""Variable tracking: a chain of assignments among noise, with a solved example in front of it."""
+"""Drafts variable tracking: a chain of assignments among noise, after a solved example."""
 
 from itertools import pairwise
 from random import Random
@@ -23,11 +23,12 @@ ANSWER = (
 
 _VARIABLES = 5
 _SENTENCE = NOISE + "\n"
-_EXAMPLE_TOKENS = 500  # at most, if that holds five sentences of noise
+_EXAMPLE_TOKENS = 500  # at most; an example has at least five sentences of noise
 _EXAMPLE_STEP = 5
 
 
 def draft(materials: Materials, draw: Draw, room: int) -> Draft:
+  """Drafts a sample; a unit is a sentence of noise."""
   example = _example(materials, Draw(draw.seed, draw.task, draw.length, -1), draw("example names"))
   names, value, chain = _chain(draw("chain"), letters=5)
   question = QUESTION.format(value=value) + ANSWER.format(count=len(names), value=value)
@@ -42,7 +43,7 @@ def draft(materials: Materials, draw: Draw, room: int) -> Draft:
 
 
 def _example(materials: Materials, draw: Draw, rng: Random) -> str:
-  """A solved example, the same for all samples but for its names, which are `rng`'s."""
+  """Makes a solved example, the same for all samples except for its names, which `rng` draws."""
   names, value, chain = _chain(draw("chain"), letters=3)
   renamed = dict(zip(names, _names(rng, len(names), letters=3)))
   chain = [" ".join(renamed.get(word, word) for word in line.split(" ")) for line in chain]
@@ -59,7 +60,7 @@ def _example(materials: Materials, draw: Draw, rng: Random) -> str:
 
 
 def _chain(rng: Random, *, letters: int) -> tuple[list[str], str, list[str]]:
-  """Variables that have one value, the value, and the lines that say so, in order."""
+  """Returns variables of one value, the value, and the lines that assign them, in order."""
   names = _names(rng, _VARIABLES, letters=letters)
   value = str(rng.randint(10000, 99998))
   lines = [f"VAR {names[0]} = {value}"]
@@ -77,7 +78,7 @@ def _names(rng: Random, count: int, *, letters: int) -> list[str]:
 
 
 def _among_noise(chain: list[str], n: int, rng: Random) -> str:
-  """The lines of a chain in n sentences of noise; of few of those, between their parts."""
+  """Puts the lines of a chain into n sentences of noise, or between their parts if n is small."""
   lines = [_SENTENCE] * n
   if n <= len(chain):
     parts = [part for line in lines for part in line.split(".")]

@@ -1,4 +1,4 @@
-"""The words that RULER draws from, of the package `wonderwords`."""
+"""Loads the words that RULER draws from, out of the package `wonderwords`."""
 
 from functools import cache
 
@@ -7,7 +7,7 @@ from ttt_jax.errors import UserError
 
 @cache
 def word_lists() -> dict[str, list[str]]:
-  """Nouns, adjectives and verbs.
+  """Returns nouns, adjectives and verbs.
 
   Raises:
     UserError: `wonderwords` is not installed.
@@ -24,11 +24,12 @@ def word_lists() -> dict[str, list[str]]:
 
 @cache
 def all_words() -> list[str]:
+  """Returns all words in order, each once."""
   return sorted({word for words in word_lists().values() for word in words})
 
 
 @cache
 def compounds() -> tuple[list[str], list[str]]:
-  """Adjectives and nouns without repetition; `adjective-noun` are the keys of needles."""
+  """Returns adjectives and nouns, each once; the keys of needles are `adjective-noun`."""
   lists = word_lists()
   return sorted(set(lists["adjective"])), sorted(set(lists["noun"]))

@@ -1,4 +1,4 @@
-"""`ttt-jax data ruler`: samples as files, for any model and program, and how long they took to make."""
+"""Runs `ttt-jax data ruler`: writes samples as files for any program, and the time that they took."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ttt_jax.checkpoints.tokenizer import load_tokenizer
 from ttt_jax.evaluation.progress import EvaluationProgress
-from ttt_jax.extras.bench.fast_weights import processor, wide_console
+from ttt_jax.extras.bench.machine import processor, wide_console
 from ttt_jax.extras.ruler.config import SamplesConfig
 from ttt_jax.extras.ruler.generate import Ruler
 from ttt_jax.extras.ruler.tasks import TASKS
@@ -27,24 +27,24 @@ def write_samples(
 ) -> dict[str, Any]:
   """Writes `TASK_LENGTH.jsonl` for every task and length, and `ruler_generation.json`; prints a table.
 
-  A line is a `Sample` with its number and the tokens that the answer may have; a model without fast weights
-  reads the context and the question as one text.
+  A line is a `Sample` with its number and the largest number of tokens of the answer. A prompt is the
+  context followed by the question.
 
   Args:
-    tokenizer: as `load_tokenizer` takes it.
-    destination: a directory that does not exist yet; it is made when all is written.
+    tokenizer: the argument of `load_tokenizer`.
+    destination: a directory that does not exist yet; it appears when all files are written.
 
   Returns:
-    The report: for every task and length the seconds, and those of all cores together.
+    The report, with the seconds per task and length, and the processor time of all cores.
 
   Raises:
-    UserError: as `Ruler.sample`, before anything is written, and if there is such a directory.
+    UserError: the directory exists; as `Ruler.sample`, before anything is written.
   """
   console = wide_console() if console is None else console
   loaded, rows = load_tokenizer(tokenizer), []
   with new_directory(destination) as directory:
     config.check(config.ruler(loaded))
-    ruler = config.ruler(loaded)  # another one: what is measured begins with nothing counted
+    ruler = config.ruler(loaded)  # a new one, so that the measurement starts without cached counts
     if left_out := config.left_out():
       console.print(left_out)
     with EvaluationProgress("making", len(config.pairs)) as progress:
