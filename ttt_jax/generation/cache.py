@@ -17,8 +17,24 @@ from ttt_jax.nn.layers import project
 from ttt_jax.nn.transformer import Block, split_tokens
 from ttt_jax.ops.attention.cached import KeyValueCache
 from ttt_jax.ops.fast_weight.api import FastWeightState
+from ttt_jax.ops.fast_weight.least_squares.api import gated
+from ttt_jax.ops.fast_weight.least_squares.sums import Factored, factor, read, unit_rows
 from ttt_jax.ops.numerics import accumulation_dtype, matmul
 from ttt_jax.parallel.mesh import Axes, constrain, context_size, over_shards
+
+
+class SolvedSums(NamedTuple):
+  """The state of least squares with the factor of its system, which every token's read needs.
+
+  Attributes:
+    a, d: the sums, see `ttt_jax.ops.fast_weight.least_squares.sums`.
+    cholesky, rho: of `A + rho I`, after the last full chunk; rho is 0 where A is.
+  """
+
+  a: Float[Array, "B F F"]
+  d: Float[Array, "B F D"]
+  cholesky: Float[Array, "B F F"]
+  rho: Float[Array, "B"]
 
 
 class FastCache(NamedTuple):
@@ -29,14 +45,19 @@ class FastCache(NamedTuple):
     z, source: activations and target sources of the tokens after that chunk; other entries are arbitrary.
   """
 
-  s: Float[Array, "B F D"]
+  s: Float[Array, "B F D"] | SolvedSums
   z: Float[Array, "B C F"]
   source: Float[Array, "B C D"]
 
 
-# Logical dimensions of a `FastCache`.
+# Logical dimensions of a `FastCache`, of the sum, and of the state of least squares.
 FAST_CACHE = FastCache(
   s=("batch", "mlp", None), z=("batch", None, "mlp"), source=("batch", None, None)
+)
+
+
+SOLVED_SUMS = SolvedSums(
+  a=("batch", "mlp", None), d=("batch", "mlp", None), cholesky=("batch", None, None), rho=("batch",)
 )
 
 
@@ -78,8 +99,13 @@ def empty_fast_cache(mlp: TttMlp, rows: int, dtype: DTypeLike) -> FastCache:
   """Returns the cache of rows that have read nothing."""
   f, d = mlp.down.shape
   c = mlp.ttt.chunk_size
+  zeros = partial(jnp.zeros, dtype=mlp.state_dtype)
+  if mlp.ttt.rule == "sum":
+    s = zeros((rows, f, d))
+  else:
+    s = SolvedSums(zeros((rows, f, f)), zeros((rows, f, d)), zeros((rows, f, f)), zeros((rows,)))
   return FastCache(
-    s=jnp.zeros((rows, f, d), mlp.state_dtype),
+    s=s,
     z=jnp.zeros((rows, c, f), dtype),
     source=jnp.zeros((rows, c, d), dtype),
   )
@@ -106,18 +132,43 @@ def read_token(
     return old.at[rows, slot].set(x[:, 0].astype(old.dtype), mode="drop", unique_indices=True)
 
   slow = project("btf,fd->btd", z, mlp.down, accumulation_dtype(h.dtype))
-  fast = matmul("btf,bfd->btd", z, cache.s.astype(z.dtype))
+  fast = _read_state(mlp, z, cache.s).astype(slow.dtype)
   cache = cache._replace(z=write_token(cache.z, z), source=write_token(cache.source, source))
   return (slow + fast).astype(h.dtype), cache
+
+
+def _read_state(mlp: TttMlp, z: Float[Array, "B 1 F"], s) -> Float[Array, "B 1 D"]:
+  """Returns what the tokens' fast weights add to `Z W`."""
+  if not isinstance(s, SolvedSums):
+    return matmul("btf,bfd->btd", z, s.astype(z.dtype))
+  factored = Factored(s.cholesky, s.rho, is_learned=s.rho != 0)
+  found = read(unit_rows(z, s.d.dtype), s.d, factored)
+  return gated(found.r, found.leverage, mlp.least_squares(s.d.dtype))
+
+
+def _to_state(s) -> FastWeightState:
+  return FastWeightState(A=s.a, D=s.d) if isinstance(s, SolvedSums) else FastWeightState(s)
+
+
+def _from_state(mlp: TttMlp, state: FastWeightState):
+  """Returns the cached form of a state, with the factor of its system."""
+  if state.S is not None:
+    return state.S
+  factored = factor(state.A, jnp.asarray(mlp.ttt.ridge, state.A.dtype))
+  return SolvedSums(state.A, state.D, factored.cholesky, factored.rho)
 
 
 def learn_pending(mlp: TttMlp, cache: FastCache, row: Int[Array, ""]) -> FastCache:
   """Learns one row's full chunk and returns the cache with its new state."""
   of_row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), cache)
   _, state = mlp.fast_weight(
-    of_row.z, of_row.source, mlp.params(cache.z.dtype), state=FastWeightState(of_row.s)
+    of_row.z, of_row.source, mlp.params(cache.z.dtype), state=_to_state(of_row.s)
   )
-  s = jax.lax.dynamic_update_slice_in_dim(cache.s, state.S.astype(cache.s.dtype), row, 0)
+  s = jax.tree.map(
+    lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), row, 0),
+    cache.s,
+    _from_state(mlp, state),
+  )
   return cache._replace(s=s)
 
 
@@ -146,15 +197,17 @@ def read_tokens(
       for old, x in ((cache.z, z), (cache.source, source))
     )
   tokens = ("batch", "sequence", None)
-  y, s, z, source = over_shards(
+  state = _to_state(cache.s)
+  state_dims = jax.tree.map(lambda _: FAST_CACHE.s, state)
+  y, state, z, source = over_shards(
     partial(_read_chunks, mlp),
     z,
     source,
     mlp.params(h.dtype),
-    cache.s,
+    state,
     pending + counts,
-    dims=(("batch", "sequence", "mlp"), tokens, PARAM_DIMS, FAST_CACHE.s, ("batch",)),
-    out_dims=(tokens, *FAST_CACHE),
+    dims=(("batch", "sequence", "mlp"), tokens, PARAM_DIMS, state_dims, ("batch",)),
+    out_dims=(tokens, state_dims, FAST_CACHE.z, FAST_CACHE.source),
   )
   if not aligned:
     index = pending[:, None] + jnp.arange(h.shape[1], dtype=jnp.int32)[None]
@@ -164,15 +217,15 @@ def read_tokens(
     jnp.where(has_tokens, new.astype(old.dtype), old)
     for old, new in ((cache.z, z), (cache.source, source))
   )
-  return y, FastCache(s, z, source)
+  return y, FastCache(_from_state(mlp, state), z, source)
 
 
-def _read_chunks(mlp: TttMlp, z, source, params, s, lengths, *, axes: Axes):
+def _read_chunks(mlp: TttMlp, z, source, params, state, lengths, *, axes: Axes):
   y, state = mlp.fast_weight(
     z,
     source,
     params,
-    state=FastWeightState(s),
+    state=state,
     lengths=lengths,
     context_axis=axes.context,
     tensor_axis=axes.tensor,
@@ -180,7 +233,7 @@ def _read_chunks(mlp: TttMlp, z, source, params, s, lengths, *, axes: Axes):
   c = mlp.ttt.chunk_size
   start = lengths // c * c
   pending = (chunk_at(x, start, c, axes.context) for x in (z, source))
-  return y, state.S, *pending
+  return y, state, *pending
 
 
 def join_chunk(

@@ -13,7 +13,7 @@ from safetensors.flax import save_file
 
 from ttt_jax.errors import UserError
 from ttt_jax.files import atomic_file
-from ttt_jax.generation.cache import FAST_CACHE
+from ttt_jax.generation.cache import FAST_CACHE, SOLVED_SUMS
 from ttt_jax.generation.decoder import Cache, Reader
 from ttt_jax.nn.attention import KEYS_AND_VALUES
 from ttt_jax.nn.mixers import mixer_cache_dims
@@ -32,6 +32,7 @@ _DIMENSIONS = {
   "logits": ("batch",),
   **KEYS_AND_VALUES._asdict(),
   **FAST_CACHE._asdict(),
+  **SOLVED_SUMS._asdict(),
 }
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.nn.mlp import Mlp
 from ttt_jax.ops.fast_weight.api import inplace_ttt
+from ttt_jax.ops.fast_weight.least_squares.api import LeastSquares
 from ttt_jax.ops.fast_weight.stats import FastWeightStats
 from ttt_jax.ops.fast_weight.targets import ntp_targets
 from ttt_jax.ops.numerics import accumulation_dtype
@@ -142,6 +143,15 @@ class TttMlp(Mlp):
       return None
     half_life = _learned(self.ttt.half_life, self.log_half_life, dtype)
     return jnp.exp2(-self.ttt.chunk_size / half_life)
+
+  def least_squares(self, dtype: DTypeLike) -> LeastSquares:
+    """Returns how the rule of least squares reads."""
+    gate = self.read_gate(dtype)
+    return LeastSquares(
+      ridge=jnp.asarray(self.ttt.ridge, dtype),
+      read_scale=self.read_scale(dtype),
+      gate=None if gate is None else (gate[0], gate[1]),
+    )
 
   def learn(
     self,

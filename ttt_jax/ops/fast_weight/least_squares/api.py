@@ -104,16 +104,19 @@ def least_squares(
     mask = None if masks is None else masks.tail_reads
     keys = unit_rows(where(mask, _gather(tail, axis, dimension=2)), dtype)
     found = read(keys, sums.d, factor(sums.a, settings.ridge))
-    y_tail = where(mask, share * _gated(found.r, found.leverage, settings))
+    y_tail = where(mask, share * gated(found.r, found.leverage, settings))
   return FastPart(
-    y=where(chunks.reads, share * _gated(r, leverage, settings)),
+    y=where(chunks.reads, share * gated(r, leverage, settings)),
     tail=y_tail,
     sums=Sums(*(_slice(x, axis) for x in sums)),
     leverage=leverage,
   )
 
 
-def _gated(r, leverage, settings: LeastSquares):
+def gated(
+  r: Float[Array, "*B D"], leverage: Float[Array, "*B"], settings: LeastSquares
+) -> Float[Array, "*B D"]:
+  """What a token adds to its output: `read_scale sigmoid(sharpness (l - threshold)) R`."""
   if settings.gate is None:
     return settings.read_scale * r
   threshold, sharpness = settings.gate

@@ -275,7 +275,7 @@ def _forwards_pass(rows, factors, d_r, d_leverage, starts_empty) -> _Forwards:
       d_rho = -jnp.sum(w * u, axis=(1, 2)) - jnp.sum(d_l_i * jnp.sum(keys * u, axis=-1), axis=1)
       share, share_vjp = jax.vjp(lambda ridge: ridge_share(ridge, f), rows.ridge)
       diagonal = d_rho * share
-      (d_ridge,) = share_vjp(jnp.sum(d_rho * factored.trace))
+      (d_ridge,) = share_vjp(jnp.sum(d_rho * jnp.trace(sums.a, axis1=-2, axis2=-1)))
       d_decay = jnp.zeros_like(carry.d_decay)
       if rows.decay is not None:
         t_a, t_d = tangent

@@ -38,16 +38,12 @@ class Factored(NamedTuple):
 
   Attributes:
     cholesky: lower triangular L with `M = L L^T`; the identity where A is 0.
-    rho: the ridge on M's diagonal. It is `share * trace`.
-    trace: tr(A).
-    share: rho's part of tr(A), `ridge / F` unless that is below what the dtype resolves.
+    rho: the ridge on M's diagonal, `ridge_share * tr(A)`.
     is_learned: whether A is not 0; where it is NaN it is not 0.
   """
 
   cholesky: Float[Array, "B F F"]
   rho: Float[Array, "B"]
-  trace: Float[Array, "B"]
-  share: Float[Array, ""]
   is_learned: Bool[Array, "B"]
 
 
@@ -80,13 +76,12 @@ def factor(a: Float[Array, "B F F"], ridge: Float[Array, ""]) -> Factored:
   """The Cholesky factor of M; only the lower triangle of A is read."""
   f = a.shape[-1]
   trace = jnp.trace(a, axis1=-2, axis2=-1)
-  share = ridge_share(ridge, f)
-  rho = share * trace
+  rho = ridge_share(ridge, f) * trace
   identity = jnp.eye(f, dtype=a.dtype)[None]
   is_learned = trace != 0
   m = jnp.where(is_learned[:, None, None], a + rho[:, None, None] * identity, identity)
   cholesky = lax.linalg.cholesky(m, symmetrize_input=False)
-  return Factored(cholesky, rho, trace, share, is_learned)
+  return Factored(cholesky, rho, is_learned)
 
 
 def solve(factored: Factored, x: Float[Array, "B C F"]) -> Float[Array, "B C F"]:
