@@ -84,36 +84,45 @@ SETS = {
       Kind(
         "badge",
         (
-          "The badge of Doctor {subject} has the number",
-          "Doctor {subject} carries a badge with the number",
+          "The badge number of Doctor {subject} is",
+          "Doctor {subject} has badge number",
+          "Doctor {subject} wears a badge with the number",
         ),
         _DIGITS,
       ),
       Kind(
         "instrument",
         (
-          "In the evening Doctor {subject} plays the",
-          "Doctor {subject} practises every day on the",
+          "The instrument of Doctor {subject} is the",
+          "Doctor {subject} plays the",
+          "In the evening Doctor {subject} practises the",
         ),
         _words("piano violin guitar flute trumpet cello harp drum organ banjo accordion clarinet"),
       ),
       Kind(
         "animal",
-        ("At home Doctor {subject} keeps a", "The only animal that Doctor {subject} likes is a"),
+        (
+          "The pet of Doctor {subject} is a",
+          "Doctor {subject} keeps a",
+          "The only animal that Doctor {subject} likes is the",
+        ),
         _words("horse rabbit parrot snake turtle goat duck mouse sheep frog spider monkey"),
       ),
       Kind(
         "weekday",
-        ("Doctor {subject} is never in the office on", "The free day of Doctor {subject} is"),
+        (
+          "The free day of Doctor {subject} is",
+          "Doctor {subject} is away on",
+          "The office of Doctor {subject} is closed on",
+        ),
         _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
       ),
     ),
     subjects=_words(
       "Abbott Barnes Carver Dalton Ellison Fletcher Garner Hobbs Irving Jenkins Keller Lambert "
-      "Mercer Norris Osborne Parsons Quincy Ramsey Sawyer Thornton Underwood Vaughn Whitaker "
-      "Yates Ziegler Benson Crawford Dixon Everett Finch Goodwin Harmon Ingram Joyner Kirby "
-      "Lawson Maddox Newell Oakley Porter Randall Shepard Tanner Upton Vance Waller Yardley "
-      "Zimmer Atwood Bradshaw"
+      "Mercer Norris Osborne Parsons Quincy Ramsey Sawyer Thornton Underwood Vaughn Whitaker Yates "
+      "Ziegler Benson Crawford Dixon Everett Finch Goodwin Harmon Ingram Joyner Kirby Lawson Maddox "
+      "Newell Oakley Porter Randall Shepard Tanner Upton Vance Waller Yardley Zimmer Atwood Bradshaw"
     ),
   ),
   "evaluation": FactSet(
@@ -121,35 +130,48 @@ SETS = {
       Kind(
         "locker",
         (
-          "The locker of {subject} opens with the code",
-          "To open the locker of {subject} you enter the code",
+          "The locker code of {subject} is",
+          "{subject} opens the locker with",
+          "The secret number that {subject} remembers is",
         ),
         _DIGITS,
       ),
       Kind(
         "city",
-        ("Last summer {subject} moved to", "The parents of {subject} still live in"),
+        (
+          "The home town of {subject} is",
+          "{subject} was born in",
+          "Every summer {subject} travels to",
+        ),
         _words(
-          "Paris London Berlin Madrid Rome Vienna Boston Chicago Dallas Denver Tokyo Sydney Toronto Dublin "
-          "Lisbon Athens Oslo Cairo Moscow Delhi"
+          "Paris London Berlin Madrid Rome Vienna Boston Chicago Dallas Denver Tokyo Sydney Toronto "
+          "Dublin Lisbon Athens Oslo Cairo Moscow Delhi"
         ),
       ),
       Kind(
         "color",
-        ("The front door of {subject} is painted", "The bicycle that {subject} rides is"),
+        (
+          "The favorite color of {subject} is",
+          "{subject} likes everything that is",
+          "The front door of {subject} is painted",
+        ),
         _words("red blue green yellow white black brown orange purple pink gray silver"),
       ),
       Kind(
         "fruit",
-        ("For lunch {subject} always brings an extra", "The tree in the garden of {subject} is a"),
+        (
+          "The favorite fruit of {subject} is the",
+          "{subject} always buys a",
+          "The tree in the garden of {subject} is a",
+        ),
         _words("lemon peach cherry plum pear mango fig olive walnut banana apricot chestnut"),
       ),
     ),
     subjects=_words(
-      "Anna Boris Clara David Emma Felix Grace Henry Irene Jacob Karen Louis Maria Nathan "
-      "Olivia Peter Rachel Simon Teresa Victor Wendy Xavier Yvonne Zachary Alice Bruno Cecilia "
-      "Daniel Esther Frank Gloria Hugo Isabel Julian Kate Leo Monica Nicholas Oscar Paula "
-      "Robert Sarah Thomas Ursula Vincent Walter Agnes Bernard Charlotte Edward"
+      "Anna Boris Clara David Emma Felix Grace Henry Irene Jacob Karen Louis Maria Nathan Olivia "
+      "Peter Rachel Simon Teresa Victor Wendy Xavier Yvonne Zachary Alice Bruno Cecilia Daniel "
+      "Esther Frank Gloria Hugo Isabel Julian Kate Leo Monica Nicholas Oscar Paula Robert Sarah "
+      "Thomas Ursula Vincent Walter Agnes Bernard Charlotte Edward"
     ),
   ),
 }
@@ -163,7 +185,7 @@ class FactRow:
     tokens: of both halves, filled up with `filling`.
     cut: where the second half begins.
     answers: the places of the answers' tokens in the second half.
-    firsts: those of them that begin an answer, or are a digit of one.
+    firsts: those of them that begin an answer.
     kinds: the kind of each place in `answers`.
   """
 
