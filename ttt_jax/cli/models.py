@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ttt_jax.cli.shared import MODEL_FIELDS, add_command, given_model_fields
+from ttt_jax.cli.shared import MODEL_FIELDS, add_command, from_flags, given_model_fields
 from ttt_jax.config import DTYPES
 
 SOURCE = "a Hugging Face directory, a .gguf file (any part of a split one), or a run directory"
@@ -18,9 +18,16 @@ _GENERATE_EPILOG = """Text goes to the standard output, everything else to the s
 """
 
 
+_CALIBRATE_EPILOG = """No training: minutes for a model of 135M parameters. For example:
+  ttt-jax calibrate smollm2.gguf --out models/smollm2-memory
+  ttt-jax generate models/smollm2-memory --learn book.txt --prompt "The captain's name is"
+"""
+
+
 def add(commands: argparse._SubParsersAction) -> None:
   _add_convert(commands)
   _add_generate(commands)
+  _add_calibrate(commands)
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
@@ -84,3 +91,37 @@ def _run_generate(parsed: argparse.Namespace) -> None:
   from ttt_jax.generation import command
 
   command.run(parsed, given_model_fields(parsed))
+
+
+def _add_calibrate(commands: argparse._SubParsersAction) -> None:
+  text = "give a pretrained model a memory of least squares, chosen by evaluations alone"
+  command = add_command(commands, "calibrate", text, _CALIBRATE_EPILOG)
+  command.add_argument("model", help="a Hugging Face directory or a .gguf file")
+  command.add_argument("--text", type=Path, help="ordinary text (default: Python's help topics)")
+  command.add_argument("--out", type=Path, help="a new directory for the model with its memory")
+  command.add_argument("--dtype", choices=DTYPES, help="dtype of weights and computation")
+  command.add_argument(
+    "--layers", nargs="+", type=int, metavar="LAYER", help="layers to choose from (default: all)"
+  )
+  for flag, kind, default, text in (
+    ("chunk-size", int, 256, "tokens of a chunk of the fast weight"),
+    ("tokens", int, 512, "tokens of a row of facts, both halves"),
+    ("rows", int, 4, "rows of facts, and of facts between prose"),
+    ("facts", int, 14, "facts of a row"),
+    ("loss-tokens", int, 2048, "tokens of the text whose ordinary loss may not rise"),
+    ("loss-rows", int, 2, "rows of that text"),
+    ("max-loss-rise", float, 0.01, "nats per token that it may rise at most"),
+    ("seed", int, 0, "seed of facts and text"),
+  ):
+    command.add_argument(
+      f"--{flag}", type=kind, default=default, help=f"{text} (default {default})"
+    )
+  command.set_defaults(run=_run_calibrate)
+
+
+def _run_calibrate(parsed: argparse.Namespace) -> None:
+  from ttt_jax.extras.calibrate import CalibrationConfig, calibrate
+
+  text = None if parsed.text is None else parsed.text.read_text()
+  config = from_flags(CalibrationConfig, parsed)
+  calibrate(parsed.model, config, text=text, out=parsed.out, dtype=parsed.dtype)

@@ -1,0 +1,315 @@
+"""`ttt-jax calibrate`: gives a pretrained model a memory without training.
+
+The rule of least squares needs a layer, a scale, a ridge and a gate. All are chosen by evaluations of made
+facts behind a cut of attention, under the condition that the ordinary loss of a text, nothing cut, does not
+rise. The facts are of the set "calibration", which shares no words with what is evaluated later.
+"""
+
+import dataclasses
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ttt_jax.checkpoints.files import local_path
+from ttt_jax.checkpoints.hf import load_pretrained
+from ttt_jax.checkpoints.open import open_tokenizer
+from ttt_jax.checkpoints.save import save_pretrained
+from ttt_jax.config import TTTConfig
+from ttt_jax.data.facts import SETS, FactRow, make_row
+from ttt_jax.errors import UserError
+from ttt_jax.evaluation.facts import score_facts
+from ttt_jax.files import write_json
+from ttt_jax.nn.fast_mlp import LOG_SCALE
+from ttt_jax.nn.transformer import Transformer
+
+_OFF = 1e-30  # the scale of a layer that reads nothing
+_OPEN = (1e-3, 1e3)  # a gate that is open wherever anything was seen
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationConfig:
+  """Configures the search.
+
+  Attributes:
+    chunk_size: tokens that a chunk of the fast weight holds; half of `tokens` is whole chunks.
+    tokens: of a row of facts, both halves; rows of prose between facts have twice as many.
+    rows: rows of each kind.
+    facts: facts of a row without prose; with prose it is two thirds of these.
+    layers: the layers to choose from; None is all.
+    loss_tokens, loss_rows: of the text whose ordinary loss may not rise.
+    max_loss_rise: nats per token that it may rise at most.
+    seed: of facts and text.
+  """
+
+  chunk_size: int = 256
+  tokens: int = 512
+  rows: int = 4
+  facts: int = 14
+  layers: tuple[int, ...] | None = None
+  loss_tokens: int = 2048
+  loss_rows: int = 2
+  max_loss_rise: float = 0.01
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ("chunk_size", "tokens", "rows", "facts", "loss_tokens", "loss_rows"):
+      if getattr(self, name) < 1:
+        raise UserError(f"{name}={getattr(self, name)} must be positive")
+    if self.tokens % (2 * self.chunk_size):
+      raise UserError(
+        f"tokens={self.tokens}: half of it is not whole chunks of chunk_size={self.chunk_size}, and the "
+        "last chunk of a half would never be learned"
+      )
+
+
+_SCALES = (5.0, 10.0, 20.0, 40.0)
+_RIDGES = (0.01, 0.1, 1.0)
+_GATES = (None, (0.8, 30.0), (0.9, 50.0), (0.95, 80.0), (0.98, 150.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """One way to read, of one layer."""
+
+  layer: int
+  read_scale: float
+  ridge: float = _RIDGES[0]
+  gate: tuple[float, float] | None = None
+
+  def config(self, chunk_size: int) -> TTTConfig:
+    """Returns the section of a model that reads so."""
+    threshold, sharpness = self.gate or (TTTConfig.gate_threshold, TTTConfig.gate_sharpness)
+    return TTTConfig(
+      layers=(self.layer,),
+      chunk_size=chunk_size,
+      init="next_token",
+      rule="least_squares",
+      ridge=self.ridge,
+      read_scale=self.read_scale,
+      read_gate="none" if self.gate is None else "leverage",
+      gate_threshold=threshold,
+      gate_sharpness=sharpness,
+    )
+
+
+class _Models:
+  """A model with a memory in some layers, made once for each of its ridges; scales and gates are set."""
+
+  def __init__(self, path: Path, config: CalibrationConfig, dtype: str | None):
+    self._path, self._config, self._dtype = path, config, dtype
+    self._models: dict[tuple[tuple[int, ...], float], Transformer] = {}
+
+  def plain(self) -> Transformer:
+    """Returns the model without fast weights."""
+    return load_pretrained(self._path, dtype=self._dtype, ttt={"layers": ()})
+
+  def with_memory(self, layers: tuple[int, ...], setting: Setting) -> Transformer:
+    """Returns the model with a memory in all `layers`, of which only the setting's reads."""
+    key = layers, setting.ridge
+    if key not in self._models:
+      ttt = dataclasses.replace(
+        setting.config(self._config.chunk_size), layers=layers, read_gate="leverage"
+      )
+      self._models = {key: load_pretrained(self._path, dtype=self._dtype, ttt=ttt)}
+    model = self._models[key]
+    _set(model, setting)
+    return model
+
+
+def _set(model: Transformer, setting: Setting) -> None:
+  """Lets one layer of a model read as the setting says, and the other layers nothing."""
+  threshold, sharpness = _OPEN if setting.gate is None else setting.gate
+  places = model.layers()
+  for g, group in enumerate(model.groups):
+    for p, block in enumerate(group):
+      mlp = block.mlp
+      if getattr(mlp, "log_read_scale", None) is None:
+        continue
+      scales = np.full(mlp.log_read_scale[...].shape, _OFF)
+      for layer, (own_g, own_p, i) in enumerate(places):
+        if (own_g, own_p) == (g, p) and layer == setting.layer:
+          scales[i] = setting.read_scale
+      ttt = mlp.ttt
+      gates = np.log([(1 - threshold) / (1 - ttt.gate_threshold), sharpness / ttt.gate_sharpness])
+      for parameter, value in (
+        (mlp.log_read_scale, np.log(scales / ttt.read_scale) / LOG_SCALE),
+        (mlp.log_gate, np.broadcast_to(gates / LOG_SCALE, (*scales.shape, 2))),
+      ):
+        parameter[...] = jnp.asarray(value, parameter[...].dtype)
+
+
+@jax.jit
+def _loss(model: Transformer, tokens: jax.Array) -> jax.Array:
+  logits = jax.nn.log_softmax(model(tokens)[:, :-1])
+  return -jnp.mean(jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2))
+
+
+def calibrate(
+  path: str | Path,
+  config: CalibrationConfig | None = None,
+  *,
+  text: str | None = None,
+  out: str | Path | None = None,
+  dtype: str | None = None,
+  console: Console | None = None,
+) -> dict[str, Any]:
+  """Chooses layer, scale, ridge and gate, prints the table it chose from, and writes the model.
+
+  Args:
+    path: a Hugging Face directory or a `.gguf` file.
+    config: the search; None for the defaults.
+    text: ordinary text; None for the topics of Python's own help.
+    out: a new directory for the model with its memory, and `calibration.json`; None writes nothing.
+    dtype: of weights and computation; None as stored.
+    console: the output.
+
+  Returns:
+    The report: `chosen`, and every setting evaluated with its results.
+
+  Raises:
+    UserError: the text is too short; no setting keeps the ordinary loss.
+  """
+  config = CalibrationConfig() if config is None else config
+  console = Console() if console is None else console
+  path = local_path(path)
+  started = time.perf_counter()
+  tokenizer = open_tokenizer(path)
+  if tokenizer is None:
+    raise UserError(f"{path} has no tokenizer: facts are text")
+
+  def encode(text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+  prose = np.asarray(encode(_topics() if text is None else text), np.int32)
+  needed = max(config.loss_tokens, 2 * config.tokens)
+  if len(prose) < 2 * needed:
+    raise UserError(f"the text has {len(prose)} tokens, {2 * needed} are needed: give a longer one")
+  rows, rows_in_prose = _fact_rows(config, encode, prose)
+  windows = _windows(prose, config.loss_tokens, config.loss_rows, config.seed)
+  models = _Models(path, config, dtype)
+  plain = models.plain()
+  none = {**_both(plain, rows, rows_in_prose), "loss": float(_loss(plain, windows))}
+  del plain
+  tried: list[dict[str, Any]] = []
+
+  def evaluate(
+    setting: Setting, layers: tuple[int, ...], *, measures: Sequence[str]
+  ) -> dict[str, Any]:
+    model = models.with_memory(layers, setting)
+    result: dict[str, Any] = dataclasses.asdict(setting)
+    if "facts" in measures:
+      result["facts"] = score_facts(model, rows)
+    if "prose" in measures:
+      result["prose"] = score_facts(model, rows_in_prose)
+    if "loss" in measures:
+      result["loss"] = float(_loss(model, windows))
+    tried.append(result)
+    return result
+
+  layers = config.layers or tuple(range(len(models.plain().layers())))
+  screen = [evaluate(Setting(n, 20.0), layers, measures=("facts",)) for n in layers]
+  screen.sort(key=lambda result: -result["facts"]["answers"])
+  best = [result["layer"] for result in screen[:3]]
+  by_scale = [
+    evaluate(Setting(layer, scale), (layer,), measures=("facts", "prose"))
+    for layer in best
+    for scale in _SCALES
+  ]
+  start = max(by_scale, key=_remembered)
+  layer = start["layer"]
+  final = [
+    evaluate(Setting(layer, scale, ridge, gate), (layer,), measures=("facts", "prose", "loss"))
+    for ridge in _RIDGES
+    for gate in _GATES
+    for scale in sorted({start["read_scale"], 2 * start["read_scale"]})
+  ]
+  allowed = [r for r in final if r["loss"] <= none["loss"] + config.max_loss_rise]
+  chosen = max(allowed, key=_remembered, default=None)
+  report = {
+    "model": str(path),
+    "config": dataclasses.asdict(config),
+    "without_memory": none,
+    "chosen": chosen,
+    "tried": tried,
+    "seconds": time.perf_counter() - started,
+  }
+  _print(report, final, console)
+  if chosen is None:
+    raise UserError(
+      f"no setting keeps the ordinary loss within {config.max_loss_rise}: give --max-loss-rise, or --layers"
+    )
+  if out is not None:
+    setting = Setting(*(chosen[field.name] for field in dataclasses.fields(Setting)))
+    model = load_pretrained(path, dtype=dtype, ttt=setting.config(config.chunk_size))
+    save_pretrained(model, out, tokenizer=tokenizer)
+    write_json(Path(out) / "calibration.json", report)
+    console.print(f"written: {out}", highlight=False)
+  return report
+
+
+def _remembered(result: dict[str, Any]) -> float:
+  """Returns the share of right answers, of facts alone and of facts in prose alike."""
+  return (result["facts"]["answers"] + result["prose"]["answers"]) / 2
+
+
+def _both(model: Transformer, rows, rows_in_prose) -> dict[str, Any]:
+  return {"facts": score_facts(model, rows), "prose": score_facts(model, rows_in_prose)}
+
+
+def _topics() -> str:
+  from pydoc_data.topics import topics
+
+  return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _windows(prose: np.ndarray, tokens: int, rows: int, seed: int) -> jax.Array:
+  starts = np.random.default_rng(seed).integers(0, len(prose) - tokens, rows)
+  return jnp.stack([jnp.asarray(prose[start : start + tokens]) for start in starts])
+
+
+def _fact_rows(
+  config: CalibrationConfig, encode: Callable[[str], list[int]], prose: np.ndarray
+) -> tuple[list[FactRow], list[FactRow]]:
+  """Returns rows of facts alone, and rows of facts between prose."""
+  rng = random.Random(config.seed)
+  facts = SETS["calibration"]
+  alone, between = [], []
+  for _ in range(config.rows):
+    drawn = facts.draw(rng, config.facts)
+    alone.append(make_row(drawn, encode, half=config.tokens // 2, rng=rng))
+    drawn = facts.draw(rng, math.ceil(config.facts * 2 / 3))
+    start = rng.randrange(len(prose) - 2 * config.tokens)
+    text = prose[start : start + 2 * config.tokens].tolist()
+    between.append(make_row(drawn, encode, half=config.tokens, rng=rng, prose=text))
+  return alone, between
+
+
+def _print(report: dict[str, Any], results: Sequence[dict[str, Any]], console: Console) -> None:
+  none, chosen = report["without_memory"], report["chosen"]
+  table = Table(title="facts behind a cut of attention, and ordinary loss with nothing cut")
+  for name in ("layer", "scale", "ridge", "gate", "right", "right in prose", "loss", "rise", ""):
+    table.add_column(name, justify="right")
+  for result in ({**none, "layer": "-", "read_scale": 0.0, "ridge": 0.0, "gate": None}, *results):
+    gate = result["gate"]
+    table.add_row(
+      str(result["layer"]),
+      f"{result['read_scale']:g}",
+      f"{result['ridge']:g}",
+      "none" if gate is None else f"{gate[0]:g}, {gate[1]:g}",
+      f"{result['facts']['answers']:.0%}",
+      f"{result['prose']['answers']:.0%}",
+      f"{result['loss']:.3f}",
+      f"{result['loss'] - none['loss']:+.3f}",
+      "<- chosen" if result is chosen else "",
+    )
+  console.print(table)
+  console.print(f"{len(report['tried'])} evaluations, {report['seconds']:.0f} s", highlight=False)
