@@ -91,14 +91,15 @@ def least_squares(
     writes=chunks.writes,
     ridge=settings.ridge,
   )
-  share = 1.0 if axis is None else 1.0 / shard_count(axis)
+  shards = 1 if axis is None else shard_count(axis)
+  share = 1.0 / shards
   if n:
     r, leverage, sums = implementation(rows, exchange)
   else:
     r, leverage = jnp.zeros((b, 0, c, d), dtype), jnp.zeros((b, 0, c), dtype)
     sums = s_in
     if sums is None:
-      sums = no_sums(_gather(tail[:, None], axis, dimension=3), chunks.v, dtype)
+      sums = no_sums(tail, shards * tail.shape[-1], d, dtype)
   y_tail = None
   if tail.shape[1]:
     mask = None if masks is None else masks.tail_reads
@@ -157,6 +158,10 @@ def measure(
   def norm_over_f(x):
     return jnp.sqrt(sum_over(jnp.sum(x * x, axis=(1, 2)), axis))
 
+  def same_everywhere(x):
+    """x, which all devices of the tensor axis have computed alike, as a value that does not vary."""
+    return x if axis is None else sum_over(x / shard_count(axis), axis)
+
   update = leverage = jnp.zeros(b, dtype)
   fast = slow = jnp.zeros(b, wide)
   if n:
@@ -174,10 +179,10 @@ def measure(
     leverage = jnp.sum(part.leverage, (1, 2)) / jnp.maximum(jnp.sum(reads, (1, 2)), 1)
   a = _gather(part.sums.a, axis, dimension=1)
   return FastWeightStats(
-    update=update,
+    update=same_everywhere(update),
     state=norm_over_f(part.sums.d),
     fast=fast,
     slow=slow,
-    leverage=leverage,
-    condition=condition(factor(a, settings.ridge)),
+    leverage=same_everywhere(leverage),
+    condition=same_everywhere(condition(factor(a, settings.ridge))),
   )

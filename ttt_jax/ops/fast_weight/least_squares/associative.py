@@ -30,7 +30,9 @@ def associative(rows: Rows, exchange: Exchange | None) -> Outputs:
   d = product("bncf,bncd->bnfd", keys, rows.v)
   factors = jnp.ones(rows.z.shape[:2], dtype) if known else factors
   keeps, a, d = lax.associative_scan(_combine, (factors, a, d), axis=1)
-  s_in = no_sums(rows.z, rows.v, dtype) if rows.s_in is None else rows.s_in
+  s_in = rows.s_in
+  if s_in is None:
+    s_in = no_sums(rows.z, rows.z.shape[-1], rows.v.shape[-1], dtype)
   if exchange is not None:
     total = Update(None if known else keeps[:, -1], pack(Sums(a[:, -1], d[:, -1])))
     s_in = unpack(incoming_state(total, pack(s_in), exchange))

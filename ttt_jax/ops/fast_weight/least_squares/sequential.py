@@ -79,7 +79,8 @@ def sequential(rows: Rows, exchange: Exchange | None) -> Outputs:
   """R, the leverage and the sums; saved for the backward pass are the inputs and the sums that came in."""
   starts_empty = rows.s_in is None and exchange is None
   if rows.s_in is None:
-    rows = rows._replace(s_in=no_sums(rows.z, rows.v, rows.v.dtype))
+    f, d = rows.z.shape[-1], rows.v.shape[-1]
+    rows = rows._replace(s_in=no_sums(rows.z, f, d, rows.v.dtype))
   rows = reverse_only(
     rows, "rule='least_squares' with implementation='sequential': pass implementation='associative'"
   )

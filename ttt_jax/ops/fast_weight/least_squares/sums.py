@@ -149,7 +149,7 @@ def symmetric(a: Float[Array, "B F F"]) -> Float[Array, "B F F"]:
   return (a + jnp.swapaxes(a, -1, -2)) / 2
 
 
-def no_sums(z: Float[Array, "B N C F"], v: Float[Array, "B N C D"], dtype: jnp.dtype) -> Sums:
-  """The sums of nothing, which vary over the mesh axes of z."""
-  (b, _, _, f), d = z.shape, v.shape[-1]
-  return Sums(*(varying_zeros(shape, dtype, z) for shape in ((b, f, f), (b, f, d))))
+def no_sums(like: Float[Array, "B *X"], f: int, d: int, dtype: jnp.dtype) -> Sums:
+  """The sums of nothing, which vary over the mesh axes of `like`, with as many rows."""
+  b = like.shape[0]
+  return Sums(*(varying_zeros(shape, dtype, like) for shape in ((b, f, f), (b, f, d))))
