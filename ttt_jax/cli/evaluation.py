@@ -1,4 +1,4 @@
-"""Adds the commands that evaluate: `eval`, `eval perplexity`, `eval recall`, `eval ruler`."""
+"""Adds the commands that evaluate: `eval`, `eval perplexity`, `eval recall`, `eval ruler`, `eval facts`."""
 
 import argparse
 from pathlib import Path
@@ -23,6 +23,7 @@ Other evaluations are commands of their own, each with --help:
   ttt-jax eval perplexity   loss on a fixed last block as the context before it grows
   ttt-jax eval recall       recall accuracy by the distance to the last occurrence
   ttt-jax eval ruler        the thirteen tasks of RULER, at any length
+  ttt-jax eval facts        facts in plain English that attention cannot see
 """
 
 _PERPLEXITY_EPILOG = """The same command resumes. Fields of the config can be overridden:
@@ -40,6 +41,7 @@ def add(commands: argparse._SubParsersAction) -> None:
   _add_perplexity(commands)
   _add_recall(commands)
   _add_ruler(commands)
+  _add_facts(commands)
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
@@ -154,4 +156,38 @@ def _run_ruler(parsed: argparse.Namespace) -> int:
     out=parsed.out,
     dtype=parsed.dtype,
     fields=given_model_fields(parsed),
+  )
+
+
+def _add_facts(commands: argparse._SubParsersAction) -> None:
+  text = "ask for facts of a text that attention cannot see any more, fast weights on and off"
+  facts = add_command(commands, "eval facts", text, fields=MODEL_FIELDS)
+  facts.add_argument("model", help="a Hugging Face directory, a .gguf file, or a run directory")
+  facts.add_argument(
+    "--text", type=Path, help="prose between the facts (default: Python's help topics)"
+  )
+  facts.add_argument("--kinds", nargs="+", default=[], metavar="KIND", help="(default: all)")
+  for flag, default, text in (
+    ("tokens", 512, "tokens of a row of facts alone; with prose between them twice as many"),
+    ("facts", 14, "facts in a row"),
+    ("rows", 16, "rows of facts alone, and of facts in prose"),
+    ("batch", 4, "rows read at once"),
+    ("seed", 1, "seed of facts, their order and the prose"),
+  ):
+    facts.add_argument(f"--{flag}", type=int, default=default, help=f"{text} (default {default})")
+  facts.add_argument("--dtype", choices=DTYPES, help="dtype of weights and computation")
+  facts.add_argument("--out", type=Path, metavar="DIR", help="directory for facts.json")
+  facts.set_defaults(run=_run_facts)
+
+
+def _run_facts(parsed: argparse.Namespace) -> None:
+  from ttt_jax.evaluation.facts import FactsConfig, run_facts
+
+  run_facts(
+    parsed.model,
+    from_flags(FactsConfig, parsed),
+    text=None if parsed.text is None else parsed.text.read_text(),
+    fields=given_model_fields(parsed),
+    dtype=parsed.dtype,
+    out=parsed.out,
   )

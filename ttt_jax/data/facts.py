@@ -247,3 +247,45 @@ def make_row(
     tokens += filling[begin : half - used]
     rng.shuffle(order)
   return FactRow(tuple(tokens), half, tuple(answers), tuple(firsts), tuple(kinds))
+
+
+def make_rows(
+  name: str,
+  encode: Callable[[str], list[int]],
+  *,
+  rows: int,
+  facts: int,
+  half: int,
+  seed: int,
+  prose: Sequence[int] = (),
+  kinds: Sequence[str] | None = None,
+) -> list[FactRow]:
+  """Rows with facts of a set, each with its own facts and, if there is prose, its own part of it.
+
+  Args:
+    name: "calibration" or "evaluation".
+    rows, facts: rows, and facts in each.
+    seed: of facts, their order and the places in the prose.
+    kinds: names of kinds; None for all.
+
+  Raises:
+    UserError: too many facts, or too little prose.
+  """
+  if name not in SETS:
+    raise UserError(f"facts.set={name!r} is not one of {', '.join(SETS)}")
+  if prose and len(prose) < 2 * half:
+    raise UserError(f"the text has {len(prose)} tokens, a row with facts in it needs {2 * half}")
+  rng, made = random.Random(seed), []
+  for _ in range(rows):
+    drawn = SETS[name].draw(rng, facts, kinds)
+    start = rng.randrange(len(prose) - 2 * half + 1) if prose else 0
+    text = prose[start : start + 2 * half]
+    made.append(make_row(drawn, encode, half=half, rng=rng, prose=text))
+  return made
+
+
+def help_topics() -> str:
+  """The topics of Python's own help: ordinary prose that every installation has."""
+  from pydoc_data.topics import topics
+
+  return "\n\n".join(topics[name] for name in sorted(topics))

@@ -1,34 +1,158 @@
 """Measures what a model knows of facts that attention cannot see: answers behind a cut, right or not."""
 
+import dataclasses
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+from rich.console import Console
+from rich.table import Table
 
-from ttt_jax.data.facts import FactRow
+from ttt_jax.checkpoints.open import open_model, open_tokenizer
+from ttt_jax.checkpoints.sections import Fields
+from ttt_jax.data.facts import FactRow, help_topics, make_rows
+from ttt_jax.errors import UserError
+from ttt_jax.files import write_json
 from ttt_jax.nn.transformer import Transformer
 
 
-@jax.jit
+@dataclasses.dataclass(frozen=True)
+class FactsConfig:
+  """Configures the evaluation.
+
+  Attributes:
+    tokens: of a row of facts alone, both halves. With prose between the facts a row has twice as many.
+    facts: facts in a row.
+    rows: rows of facts alone, and of facts in prose.
+    kinds: names of kinds of facts; empty for all.
+    seed: of facts, order and prose.
+    batch: rows read at once.
+  """
+
+  tokens: int = 512
+  facts: int = 14
+  rows: int = 16
+  kinds: tuple[str, ...] = ()
+  seed: int = 1
+  batch: int = 4
+
+  def __post_init__(self):
+    for name in ("tokens", "facts", "rows", "batch"):
+      if getattr(self, name) < 1:
+        raise UserError(f"{name}={getattr(self, name)} must be positive")
+    if self.tokens % 2:
+      raise UserError(f"tokens={self.tokens} must be even: a row has two halves")
+
+
+def run_facts(
+  source: str | Path,
+  config: FactsConfig | None = None,
+  *,
+  text: str | None = None,
+  fields: Fields | None = None,
+  dtype: str | None = None,
+  out: Path | None = None,
+  console: Console | None = None,
+) -> dict[str, Any]:
+  """Asks a model for facts that only its fast weights can know, and prints a table.
+
+  Args:
+    source: a Hugging Face directory, a `.gguf` file or a run directory.
+    config: the evaluation; None for the defaults.
+    text: prose between facts; None for the topics of Python's own help.
+    fields: as `open_model`.
+    dtype: of weights and computation; None as stored.
+    out: a directory, created if missing, for `facts.json`; None writes nothing.
+    console: the output.
+
+  Returns:
+    By "updates on" and "updates off", the results of `score_facts` for "alone" and "in prose".
+
+  Raises:
+    UserError: half a row is not whole chunks, the facts do not fit, or the text is too short.
+  """
+  config = FactsConfig() if config is None else config
+  console = Console() if console is None else console
+  model, tokenizer = open_model(source, dtype=dtype, fields=fields), open_tokenizer(source)
+  half, chunk = config.tokens // 2, model.ttt.chunk_size
+  if model.ttt.layers and half % chunk:
+    raise UserError(
+      f"tokens={config.tokens}: half of it is not whole chunks of ttt.chunk_size={chunk}, and the last "
+      "chunk of a half would never be learned"
+    )
+  encode = partial(tokenizer.encode, add_special_tokens=False)
+  prose = encode(help_topics() if text is None else text)
+  make = partial(
+    make_rows,
+    "evaluation",
+    encode,
+    rows=config.rows,
+    facts=config.facts,
+    seed=config.seed,
+    kinds=config.kinds or None,
+  )
+  rows = {"alone": make(half=half), "in prose": make(half=2 * half, prose=prose)}
+  readings = {"updates on": True, "updates off": False} if model.ttt.layers else {"model": False}
+  results = {
+    name: {
+      kind: score_facts(model, made, batch=config.batch, update=update)
+      for kind, made in rows.items()
+    }
+    for name, update in readings.items()
+  }
+  report = {"model": str(source), "config": dataclasses.asdict(config), "results": results}
+  _print(report, console)
+  if out is not None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "facts.json", report)
+    console.print(f"written: {out / 'facts.json'}", highlight=False)
+  return report
+
+
+def _print(report: dict[str, Any], console: Console) -> None:
+  config = report["config"]
+  table = Table()
+  kinds = sorted(next(iter(report["results"].values()))["alone"]["by_kind"])
+  for name in ("fast weights", "facts", "right", "first token right", "nats", *kinds):
+    table.add_column(name, justify="right")
+  for name, result in report["results"].items():
+    for place, scores in result.items():
+      shares = (scores["answers"], scores["firsts"], *(scores["by_kind"][kind] for kind in kinds))
+      answers, firsts, *by_kind = (f"{share:.1%}" for share in shares)
+      table.add_row(name, place, answers, firsts, f"{scores['nats']:.3f}", *by_kind)
+  console.print(
+    f"{config['facts']} facts a row, behind a cut of attention: alone in {config['tokens']} tokens, or in "
+    f"{2 * config['tokens']} tokens of prose; {config['rows']} rows each",
+    highlight=False,
+  )
+  console.print(table)
+
+
+@partial(jax.jit, static_argnames="update")
 def _answers(
-  model: Transformer, tokens: Int[Array, "B T"], attention: Int[Array, "B T"]
-) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
+  model: Transformer, tokens: Int[Array, "B T"], attention: Int[Array, "B T"], *, update: bool
+) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
   """Nats of every token but the first, and whether the model's likeliest token is it."""
-  logits = model(tokens, jnp.ones_like(tokens), attention)[:, :-1]
+  logits = model(tokens, jnp.ones_like(tokens), attention, update=update)[:, :-1]
   nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=2)[..., 0]
   return nats, jnp.argmax(logits, axis=-1) == tokens[:, 1:]
 
 
-def score_facts(model: Transformer, rows: Sequence[FactRow], *, batch: int = 4) -> dict[str, Any]:
+def score_facts(
+  model: Transformer, rows: Sequence[FactRow], *, batch: int = 4, update: bool = True
+) -> dict[str, Any]:
   """Reads rows with attention cut between their halves, fast weights going on over the cut.
 
   Args:
     model: a model; without fast weights it knows nothing of the first half.
     rows: rows of one length.
     batch: rows read at once.
+    update: whether fast weights learn.
 
   Returns:
     `answers` and `firsts`: the share of right tokens, of all answers and of those that begin one; `nats`
@@ -41,7 +165,9 @@ def score_facts(model: Transformer, rows: Sequence[FactRow], *, batch: int = 4) 
     attention = np.ones_like(tokens)
     for i, row in enumerate(part):
       attention[i, row.cut :] = 2
-    row_nats, row_right = map(np.asarray, _answers(model, tokens, attention))
+    row_nats, row_right = map(
+      np.asarray, _answers(model, jnp.asarray(tokens), jnp.asarray(attention), update=update)
+    )
     for i, row in enumerate(part):
       places = np.asarray(row.answers) - 1
       nats.append(row_nats[i, places])

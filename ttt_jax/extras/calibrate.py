@@ -7,9 +7,9 @@ rise. The facts are of the set "calibration", which shares no words with what is
 
 import dataclasses
 import math
-import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ttt_jax.checkpoints.hf import load_pretrained
 from ttt_jax.checkpoints.open import open_tokenizer
 from ttt_jax.checkpoints.save import save_pretrained
 from ttt_jax.config import TTTConfig
-from ttt_jax.data.facts import SETS, FactRow, make_row
+from ttt_jax.data.facts import FactRow, help_topics, make_rows
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.facts import score_facts
 from ttt_jax.files import write_json
@@ -183,13 +183,11 @@ def calibrate(
   path = local_path(path)
   started = time.perf_counter()
   tokenizer = open_tokenizer(path)
-  if tokenizer is None:
-    raise UserError(f"{path} has no tokenizer: facts are text")
 
   def encode(text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
-  prose = np.asarray(encode(_topics() if text is None else text), np.int32)
+  prose = encode(help_topics() if text is None else text)
   needed = max(config.loss_tokens, 2 * config.tokens)
   if len(prose) < 2 * needed:
     raise UserError(f"the text has {len(prose)} tokens, {2 * needed} are needed: give a longer one")
@@ -265,37 +263,23 @@ def _both(model: Transformer, rows, rows_in_prose) -> dict[str, Any]:
   return {"facts": score_facts(model, rows), "prose": score_facts(model, rows_in_prose)}
 
 
-def _topics() -> str:
-  from pydoc_data.topics import topics
-
-  return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def _windows(prose: np.ndarray, tokens: int, rows: int, seed: int) -> jax.Array:
+def _windows(prose: Sequence[int], tokens: int, rows: int, seed: int) -> jax.Array:
   starts = np.random.default_rng(seed).integers(0, len(prose) - tokens, rows)
-  return jnp.stack([jnp.asarray(prose[start : start + tokens]) for start in starts])
+  return jnp.asarray([prose[start : start + tokens] for start in starts], jnp.int32)
 
 
 def _fact_rows(
-  config: CalibrationConfig, encode: Callable[[str], list[int]], prose: np.ndarray
+  config: CalibrationConfig, encode: Callable[[str], list[int]], prose: Sequence[int]
 ) -> tuple[list[FactRow], list[FactRow]]:
-  """Returns rows of facts alone, and rows of facts between prose."""
-  rng = random.Random(config.seed)
-  facts = SETS["calibration"]
-  alone, between = [], []
-  for _ in range(config.rows):
-    drawn = facts.draw(rng, config.facts)
-    alone.append(make_row(drawn, encode, half=config.tokens // 2, rng=rng))
-    drawn = facts.draw(rng, math.ceil(config.facts * 2 / 3))
-    start = rng.randrange(len(prose) - 2 * config.tokens)
-    text = prose[start : start + 2 * config.tokens].tolist()
-    between.append(make_row(drawn, encode, half=config.tokens, rng=rng, prose=text))
-  return alone, between
+  """Returns rows of facts alone, and rows twice as long of fewer facts between prose."""
+  make = partial(make_rows, "calibration", encode, rows=config.rows, seed=config.seed)
+  alone = make(facts=config.facts, half=config.tokens // 2)
+  return alone, make(facts=math.ceil(config.facts * 2 / 3), half=config.tokens, prose=prose)
 
 
 def _print(report: dict[str, Any], results: Sequence[dict[str, Any]], console: Console) -> None:
   none, chosen = report["without_memory"], report["chosen"]
-  table = Table(title="facts behind a cut of attention, and ordinary loss with nothing cut")
+  table = Table(title="facts behind a cut of attention, and ordinary loss with nothing cut; * is chosen")
   for name in ("layer", "scale", "ridge", "gate", "right", "right in prose", "loss", "rise", ""):
     table.add_column(name, justify="right")
   for result in ({**none, "layer": "-", "read_scale": 0.0, "ridge": 0.0, "gate": None}, *results):
@@ -309,7 +293,7 @@ def _print(report: dict[str, Any], results: Sequence[dict[str, Any]], console: C
       f"{result['prose']['answers']:.0%}",
       f"{result['loss']:.3f}",
       f"{result['loss'] - none['loss']:+.3f}",
-      "<- chosen" if result is chosen else "",
+      "*" if result is chosen else "",
     )
   console.print(table)
   console.print(f"{len(report['tried'])} evaluations, {report['seconds']:.0f} s", highlight=False)
