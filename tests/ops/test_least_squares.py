@@ -384,3 +384,22 @@ def test_bad_input():
   ):
     with pytest.raises((ttt_jax.UserError, ttt_jax.UnsupportedError), match=message):
       ttt_jax.inplace_ttt(z, v, w, **options)
+
+
+def test_many_solves_at_once():
+  """Of rows and devices: LAPACK's threads do not wait for one another (jaxlib 0.10, two cores)."""
+  rng = np.random.default_rng(0)
+  z = jnp.asarray(rng.normal(size=(4, 256, 96)), jnp.float32)
+  v = jnp.asarray(rng.normal(size=(4, 256, 4)), jnp.float32)
+  read = partial(
+    ttt_jax.inplace_ttt, w_down=jnp.zeros((96, 4)), chunk_size=16, rule="least_squares"
+  )
+  y, _ = jax.jit(partial(read, implementation="dual"))(z, v)
+  tokens = PartitionSpec(None, "context")
+  split = jax.shard_map(
+    lambda z, v: read(z, v, context_axis="context")[0],
+    mesh=mesh_of(8),
+    in_specs=(tokens, tokens),
+    out_specs=tokens,
+  )
+  np.testing.assert_allclose(jax.jit(split)(z, v), y, rtol=1e-3, atol=1e-3)

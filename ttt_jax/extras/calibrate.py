@@ -279,7 +279,9 @@ def _fact_rows(
 
 def _print(report: dict[str, Any], results: Sequence[dict[str, Any]], console: Console) -> None:
   none, chosen = report["without_memory"], report["chosen"]
-  table = Table(title="facts behind a cut of attention, and ordinary loss with nothing cut; * is chosen")
+  table = Table(
+    title="facts behind a cut of attention, and ordinary loss with nothing cut; * is chosen"
+  )
   for name in ("layer", "scale", "ridge", "gate", "right", "right in prose", "loss", "rise", ""):
     table.add_column(name, justify="right")
   for result in ({**none, "layer": "-", "read_scale": 0.0, "ridge": 0.0, "gate": None}, *results):

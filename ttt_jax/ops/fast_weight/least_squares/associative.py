@@ -46,12 +46,10 @@ def associative(rows: Rows, exchange: Exchange | None) -> Outputs:
     lambda first, x: jnp.concatenate([first[:, None], x[:, :-1]], axis=1), s_in, after
   )
 
-  def read_chunk(keys, sums):
-    seen = read(keys, sums.d, factor(sums.a, rows.ridge))
-    return seen.r, seen.leverage
-
   queries = unit_rows(where(rows.reads, rows.z), dtype)
-  r, leverage = jax.vmap(read_chunk, in_axes=1, out_axes=1)(queries, before)
+  as_rows = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731  chunks are rows of their own
+  found = read(as_rows(queries), as_rows(before.d), factor(as_rows(before.a), rows.ridge))
+  r, leverage = found.r.reshape(rows.v.shape), found.leverage.reshape(rows.v.shape[:3])
   last = jax.tree.map(lambda x: x[:, -1], after)
   return Outputs(where(rows.reads, r), where(rows.reads, leverage), last)
 

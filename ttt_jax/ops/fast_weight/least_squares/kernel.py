@@ -10,12 +10,18 @@ The cheaper way while fewer than F tokens are visible. A state from outside has 
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ttt_jax.errors import UnsupportedError
 from ttt_jax.ops.exchange.collectives import Exchange
 from ttt_jax.ops.fast_weight.least_squares.sequential import Outputs, Rows, factors_of
-from ttt_jax.ops.fast_weight.least_squares.sums import Sums, product, ridge_share, unit_rows
+from ttt_jax.ops.fast_weight.least_squares.sums import (
+  Sums,
+  cholesky,
+  product,
+  ridge_share,
+  solve_factored,
+  unit_rows,
+)
 from ttt_jax.ops.numerics import where
 from ttt_jax.ops.update import prefix_keeps, prefix_weights, scale
 
@@ -61,8 +67,6 @@ def _read(queries, keys, v, weights, ridge):
   gram = product("bpf,bqf->bpq", keys, keys)
   identity = jnp.eye(p * c, dtype=keys.dtype)[None]
   m = jnp.where(is_learned[:, None, None], gram + rho[:, None, None] * identity, identity)
-  cholesky = lax.linalg.cholesky(m, symmetrize_input=False)
   scores = product("bcf,bpf->bcp", queries, keys)
-  half = lax.linalg.triangular_solve(cholesky, scores, lower=True, transpose_a=True)
-  solved = lax.linalg.triangular_solve(cholesky, half, lower=True)
+  solved = solve_factored(cholesky(m), scores)
   return product("bcp,bpd->bcd", solved, v), jnp.sum(scores * solved, axis=-1)

@@ -26,7 +26,7 @@ from ttt_jax.ops.fast_weight.least_squares.sums import (
   product,
   read,
   ridge_share,
-  solve,
+  solve_factored,
   symmetric,
   unit_rows,
   unpack,
@@ -272,7 +272,9 @@ def _forwards_pass(rows, factors, d_r, d_leverage, starts_empty) -> _Forwards:
       d_l_i = where(factored.is_learned, d_l)
       du = product("bcd,bfd->bcf", d_r_i, sums.d)
       du -= (factored.rho[:, None] * d_l_i)[..., None] * keys
-      w = where(reads, where(factored.is_learned, solve(factored, where(reads, du))))
+      w = where(
+        reads, where(factored.is_learned, solve_factored(factored.cholesky, where(reads, du)))
+      )
       d_rho = -jnp.sum(w * u, axis=(1, 2)) - jnp.sum(d_l_i * jnp.sum(keys * u, axis=-1), axis=1)
       share, share_vjp = jax.vjp(lambda ridge: ridge_share(ridge, f), rows.ridge)
       diagonal = d_rho * share

@@ -12,12 +12,14 @@ Sources: least squares as a memory, von Oswald et al. (MesaNet, arXiv 2506.05233
 (test-time regression, arXiv 2501.12352).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from ttt_jax.ops.hardware import target_platform
 from ttt_jax.ops.manual import varying_zeros
 from ttt_jax.ops.numerics import where
 from ttt_jax.ops.update import scale
@@ -72,6 +74,34 @@ def ridge_share(ridge: Float[Array, ""], f: int) -> Float[Array, ""]:
   return jnp.maximum(ridge / f, _RIDGE_IN_EPS * jnp.finfo(ridge.dtype).eps)
 
 
+def _by_row(function: Callable, *arrays: Array) -> Array:
+  """`function` of batched arrays; on a CPU row by row.
+
+  There jaxlib 0.10's LAPACK calls on several matrices wait in a thread of the pool for other threads of
+  the pool, and a few such calls at once wait for ever.
+  """
+  if target_platform() != "cpu" or arrays[0].shape[0] == 1:
+    return function(*arrays)
+  return lax.map(lambda row: function(*row), arrays)
+
+
+def cholesky(m: Float[Array, "B F F"]) -> Float[Array, "B F F"]:
+  """The lower Cholesky factors L of `m = L L^T`; only the lower triangles of m are read."""
+  return _by_row(lambda m: lax.linalg.cholesky(m, symmetrize_input=False), m)
+
+
+def solve_factored(
+  factor: Float[Array, "B F F"], x: Float[Array, "B C F"]
+) -> Float[Array, "B C F"]:
+  """`x (L L^T)^-1`, row by row of x."""
+
+  def solve(factor, x):  # x L^-T L^-1
+    half = lax.linalg.triangular_solve(factor, x, lower=True, transpose_a=True)
+    return lax.linalg.triangular_solve(factor, half, lower=True)
+
+  return _by_row(solve, factor, x)
+
+
 def factor(a: Float[Array, "B F F"], ridge: Float[Array, ""]) -> Factored:
   """The Cholesky factor of M; only the lower triangle of A is read."""
   f = a.shape[-1]
@@ -80,20 +110,12 @@ def factor(a: Float[Array, "B F F"], ridge: Float[Array, ""]) -> Factored:
   identity = jnp.eye(f, dtype=a.dtype)[None]
   is_learned = trace != 0
   m = jnp.where(is_learned[:, None, None], a + rho[:, None, None] * identity, identity)
-  cholesky = lax.linalg.cholesky(m, symmetrize_input=False)
-  return Factored(cholesky, rho, is_learned)
-
-
-def solve(factored: Factored, x: Float[Array, "B C F"]) -> Float[Array, "B C F"]:
-  """`x M^-1`, row by row."""
-  # x L^-T L^-1: M is symmetric.
-  half = lax.linalg.triangular_solve(factored.cholesky, x, lower=True, transpose_a=True)
-  return lax.linalg.triangular_solve(factored.cholesky, half, lower=True)
+  return Factored(cholesky(m), rho, is_learned)
 
 
 def read(keys: Float[Array, "B C F"], d: Float[Array, "B F D"], factored: Factored) -> Read:
   """R and the leverage of a chunk's keys."""
-  u = where(factored.is_learned, solve(factored, keys))
+  u = where(factored.is_learned, solve_factored(factored.cholesky, keys))
   square = where(factored.is_learned, jnp.sum(keys * keys, axis=-1))
   leverage = square - factored.rho[:, None] * jnp.sum(keys * u, axis=-1)
   return Read(product("bcf,bfd->bcd", u, d), leverage, u)
