@@ -117,7 +117,7 @@ def test_rows_do_not_see_each_other(model, how):
 
 @pytest.mark.parametrize(
   "size",
-  [{"context": 8}, {"data": 2, "context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}],
+  [{"data": 2, "context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}],
   ids=str,
 )
 def test_on_a_mesh(size):

@@ -175,7 +175,7 @@ def test_without_tracking_of_varying_axes(variant):
 
 
 @given(data=st.data())
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_case(data):
   """Hypothesis draws sizes, segments, decay, clip, tail, state, shards, implementation, collective."""
   shards = data.draw(st.sampled_from([None, 1, 2, 4, 8]), "shards")
