@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import COLLECTIVES, mesh_of, packed, several_slices
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 import ttt_jax
 from ttt_jax.ops.fast_weight.least_squares.sums import (
@@ -403,3 +403,20 @@ def test_many_solves_at_once():
     out_specs=tokens,
   )
   np.testing.assert_allclose(jax.jit(split)(z, v), y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_over_global_arrays(kind):
+  """With rows over `data` and F over `tensor`: A and D are split like the sum's state, by rows of F."""
+  arrays = to_jax(make_arrays(state=True))
+  a, d = arrays.pop("state")
+  arrays["state"] = ttt_jax.FastWeightState(A=a, D=d)
+  options = {"chunk_size": C, "rule": "least_squares"}
+  y, state = ttt_jax.inplace_ttt(**arrays, **options)
+  mesh = jax.make_mesh((2, 2, 2), ("data", "context", "tensor"), axis_types=(kind,) * 3)
+  read = ttt_jax.context_parallel(mesh)
+  got, got_state, stats = jax.jit(partial(read, **options, return_stats=True))(**arrays)
+  np.testing.assert_allclose(got, y, rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(got_state.A, state.A, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got_state.D, state.D, rtol=1e-4, atol=1e-5)
+  assert stats.leverage.shape == (B, 2)

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -33,10 +34,12 @@ class ContextParallel:
     v: Float[Array, "*B T D"],
     w_down: Float[Array, "F D"],
     *,
-    inner_lr: float | int | Float[Array, ""],
+    inner_lr: float | int | Float[Array, ""] | None = None,
     state: FastWeightState | None = None,
     segment_ids: Int[Array, "*B T"] | None = None,
     decay: float | int | Float[Array, ""] | None = None,
+    rule: str = "sum",
+    read_gate: tuple[Any, Any] | None = None,
     return_stats: bool = False,
     **options: Any,
   ):
@@ -60,31 +63,32 @@ class ContextParallel:
       "w_down": (w_down, PartitionSpec(self.tensor_axis, None)),
     }
     if state is not None:
-      arrays["state"] = (state.S, kept)
+      arrays["state"] = (state, jax.tree.map(lambda _: kept, state))
     if segment_ids is not None:
       arrays["segment_ids"] = (segment_ids, ids)
-    for name, value in (("inner_lr", inner_lr), ("decay", decay)):
-      if isinstance(value, jax.Array):
-        arrays[name] = (value, PartitionSpec())
-      else:
-        options[name] = value
-    pending = 0 if state is None else state.pending
+    options |= {"inner_lr": inner_lr, "decay": decay}
+    for name in ("inner_lr", "decay", "ridge", "read_scale"):
+      if isinstance(options.get(name), jax.Array):
+        arrays[name] = (options.pop(name), PartitionSpec())
+    if read_gate is not None:
+      read_gate = tuple(map(jnp.asarray, read_gate))
+      arrays["read_gate"] = (read_gate, (PartitionSpec(), PartitionSpec()))
 
     def local(arrays):
-      if "state" in arrays:
-        arrays = arrays | {"state": FastWeightState(arrays["state"], pending)}
       y, state, *stats = inplace_ttt(
         **arrays,
         **options,
+        rule=rule,
         context_axis=self.axis,
         tensor_axis=self.tensor_axis,
         return_stats=return_stats,
       )
-      return y, state.S, jax.tree.map(lambda x: x[..., None], stats)
+      return y, state, jax.tree.map(lambda x: x[..., None], stats)
 
     stats_specs = [PartitionSpec(*rows, self.axis)] if return_stats else []
-    y, s, stats = self._map(local, arrays, (tokens, kept, stats_specs))
-    return y, FastWeightState(s), *stats
+    state_specs = FastWeightState(S=kept) if rule == "sum" else FastWeightState(A=kept, D=kept)
+    y, state, stats = self._map(local, arrays, (tokens, state_specs, stats_specs))
+    return y, state, *stats
 
   def ntp_targets(
     self,
@@ -123,7 +127,9 @@ class ContextParallel:
     if AxisType.Explicit in self.mesh.axis_types:
       # Explicit axes make the sharding part of an array's type: it must be the one of `in_specs`.
       arrays = {
-        name: jax.sharding.reshard(x, NamedSharding(self.mesh, specs[name]))
+        name: jax.tree.map(
+          lambda x, spec: jax.sharding.reshard(x, NamedSharding(self.mesh, spec)), x, specs[name]
+        )
         for name, x in arrays.items()
       }
     return jax.shard_map(local, mesh=self.mesh, in_specs=(specs,), out_specs=out_specs)(arrays)
