@@ -85,6 +85,11 @@ class Setting:
   ridge: float = _RIDGES[0]
   gate: tuple[float, float] | None = None
 
+  def text(self) -> str:
+    """Returns the setting as a line of output says it."""
+    gate = "no gate" if self.gate is None else f"gate {self.gate[0]:g}, {self.gate[1]:g}"
+    return f"layer {self.layer}, scale {self.read_scale:g}, ridge {self.ridge:g}, {gate}"
+
   def config(self, chunk_size: int) -> TTTConfig:
     """Returns the section of a model that reads so."""
     threshold, sharpness = self.gate or (TTTConfig.gate_threshold, TTTConfig.gate_sharpness)
@@ -211,6 +216,9 @@ def calibrate(
     if "loss" in measures:
       result["loss"] = float(_loss(model, windows))
     tried.append(result)
+    seen = ", ".join(f"{result[m]['answers']:.0%}" for m in ("facts", "prose") if m in result)
+    rise = f", loss {result['loss'] - none['loss']:+.3f}" if "loss" in result else ""
+    console.print(f"{setting.text()}: right {seen}{rise}", highlight=False)
     return result
 
   layers = config.layers or tuple(range(len(models.plain().layers())))

@@ -43,9 +43,11 @@ class Generation:
 
   Attributes:
     tokens: prompts and new tokens, right-padded with -1.
-    prompt_lengths, lengths: the number of prompt tokens and of all tokens, per row.
+    prompt_lengths: the number of prompt tokens per row.
+    lengths: the number of all tokens per row.
     state: the state after these tokens.
-    read_seconds, write_seconds: time for the prompts and for the new tokens, both with compilation, if any.
+    read_seconds: time for the prompts, with compilation, if any.
+    write_seconds: time for the new tokens, with compilation, if any.
   """
 
   tokens: Int[np.ndarray, "B T"]

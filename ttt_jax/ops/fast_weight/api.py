@@ -51,7 +51,8 @@ class FastWeightState:
     S: of the sum, which reads as `W + S`: `[*B, F, D]` in the state's dtype, after the last full chunk.
     pending: the number of tokens read after that chunk. They are not in the state, so a later call must
       start at the chunk boundary before them.
-    A, D: of least squares, the sums `K^T K` `[*B, F, F]` and `K^T V` `[*B, F, D]`; S is None then.
+    A: of least squares, the sum of `K^T K`, `[*B, F, F]`; S is None then.
+    D: of least squares, the sum of `K^T V`, `[*B, F, D]`.
   """
 
   S: Any = None

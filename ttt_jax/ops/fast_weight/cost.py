@@ -115,8 +115,9 @@ class Explanation:
   Attributes:
     device: the device whose rates the model used.
     work: the sizes of the workload.
-    implementation, collective: the names chosen; no collective on one shard.
+    implementation: the name of the one that is chosen.
     implementations: the predicted seconds of a forward pass, by implementation.
+    collective: the name of the one that is chosen; None on one shard.
     collectives: the predicted seconds of an exchange, by collective.
     bytes_sent: the bytes that a device sends, by collective.
     slices: the number of slices into which the ring cuts a state.
