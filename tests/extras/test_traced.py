@@ -7,6 +7,7 @@ from helpers import mesh_of
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+import ttt_jax
 from ttt_jax.config import (
   AttentionConfig,
   Config,
@@ -126,3 +127,21 @@ def test_a_training_step(mesh):
   # Besides: attention in blocks, the head's logits once more, a shard's total of updates, both passes, and
   # the target's projection on every device of `tensor`.
   assert least < counted < 1.6 * least
+
+
+def test_factorisations_and_solves():
+  """Least squares factors and solves once a chunk; the model's own count is that of the program."""
+  b, n, c, f, d = 2, 3, 4, 6, 5
+  z, v, w = jnp.ones((b, n * c, f)), jnp.ones((b, n * c, d)), jnp.ones((f, d))
+  state = ttt_jax.FastWeightState(A=jnp.ones((b, f, f)), D=jnp.ones((b, f, d)))
+
+  def read(z, v, w, state):
+    return ttt_jax.inplace_ttt(
+      z, v, w, chunk_size=c, rule="least_squares", implementation="sequential", state=state
+    )[0]
+
+  counted = count(read, z, v, w, state)
+  model = ModelConfig(num_layers=1, d_model=d, d_ff=f, num_heads=1, num_kv_heads=1, head_dim=2)
+  ttt = TTTConfig(layers=(0,), chunk_size=c, rule="least_squares", projection=False, conv_width=3)
+  fast = token_flops(model, AttentionConfig(), ttt, n * c).fast_weights - 2 * 3 * d  # no target
+  assert counted == pytest.approx(b * n * c * (fast + 2 * f * d))  # and Z W

@@ -49,6 +49,9 @@ def token_flops(
       attention     4 H K s            s: keys that a token sees (`visible_keys`)
       fast weight   2 F D (update Z^T V) + 2 D^2 (projection of the target) + 2 w D (its convolution)
 
+      least squares F^3 / 3 C (factor A) + 2 F^2 (solve) + 2 F D (read) + 2 F (F + D) (K^T [K | V]), and the
+                    target as above, in place of the fast weight's
+
   The fast weight counts in TTT layers only; the head has `2 D V`. In layers with linear attention, with G
   heads, keys of width K and values of width M as in `ttt_jax.extras.baselines`, the first two terms are
 
@@ -63,7 +66,10 @@ def token_flops(
   d, f = model.d_model, model.d_ff
   kinds = layer_kinds(model, attention, ttt)
   projection = 2 * d * d if ttt.projection else 0
-  per_ttt = 2 * f * d + projection + 2 * ttt.conv_width * d
+  update = 2 * f * d
+  if ttt.rule == "least_squares":
+    update = f**3 / 3 / ttt.chunk_size + 2 * f * f + 2 * f * d + 2 * f * (f + d)
+  per_ttt = update + projection + 2 * ttt.conv_width * d
   return Flops(
     projections=sum(_mixer_projections(model, attention, kind.mixer) + 6 * d * f for kind in kinds),
     attention=sum(_mixing(model, kind, tokens) for kind in kinds),

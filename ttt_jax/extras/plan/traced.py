@@ -26,6 +26,7 @@ def device_flops(
   """Counts the FLOPs of one device, two for a multiplication and an addition.
 
       dot_general      2 x (numbers of the result) x (numbers summed for each)
+      cholesky         n^3 / 3 for a matrix [n, n];    triangular_solve   n x (numbers of the result)
       attention kernel (products per block of scores) x 2 K x (pairs of query and key that see each other)
 
   Outside `jax.shard_map` arrays are global, and the devices share a product evenly. A `cond` counts its
@@ -46,6 +47,11 @@ def _flops(jaxpr: Jaxpr, share: float, row: _Row) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
       total += share * _product(equation)
+    elif name == "cholesky":
+      shape = equation.outvars[0].aval.shape
+      total += share * math.prod(shape) * shape[-1] / 3
+    elif name == "triangular_solve":
+      total += share * math.prod(equation.outvars[0].aval.shape) * equation.invars[0].aval.shape[-1]
     elif name == "pallas_call":
       total += share * _kernel(equation, row)
     elif name == "cond":
