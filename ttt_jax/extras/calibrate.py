@@ -115,7 +115,13 @@ class _Models:
 
   def plain(self) -> Transformer:
     """Returns the model without fast weights."""
-    return load_pretrained(self._path, dtype=self._dtype, ttt={"layers": ()})
+    model = load_pretrained(self._path, dtype=self._dtype, ttt={"layers": ()})
+    self._models = {((), 0.0): model}
+    return model
+
+  def depth(self) -> int:
+    """Returns the number of layers."""
+    return len(next(iter(self._models.values())).layers())
 
   def with_memory(self, layers: tuple[int, ...], setting: Setting) -> Transformer:
     """Returns the model with a memory in all `layers`, of which only the setting's reads."""
@@ -201,44 +207,44 @@ def calibrate(
   models = _Models(path, config, dtype)
   plain = models.plain()
   none = {**_both(plain, rows, rows_in_prose), "loss": float(_loss(plain, windows))}
-  del plain
   tried: list[dict[str, Any]] = []
 
   def evaluate(
-    setting: Setting, layers: tuple[int, ...], *, measures: Sequence[str]
+    setting: Setting, layers: tuple[int, ...], *, with_prose: bool = False, with_loss: bool = False
   ) -> dict[str, Any]:
     model = models.with_memory(layers, setting)
     result: dict[str, Any] = dataclasses.asdict(setting)
-    if "facts" in measures:
-      result["facts"] = score_facts(model, rows)
-    if "prose" in measures:
-      result["prose"] = score_facts(model, rows_in_prose)
-    if "loss" in measures:
+    seen = []
+    if with_loss:
       result["loss"] = float(_loss(model, windows))
+      rise = result["loss"] - none["loss"]
+      seen.append(f"loss {rise:+.3f}")
+    if not with_loss or rise <= config.max_loss_rise:
+      result["facts"] = score_facts(model, rows)
+      seen.append(f"right {result['facts']['answers']:.0%}")
+      if with_prose:
+        result["prose"] = score_facts(model, rows_in_prose)
+        seen.append(f"in prose {result['prose']['answers']:.0%}")
     tried.append(result)
-    seen = ", ".join(f"{result[m]['answers']:.0%}" for m in ("facts", "prose") if m in result)
-    rise = f", loss {result['loss'] - none['loss']:+.3f}" if "loss" in result else ""
-    console.print(f"{setting.text()}: right {seen}{rise}", highlight=False)
+    console.print(f"{setting.text()}: {', '.join(seen)}", highlight=False)
     return result
 
-  layers = config.layers or tuple(range(len(models.plain().layers())))
-  screen = [evaluate(Setting(n, 20.0), layers, measures=("facts",)) for n in layers]
-  screen.sort(key=lambda result: -result["facts"]["answers"])
-  best = [result["layer"] for result in screen[:3]]
-  by_scale = [
-    evaluate(Setting(layer, scale), (layer,), measures=("facts", "prose"))
-    for layer in best
-    for scale in _SCALES
-  ]
-  start = max(by_scale, key=_remembered)
-  layer = start["layer"]
+  def by_answers(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(results, key=lambda result: -result["facts"]["answers"])
+
+  layers = config.layers or tuple(range(models.depth()))
+  screened = by_answers([evaluate(Setting(n, _SCALES[2]), layers) for n in layers[::2]])
+  around = [n for n in layers[1::2] if abs(n - screened[0]["layer"]) == 1]
+  screened = by_answers([*screened, *(evaluate(Setting(n, _SCALES[2]), layers) for n in around)])
+  best = [result["layer"] for result in screened[:2]]
+  start = by_answers([evaluate(Setting(n, scale), (n,)) for n in best for scale in _SCALES])[0]
+  layer, scale = start["layer"], start["read_scale"]
   final = [
-    evaluate(Setting(layer, scale, ridge, gate), (layer,), measures=("facts", "prose", "loss"))
+    evaluate(Setting(layer, scale, ridge, gate), (layer,), with_prose=True, with_loss=True)
     for ridge in _RIDGES
     for gate in _GATES
-    for scale in sorted({start["read_scale"], 2 * start["read_scale"]})
   ]
-  allowed = [r for r in final if r["loss"] <= none["loss"] + config.max_loss_rise]
+  allowed = [result for result in final if "facts" in result]
   chosen = max(allowed, key=_remembered, default=None)
   report = {
     "model": str(path),
@@ -299,8 +305,7 @@ def _print(report: dict[str, Any], results: Sequence[dict[str, Any]], console: C
       f"{result['read_scale']:g}",
       f"{result['ridge']:g}",
       "none" if gate is None else f"{gate[0]:g}, {gate[1]:g}",
-      f"{result['facts']['answers']:.0%}",
-      f"{result['prose']['answers']:.0%}",
+      *(f"{result[m]['answers']:.0%}" if m in result else "" for m in ("facts", "prose")),
       f"{result['loss']:.3f}",
       f"{result['loss'] - none['loss']:+.3f}",
       "*" if result is chosen else "",
