@@ -1,7 +1,7 @@
 """Parses the text of a compiled program: the bytes that it sends between devices and moves in memory.
 
-XLA's cost analysis counts the body of a loop once. Here a program is a graph of computations, and each
-counts as often as it runs.
+XLA's cost analysis counts the body of a loop once. A `Program` is a graph of computations, each of which
+counts as often as it runs; `count_collectives` and `sent_bytes`, for tests, count instructions once.
 """
 
 import dataclasses

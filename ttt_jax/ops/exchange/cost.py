@@ -27,13 +27,13 @@ def collective_seconds(
   k = ring_slices(shards, state_bytes, device, rows=rows)
   steps = math.ceil(math.log2(p)) if p > 1 else 0
   if device.torus:
-    sent = {"all_gather": (p - 1) / 2, "doubling": p - 1, "all_to_all": 2 * p / 8}
+    states_on_link = {"all_gather": (p - 1) / 2, "doubling": p - 1, "all_to_all": 2 * p / 8}
   else:
-    sent = {"all_gather": p - 1, "doubling": steps, "all_to_all": 2 * (p - 1) / p}
-  sent["ring"] = (p + k - 2) / k
+    states_on_link = {"all_gather": p - 1, "doubling": steps, "all_to_all": 2 * (p - 1) / p}
+  states_on_link["ring"] = (p + k - 2) / k
   messages = {"all_gather": 1, "doubling": steps, "all_to_all": 2, "ring": p + k - 2}
   return {
-    name: messages[name] * device.latency + sent[name] * s / device.link
+    name: messages[name] * device.latency + states_on_link[name] * s / device.link
     for name in ("all_gather", "doubling", "all_to_all", "ring")
   }
 

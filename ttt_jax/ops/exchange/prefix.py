@@ -134,7 +134,7 @@ def exchange_updates(
     update: keep and delta vary over the same mesh axes; a keep of None is 1 on every shard.
     exchange: how deltas travel.
     reverse: compose the shards after this one instead of those before it.
-    zero_is_reset: a keep of 0 ends a document: it has no derivative, and drops NaN and infinities.
+    zero_is_reset: a keep of 0 starts a new document: it has no derivative, and drops NaN and infinities.
   """
   keeps = gather_keeps(update.keep, update.delta, exchange.axis)
   if update.keep is None:  # constants, which vary as the deltas do

@@ -3,7 +3,7 @@
     R_i     = Z_i S_i
     S_{i+1} = f_i S_i + r_i U_i        U_i = lr Z_i^T V_i,  r_i = min(1, tau / |U_i|_F)
 
-with f_i = 0 where a document ends, else the decay. A token that does not write has V = 0 and counts as
+with f_i = 0 where a new document starts, else the decay. A token that does not write has V = 0 and counts as
 Z = 0 in the update; a token that does not read has R = 0.
 """
 
@@ -40,7 +40,7 @@ class Chunks(NamedTuple):
   Attributes:
     z: activations. v: targets, in z's dtype. lr: the inner rate.
     s_in: the state before the whole sequence, in the state's dtype; None is 0.
-    keep: 0 where a document ends, else 1, times a constant decay; None is 1 throughout.
+    keep: 0 where a new document starts, else 1, times a constant decay; None is 1 throughout.
     decay: a traced decay, to be differentiated; None is 1.
     reads, writes: the tokens that see the state, and the tokens that enter the update; None is all.
   """
