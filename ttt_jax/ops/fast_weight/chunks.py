@@ -3,8 +3,8 @@
     R_i     = Z_i S_i
     S_{i+1} = f_i S_i + r_i U_i        U_i = lr Z_i^T V_i,  r_i = min(1, tau / |U_i|_F)
 
-with f_i = 0 where a new document starts, else the decay. A token that does not write has V = 0 and counts as
-Z = 0 in the update; a token that does not read has R = 0.
+with f_i = 0 where a new document starts, else the decay. A token that does not write has V = 0 and counts
+as Z = 0 in the update; a token that does not read has R = 0.
 """
 
 from typing import NamedTuple
