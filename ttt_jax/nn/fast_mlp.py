@@ -12,7 +12,7 @@ from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.nn.mlp import Mlp
 from ttt_jax.ops.fast_weight.api import inplace_ttt
 from ttt_jax.ops.fast_weight.least_squares.api import LeastSquares
-from ttt_jax.ops.fast_weight.stats import FastWeightStats
+from ttt_jax.ops.fast_weight.stats import FastWeightStats, LeastSquaresStats
 from ttt_jax.ops.fast_weight.targets import ntp_targets
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.parallel.mesh import Axes, over_shards
@@ -54,32 +54,45 @@ class MlpStats(NamedTuple):
 
   Attributes:
     update_ratio: mean of `|update| / |W|`, Frobenius norms, over the last chunks of the shards.
-    state_ratio: largest `|S| / |W|` at the end of a shard; with least squares D is S.
+    state_ratio: largest `|S| / |W|` at the end of a shard.
     output_ratio: `|z S| / |z W|` over about 256 tokens of every shard, the fast part of the output
       against the slow part, both before they are added and rounded; 0 where nothing was learned.
+    inner_lr: the inner rate.
     decay: the state's factor per chunk.
-    inner_lr: the inner rate; with least squares None.
-    read_scale: of least squares, else None.
-    leverage: mean leverage of the tokens, with least squares, else None.
-    condition: largest condition number of a solve at the end of a shard, a lower bound, with least
-      squares, else None.
   """
 
   update_ratio: Float[Array, ""]
   state_ratio: Float[Array, ""]
   output_ratio: Float[Array, ""]
+  inner_lr: Float[Array, ""]
   decay: Float[Array, ""]
-  inner_lr: Float[Array, ""] | None
-  read_scale: Float[Array, ""] | None
-  leverage: Float[Array, ""] | None
-  condition: Float[Array, ""] | None
 
 
-def merge_stats(stats: MlpStats) -> MlpStats:
+class LeastSquaresMlpStats(NamedTuple):
+  """The same of a fast weight of least squares, whose update is `K^T V` and whose state is D.
+
+  Attributes:
+    update_ratio, state_ratio, output_ratio, decay: as in `MlpStats`.
+    read_scale: the factor of what is read.
+    leverage: mean leverage of the tokens.
+    condition: largest condition number of a solve at the end of a shard, a lower bound.
+  """
+
+  update_ratio: Float[Array, ""]
+  state_ratio: Float[Array, ""]
+  output_ratio: Float[Array, ""]
+  read_scale: Float[Array, ""]
+  decay: Float[Array, ""]
+  leverage: Float[Array, ""]
+  condition: Float[Array, ""]
+
+
+def merge_stats(stats: MlpStats | LeastSquaresMlpStats) -> MlpStats | LeastSquaresMlpStats:
   """Combines the stats of microbatches, stacked on a leading axis, into those of the batch."""
-  mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), stats)
-  largest = {name: getattr(stats, name) for name in ("state_ratio", "condition")}
-  return mean._replace(**jax.tree.map(lambda x: jnp.max(x, axis=0), largest))
+  largest = ("state_ratio", "condition")
+  return type(stats)(
+    *((jnp.max if name in largest else jnp.mean)(x, axis=0) for name, x in stats._asdict().items())
+  )
 
 
 def _learned(base: Any, log: nnx.Param | None, dtype: DTypeLike) -> Array:
@@ -158,7 +171,7 @@ class TttMlp(Mlp):
     h: Float[Array, "B T D"],
     source: Float[Array, "B T D"],
     segment_ids: Int[Array, "B T"] | None,
-  ) -> tuple[Float[Array, "B T D"], MlpStats]:
+  ) -> tuple[Float[Array, "B T D"], MlpStats | LeastSquaresMlpStats]:
     """Returns the output with updates along each row, and statistics; `__call__` makes no updates.
 
     Args:
@@ -176,28 +189,31 @@ class TttMlp(Mlp):
       params,
       segment_ids,
       dims=((*rows, "mlp"), (*rows, None), PARAM_DIMS, None if segment_ids is None else rows),
-      out_dims=((*rows, None), FastWeightStats(*(rows,) * self._statistics)),
+      out_dims=((*rows, None), self._stats_type(*(rows,) * len(self._stats_type._fields))),
     )
     stats = jax.tree.map(lambda x: x.astype(wide), stats)
     norm = jnp.linalg.norm(jax.lax.stop_gradient(self.down[...].astype(wide)))
     decay = params.decay
     if decay is None:
       decay = jnp.asarray(1.0 if self.ttt.chunk_decay is None else self.ttt.chunk_decay, wide)
-    return y, MlpStats(
-      update_ratio=jnp.mean(stats.update) / norm,
-      state_ratio=jnp.max(stats.state) / norm,
-      output_ratio=jnp.linalg.norm(stats.fast) / jnp.linalg.norm(stats.slow),
-      decay=jax.lax.stop_gradient(decay),
-      inner_lr=jax.lax.stop_gradient(params.inner_lr),
+    ratios = {
+      "update_ratio": jnp.mean(stats.update) / norm,
+      "state_ratio": jnp.max(stats.state) / norm,
+      "output_ratio": jnp.linalg.norm(stats.fast) / jnp.linalg.norm(stats.slow),
+      "decay": jax.lax.stop_gradient(decay),
+    }
+    if self.ttt.rule == "sum":
+      return y, MlpStats(**ratios, inner_lr=jax.lax.stop_gradient(params.inner_lr))
+    return y, LeastSquaresMlpStats(
+      **ratios,
       read_scale=jax.lax.stop_gradient(params.read_scale),
-      leverage=None if stats.leverage is None else jnp.mean(stats.leverage),
-      condition=None if stats.condition is None else jnp.max(stats.condition),
+      leverage=jnp.mean(stats.leverage),
+      condition=jnp.max(stats.condition),
     )
 
   @property
-  def _statistics(self) -> int:
-    """Returns how many fields of `FastWeightStats` the rule has; the others are None."""
-    return 4 if self.ttt.rule == "sum" else 6
+  def _stats_type(self) -> type[FastWeightStats | LeastSquaresStats]:
+    return FastWeightStats if self.ttt.rule == "sum" else LeastSquaresStats
 
   def _learn(self, z, source, params, segment_ids, *, axes: Axes):
     y, _, stats = self.fast_weight(

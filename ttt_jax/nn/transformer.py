@@ -7,7 +7,7 @@ not with the depth.
 
 import itertools
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig, check_layers
 from ttt_jax.errors import UserError
 from ttt_jax.nn.attention import Attention
-from ttt_jax.nn.fast_mlp import MlpStats, TttMlp
+from ttt_jax.nn.fast_mlp import TttMlp
 from ttt_jax.nn.layers import (
   PROJECTED,
   Embed,
@@ -343,7 +343,7 @@ def _scan_stack(function, x, blocks):
   return x, jax.tree.map(lambda a: a[None], stats)
 
 
-def _concatenated(stats: list[MlpStats | None]) -> MlpStats | None:
+def _concatenated(stats: list[Any]) -> Any:
   """Concatenates the statistics of layers in their order; None if there are none."""
   present = [s for s in stats if s is not None]
   if not present:

@@ -150,9 +150,7 @@ def metrics_record(
   if stats is not None:
     layers = sorted(config.ttt.layers)
     record["ttt"] = {
-      str(layer): {
-        name: float(value[i]) for name, value in stats._asdict().items() if value is not None
-      }
+      str(layer): {name: float(value[i]) for name, value in stats._asdict().items()}
       for i, layer in enumerate(layers)
     }
   return record

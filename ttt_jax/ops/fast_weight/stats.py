@@ -25,16 +25,31 @@ class FastWeightStats(NamedTuple):
     fast: norm of the part of y that S contributes, before the sum with W's part is rounded: exactly 0 where
       S is 0. Estimated from about 256 evenly spaced tokens, at least one of every chunk.
     slow: norm of the part of y that W contributes, estimated from the same tokens.
-    leverage: mean leverage of the tokens that read, with least squares; else None.
-    condition: a lower bound of the condition number of the last solve, with least squares; else None.
   """
 
   update: Float[Array, "*B"]
   state: Float[Array, "*B"]
   fast: Float[Array, "*B"]
   slow: Float[Array, "*B"]
-  leverage: Float[Array, "*B"] | None = None
-  condition: Float[Array, "*B"] | None = None
+
+
+class LeastSquaresStats(NamedTuple):
+  """The statistics of the least-squares rule; without gradient.
+
+  Attributes:
+    update: norm of `K^T V` of this device's last full chunk.
+    state: norm of D after that chunk.
+    fast, slow: as in `FastWeightStats`.
+    leverage: mean leverage of the tokens that read.
+    condition: a lower bound of the condition number of the system after that chunk.
+  """
+
+  update: Float[Array, "*B"]
+  state: Float[Array, "*B"]
+  fast: Float[Array, "*B"]
+  slow: Float[Array, "*B"]
+  leverage: Float[Array, "*B"]
+  condition: Float[Array, "*B"]
 
 
 def choose_sample_places(n: int, chunk_size: int) -> slice:

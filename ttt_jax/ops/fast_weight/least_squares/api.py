@@ -27,7 +27,7 @@ from ttt_jax.ops.fast_weight.least_squares.sums import (
   read,
   unit_rows,
 )
-from ttt_jax.ops.fast_weight.stats import FastWeightStats
+from ttt_jax.ops.fast_weight.stats import LeastSquaresStats
 from ttt_jax.ops.manual import shard_count
 from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
 from ttt_jax.ops.update import sum_over
@@ -146,7 +146,7 @@ def measure(
   w: Float[Array, "F D"],
   *,
   sample_places: slice,
-) -> FastWeightStats:
+) -> LeastSquaresStats:
   """The statistics of a device's chunks: `update` and `state` are norms of `K^T V` and of D."""
   chunks, part, w = lax.stop_gradient((chunks, part, w))
   b, n, c, _ = chunks.z.shape
@@ -178,7 +178,7 @@ def measure(
     reads = jnp.ones_like(part.leverage) if chunks.reads is None else chunks.reads.astype(dtype)
     leverage = jnp.sum(part.leverage, (1, 2)) / jnp.maximum(jnp.sum(reads, (1, 2)), 1)
   a = _gather(part.sums.a, axis, dimension=1)
-  return FastWeightStats(
+  return LeastSquaresStats(
     update=same_everywhere(update),
     state=norm_over_f(part.sums.d),
     fast=fast,

@@ -135,7 +135,6 @@ def test_attention_needs_one_document_a_token():
 
 def test_statistics():
   stats = random_model(ttt=TTT)(random_rows(2, 32)[0], return_stats=True)[1]
-  assert stats.inner_lr is None
   assert ((stats.leverage > 0) & (stats.leverage < 1)).all()
   assert (stats.condition > 1).all()
   assert (stats.read_scale > 0).all()
