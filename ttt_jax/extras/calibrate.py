@@ -226,7 +226,7 @@ def calibrate(
         result["prose"] = score_facts(model, rows_in_prose)
         seen.append(f"in prose {result['prose']['answers']:.0%}")
     tried.append(result)
-    console.print(f"{setting.text()}: {', '.join(seen)}", highlight=False)
+    console.print(f"{setting.text()}: {', '.join(seen)}", highlight=False, soft_wrap=True)
     return result
 
   def by_answers(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
