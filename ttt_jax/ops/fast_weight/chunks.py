@@ -9,7 +9,9 @@ as Z = 0 in the update; a token that does not read has R = 0.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 
@@ -71,11 +73,35 @@ class UpdateRule(NamedTuple):
 
 def keep_factors(chunks: Chunks, rule: UpdateRule) -> Float[Array, "B N"] | None:
   """Returns f_i, the factor by which chunk i keeps the state; None where every chunk keeps all of it."""
-  if chunks.decay is None:
-    return chunks.keep
-  decay = chunks.decay.astype(rule.state_dtype)
-  decay = jnp.broadcast_to(decay, chunks.z.shape[:2])
-  return decay if chunks.keep is None else jnp.where(chunks.keep == 0, 0, chunks.keep * decay)
+  return factors_of(chunks.keep, chunks.decay, chunks.z.shape[:2], rule.state_dtype)
+
+
+def factors_of(
+  keep: Float[Array, "B N"] | None,
+  decay: Float[Array, ""] | None,
+  shape: tuple[int, int],
+  dtype: jnp.dtype,
+) -> Float[Array, "B N"] | None:
+  """Returns `keep * decay` per chunk, where a keep of 0 stays 0; None where both are 1."""
+  if decay is None:
+    return keep
+  decay = jnp.broadcast_to(decay.astype(dtype), shape)
+  return decay if keep is None else jnp.where(keep == 0, 0, keep * decay)
+
+
+def take_chunk(x, i):
+  """Returns chunk i of `[B, N, ...]`, or None for None."""
+  return None if x is None else lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
+
+
+def set_chunk(x, chunk, i):
+  """Returns `[B, N, ...]` with another chunk i."""
+  return lax.dynamic_update_index_in_dim(x, chunk.astype(x.dtype), i, axis=1)
+
+
+def no_cotangent(mask):
+  """Returns the cotangent of a mask, which has no derivative; None for None."""
+  return None if mask is None else jnp.zeros(mask.shape, jax.dtypes.float0)
 
 
 def where_kept(

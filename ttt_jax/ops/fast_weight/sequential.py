@@ -14,7 +14,15 @@ from jaxtyping import Array, Bool, Float
 
 from ttt_jax.ops.exchange.collectives import Exchange
 from ttt_jax.ops.exchange.prefix import exchange_updates, incoming_state
-from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateRule, keep_factors, where_kept
+from ttt_jax.ops.fast_weight.chunks import (
+  Chunks,
+  UpdateRule,
+  keep_factors,
+  no_cotangent,
+  set_chunk,
+  take_chunk,
+  where_kept,
+)
 from ttt_jax.ops.linear import reverse_only
 from ttt_jax.ops.manual import varying_zeros
 from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
@@ -79,16 +87,6 @@ def _sequential(chunks, w, rule, exchange, sample_places):
   return _sequential_fwd(chunks, w, rule, exchange, sample_places)[0]
 
 
-def _chunk(x, i):
-  """Returns chunk i of `[B, N, ...]`, or None for None."""
-  return None if x is None else lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
-
-
-def _set_chunk(x, chunk, i):
-  """Returns `[B, N, ...]` with another chunk i."""
-  return lax.dynamic_update_index_in_dim(x, chunk.astype(x.dtype), i, axis=1)
-
-
 def _next_state(factor, u, s):
   """Returns `factor s + u`, where a factor of 0 drops s; a factor of None is 1."""
   return s + u if factor is None else scale(factor, s) + u
@@ -96,8 +94,8 @@ def _next_state(factor, u, s):
 
 def _update(chunks, i, rule):
   """Returns the update of chunk i, `r U`, in the state's dtype."""
-  z_i = where(_chunk(chunks.writes, i), _chunk(chunks.z, i))
-  u = (chunks.lr * matmul("bcf,bcd->bfd", z_i, _chunk(chunks.v, i))).astype(rule.state_dtype)
+  z_i = where(take_chunk(chunks.writes, i), take_chunk(chunks.z, i))
+  u = (chunks.lr * matmul("bcf,bcd->bfd", z_i, take_chunk(chunks.v, i))).astype(rule.state_dtype)
   return clip_update(u, rule.clip_norm, rule.tensor_axis)
 
 
@@ -146,7 +144,7 @@ class _Reader(NamedTuple):
 
 
 def _reader(chunks, w, i):
-  return _Reader(w, _chunk(chunks.reads, i))
+  return _Reader(w, take_chunk(chunks.reads, i))
 
 
 def _total(chunks, factors, rule):
@@ -163,7 +161,7 @@ def _total(chunks, factors, rule):
     else:
 
       def step(i, s):
-        return _next_state(_chunk(factors, i), _update(chunks, i, rule), s)
+        return _next_state(take_chunk(factors, i), _update(chunks, i, rule), s)
 
       delta = lax.fori_loop(0, n, step, jnp.zeros_like(chunks.s_in))
     return Update(_total_factor(factors), delta)
@@ -195,15 +193,15 @@ def _sequential_fwd(chunks, w, rule, exchange, sample_places):
   places = None if w is None else sample_places
 
   def read(i, s, y, samples):
-    z_i = _chunk(z, i)
-    y = _set_chunk(y, _reader(chunks, w, i).product("bcf,bfd->bcd", z_i, s), i)
+    z_i = take_chunk(z, i)
+    y = set_chunk(y, _reader(chunks, w, i).product("bcf,bfd->bcd", z_i, s), i)
     if places is not None:
       sample = matmul("bcf,bfd->bcd", z_i[:, places].astype(s.dtype), s)
-      samples = _set_chunk(samples, sample, i)
+      samples = set_chunk(samples, sample, i)
     return y, samples
 
   def update(i, s):
-    return _next_state(_chunk(factors, i), _update(chunks, i, rule), s)
+    return _next_state(take_chunk(factors, i), _update(chunks, i, rule), s)
 
   def body(i, carry):
     s, y, samples = carry
@@ -277,8 +275,8 @@ def _sequential_bwd(rule, exchange, sample_places, saved, cotangents):
     s_in=g_in,
     keep=None if keep is None else jnp.zeros_like(keep),  # document borders, a constant decay
     decay=d_decay,
-    reads=_no_cotangent(chunks.reads),
-    writes=_no_cotangent(chunks.writes),
+    reads=no_cotangent(chunks.reads),
+    writes=no_cotangent(chunks.writes),
   )
   return d_chunks, None if w is None else dw.astype(w.dtype)
 
@@ -316,20 +314,20 @@ def _forwards_pass(chunks, w, rule, factors, d_y) -> _Forwards:
 
   def update(i, carry):
     """Replaces S_i and T_i by S_{i+1} and T_{i+1}."""
-    factor, tangent = _chunk(factors, i), carry.tangent
+    factor, tangent = take_chunk(factors, i), carry.tangent
     if decay is not None:
-      kept = carry.s if keep is None else scale(_chunk(keep, i), carry.s)
+      kept = carry.s if keep is None else scale(take_chunk(keep, i), carry.s)
       tangent = _next_state(factor, kept, tangent)
     s = _next_state(factor, _update(chunks, i, rule), carry.s)
     return carry._replace(s=s, tangent=tangent)
 
   def read(i, carry):
-    d_i, d_decay = _chunk(d_y, i), carry.d_decay
+    d_i, d_decay = take_chunk(d_y, i), carry.d_decay
     dz_i = _reader(chunks, w, i).product("bcd,bfd->bcf", d_i, carry.s)
     if decay is not None:
-      moved = matmul("bcf,bfd->bcd", _chunk(z, i), carry.tangent.astype(z.dtype))
-      d_decay += jnp.sum(where(_chunk(chunks.reads, i), moved * d_i.astype(wide)))
-    return carry._replace(dz=_set_chunk(carry.dz, dz_i, i), d_decay=d_decay)
+      moved = matmul("bcf,bfd->bcd", take_chunk(z, i), carry.tangent.astype(z.dtype))
+      d_decay += jnp.sum(where(take_chunk(chunks.reads, i), moved * d_i.astype(wide)))
+    return carry._replace(dz=set_chunk(carry.dz, dz_i, i), d_decay=d_decay)
 
   start = _Forwards(
     s=chunks.s_in,
@@ -359,22 +357,22 @@ def _backwards_pass(chunks, w, rule, factors, d_y, g_out, dz, *, with_dw: bool) 
 
   def transpose_read(i, carry):
     """Replaces G_{i+1} by G_i, and adds chunk i's term to dW."""
-    seen, all_tokens = _reader(chunks, w, i).outer(_chunk(z, i), _chunk(d_y, i))
-    g = _next_state(_chunk(factors, i), seen.astype(carry.g.dtype), carry.g)
+    seen, all_tokens = _reader(chunks, w, i).outer(take_chunk(z, i), take_chunk(d_y, i))
+    g = _next_state(take_chunk(factors, i), seen.astype(carry.g.dtype), carry.g)
     dw = None if carry.dw is None else carry.dw + jnp.sum(all_tokens, axis=0)
     return carry._replace(g=g, dw=dw)
 
   def transpose_update(i, carry):
     """Adds the cotangents that the update of chunk i gets from G_{i+1}."""
-    writes_i, v_i = _chunk(chunks.writes, i), _chunk(v, i)
-    z_i = where(writes_i, _chunk(z, i))
+    writes_i, v_i = take_chunk(chunks.writes, i), take_chunk(v, i)
+    z_i = where(writes_i, take_chunk(z, i))
     du = _transpose_clip(carry.g, z_i, v_i, lr, rule).astype(z.dtype)
     z_du = where(writes_i, matmul("bcf,bfd->bcd", z_i, du))
     v_du = where(writes_i, matmul("bcd,bfd->bcf", v_i, du))
-    dz_i = _chunk(carry.dz, i).astype(wide) + lr * v_du
+    dz_i = take_chunk(carry.dz, i).astype(wide) + lr * v_du
     return carry._replace(
-      dz=_set_chunk(carry.dz, dz_i, i),
-      dv=_set_chunk(carry.dv, lr * z_du, i),
+      dz=set_chunk(carry.dz, dz_i, i),
+      dv=set_chunk(carry.dv, lr * z_du, i),
       d_lr=carry.d_lr + jnp.sum(z_du * v_i.astype(wide)),
     )
 
@@ -392,10 +390,6 @@ def _backwards_pass(chunks, w, rule, factors, d_y, g_out, dz, *, with_dw: bool) 
 
   with jax.named_scope("chunks_backwards"):
     return transpose_read(0, lax.fori_loop(1, n, body, transpose_update(n - 1, start)))
-
-
-def _no_cotangent(mask):
-  return None if mask is None else jnp.zeros(mask.shape, jax.dtypes.float0)
 
 
 def _transpose_clip(g, z_i, v_i, lr, rule):

@@ -6,7 +6,7 @@ from jax import lax
 
 from ttt_jax.ops.exchange.collectives import Exchange
 from ttt_jax.ops.exchange.prefix import incoming_state
-from ttt_jax.ops.fast_weight.least_squares.sequential import Outputs, Rows, factors_of
+from ttt_jax.ops.fast_weight.least_squares.sequential import Outputs, Rows, row_factors
 from ttt_jax.ops.fast_weight.least_squares.sums import (
   Sums,
   factor,
@@ -24,7 +24,7 @@ from ttt_jax.ops.update import Update, scale
 def associative(rows: Rows, exchange: Exchange | None) -> Outputs:
   """R, the leverage and the sums, by `jax.lax.associative_scan`; has derivatives of every kind."""
   dtype = rows.v.dtype
-  factors, known = factors_of(rows), rows.keep is None and rows.decay is None
+  factors, known = row_factors(rows), rows.keep is None and rows.decay is None
   keys = unit_rows(where(rows.writes, rows.z), dtype)
   a = product("bncf,bncg->bnfg", keys, keys)
   d = product("bncf,bncd->bnfd", keys, rows.v)

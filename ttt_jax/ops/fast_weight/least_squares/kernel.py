@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ttt_jax.errors import UnsupportedError
 from ttt_jax.ops.exchange.collectives import Exchange
-from ttt_jax.ops.fast_weight.least_squares.sequential import Outputs, Rows, factors_of
+from ttt_jax.ops.fast_weight.least_squares.sequential import Outputs, Rows, row_factors
 from ttt_jax.ops.fast_weight.least_squares.sums import (
   Sums,
   cholesky,
@@ -34,7 +34,7 @@ def kernel(rows: Rows, exchange: Exchange | None) -> Outputs:
       "a state: use implementation='sequential', or None, with a state or a context_axis"
     )
   dtype, (b, n) = rows.v.dtype, rows.z.shape[:2]
-  factors = factors_of(rows)
+  factors = row_factors(rows)
   factors = jnp.ones((b, n), dtype) if factors is None else factors
   keys = unit_rows(where(rows.writes, rows.z), dtype)
   queries = unit_rows(where(rows.reads, rows.z), dtype)

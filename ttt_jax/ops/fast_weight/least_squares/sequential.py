@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from ttt_jax.ops.exchange.collectives import Exchange
 from ttt_jax.ops.exchange.prefix import exchange_updates, incoming_state
+from ttt_jax.ops.fast_weight.chunks import factors_of, no_cotangent, set_chunk, take_chunk
 from ttt_jax.ops.fast_weight.least_squares.sums import (
   Sums,
   factor,
@@ -67,12 +68,9 @@ class Outputs(NamedTuple):
   sums: Sums
 
 
-def factors_of(rows: Rows) -> Float[Array, "B N"] | None:
+def row_factors(rows: Rows) -> Float[Array, "B N"] | None:
   """What each chunk leaves of the sums; None when that is all of them, always."""
-  if rows.decay is None:
-    return rows.keep
-  decay = jnp.broadcast_to(rows.decay.astype(rows.v.dtype), rows.z.shape[:2])
-  return decay if rows.keep is None else jnp.where(rows.keep == 0, 0, rows.keep * decay)
+  return factors_of(rows.keep, rows.decay, rows.z.shape[:2], rows.v.dtype)
 
 
 def sequential(rows: Rows, exchange: Exchange | None) -> Outputs:
@@ -92,29 +90,20 @@ def _sequential(rows, exchange, starts_empty):
   return _sequential_fwd(rows, exchange, starts_empty)[0]
 
 
-def _chunk(x, i):
-  """Chunk i of `[B, N, ...]`; of None, None."""
-  return None if x is None else lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
-
-
-def _set_chunk(x, chunk, i):
-  return lax.dynamic_update_index_in_dim(x, chunk.astype(x.dtype), i, axis=1)
-
-
 def _write(rows, factors, i, sums):
   """The sums after chunk i."""
-  keys = unit_rows(where(_chunk(rows.writes, i), _chunk(rows.z, i)), rows.v.dtype)
-  return write(sums, _chunk(factors, i), keys, _chunk(rows.v, i))
+  keys = unit_rows(where(take_chunk(rows.writes, i), take_chunk(rows.z, i)), rows.v.dtype)
+  return write(sums, take_chunk(factors, i), keys, take_chunk(rows.v, i))
 
 
 def _read_keys(rows, i):
-  return unit_rows(where(_chunk(rows.reads, i), _chunk(rows.z, i)), rows.v.dtype)
+  return unit_rows(where(take_chunk(rows.reads, i), take_chunk(rows.z, i)), rows.v.dtype)
 
 
 def _if_read(rows, i, sums, function, otherwise):
   """`function()`, or at no cost `otherwise` where no token of the chunk reads sums that are not 0."""
   trace = jnp.trace(sums.a, axis1=-2, axis2=-1)
-  reads = jnp.bool_(True) if rows.reads is None else jnp.any(_chunk(rows.reads, i), axis=-1)
+  reads = jnp.bool_(True) if rows.reads is None else jnp.any(take_chunk(rows.reads, i), axis=-1)
   return lax.cond(jnp.any((trace != 0) & reads), function, lambda: otherwise)
 
 
@@ -128,7 +117,7 @@ def _total(rows, factors) -> Update:
 
 def _sequential_fwd(rows, exchange, starts_empty):
   n = rows.z.shape[1]
-  factors, sums = factors_of(rows), rows.s_in
+  factors, sums = row_factors(rows), rows.s_in
   total = None
   if exchange is not None:
     total = _total(rows, factors)
@@ -139,12 +128,12 @@ def _sequential_fwd(rows, exchange, starts_empty):
   def read_chunk(i, sums, r, leverage):
     def solved():
       seen = read(_read_keys(rows, i), sums.d, factor(sums.a, rows.ridge))
-      reads = _chunk(rows.reads, i)
+      reads = take_chunk(rows.reads, i)
       return where(reads, seen.r), where(reads, seen.leverage)
 
     nothing = jnp.zeros_like(r[:, 0]), jnp.zeros_like(leverage[:, 0])
     r_i, leverage_i = _if_read(rows, i, sums, solved, nothing)
-    return _set_chunk(r, r_i, i), _set_chunk(leverage, leverage_i, i)
+    return set_chunk(r, r_i, i), set_chunk(leverage, leverage_i, i)
 
   def body(i, carry):
     sums, r, leverage = carry
@@ -202,7 +191,7 @@ def _sequential_bwd(exchange, starts_empty, saved, cotangents):
   d_r, d_leverage, g_out = cotangents
   d_r, d_leverage = where(rows.reads, d_r), where(rows.reads, d_leverage)
   g_out = Sums(symmetric(g_out.a), g_out.d)
-  factors = factors_of(rows)
+  factors = row_factors(rows)
   forwards = _forwards_pass(rows, factors, d_r, d_leverage, starts_empty)
   if exchange is not None:
     g_out = jax.tree.map(jnp.add, g_out, _of_later_shards(factors, forwards, d_r, g_out, exchange))
@@ -225,8 +214,8 @@ def _sequential_bwd(exchange, starts_empty, saved, cotangents):
       s_in=g_in,
       keep=None if rows.keep is None else jnp.zeros_like(rows.keep),
       decay=d_decay,
-      reads=_no_cotangent(rows.reads),
-      writes=_no_cotangent(rows.writes),
+      reads=no_cotangent(rows.reads),
+      writes=no_cotangent(rows.writes),
       ridge=forwards.d_ridge,
     ),
   )
@@ -257,13 +246,13 @@ def _forwards_pass(rows, factors, d_r, d_leverage, starts_empty) -> _Forwards:
   def write_chunk(i, carry):
     tangent = carry.tangent
     if rows.decay is not None:
-      kept = _scaled(_chunk(rows.keep, i), carry.sums)
-      tangent = jax.tree.map(jnp.add, _scaled(_chunk(factors, i), tangent), kept)
+      kept = _scaled(take_chunk(rows.keep, i), carry.sums)
+      tangent = jax.tree.map(jnp.add, _scaled(take_chunk(factors, i), tangent), kept)
     return carry._replace(sums=_write(rows, factors, i, carry.sums), tangent=tangent)
 
   def read_chunk(i, carry):
-    sums, tangent, reads = carry.sums, carry.tangent, _chunk(rows.reads, i)
-    d_r_i, d_l = _chunk(d_r, i), _chunk(d_leverage, i)
+    sums, tangent, reads = carry.sums, carry.tangent, take_chunk(rows.reads, i)
+    d_r_i, d_l = take_chunk(d_r, i), take_chunk(d_leverage, i)
 
     def solved():
       keys = _read_keys(rows, i)
@@ -299,10 +288,10 @@ def _forwards_pass(rows, factors, d_r, d_leverage, starts_empty) -> _Forwards:
     )
     u, w, rho, diagonal, d_ridge, d_decay = _if_read(rows, i, sums, solved, nothing)
     return carry._replace(
-      u=_set_chunk(carry.u, u, i),
-      w=_set_chunk(carry.w, w, i),
-      rho=_set_chunk(carry.rho, rho, i),
-      diagonal=_set_chunk(carry.diagonal, diagonal, i),
+      u=set_chunk(carry.u, u, i),
+      w=set_chunk(carry.w, w, i),
+      rho=set_chunk(carry.rho, rho, i),
+      diagonal=set_chunk(carry.diagonal, diagonal, i),
       d_ridge=carry.d_ridge + d_ridge,
       d_decay=carry.d_decay + d_decay,
     )
@@ -333,27 +322,31 @@ def _backwards_pass(rows, factors, d_r, d_leverage, g_out, forwards) -> _Backwar
     i = n - 1 - j
     g, reads, writes, z_i = (
       carry.g,
-      _chunk(rows.reads, i),
-      _chunk(rows.writes, i),
-      _chunk(rows.z, i),
+      take_chunk(rows.reads, i),
+      take_chunk(rows.writes, i),
+      take_chunk(rows.z, i),
     )
-    u, w, d_l = _chunk(forwards.u, i), _chunk(forwards.w, i), _chunk(d_leverage, i)[..., None]
+    u, w, d_l = (
+      take_chunk(forwards.u, i),
+      take_chunk(forwards.w, i),
+      take_chunk(d_leverage, i)[..., None],
+    )
     keys, unit_vjp = jax.vjp(lambda z: unit_rows(z, dtype), z_i)
     written = where(writes, keys)
     dv = where(writes, product("bcf,bfd->bcd", written, g.d))
     dk = 2 * product("bcf,bfg->bcg", written, g.a)
-    dk = where(writes, dk + product("bcd,bfd->bcf", _chunk(rows.v, i), g.d))
-    rho = _chunk(forwards.rho, i)[:, None, None]
+    dk = where(writes, dk + product("bcd,bfd->bcf", take_chunk(rows.v, i), g.d))
+    rho = take_chunk(forwards.rho, i)[:, None, None]
     # Where nothing is learned the leverage is 0 whatever k is; rho is 0 there, too.
     of_leverage = where(rho[:, 0, 0] != 0, d_l * (2 * where(reads, keys) - rho * u))
     dk += where(reads, w + of_leverage)
     (dz,) = unit_vjp(dk)
     own = Sums(
-      _with_diagonal(-symmetric(product("bcf,bcg->bfg", w, u)), _chunk(forwards.diagonal, i)),
-      product("bcf,bcd->bfd", u, _chunk(d_r, i)),
+      _with_diagonal(-symmetric(product("bcf,bcg->bfg", w, u)), take_chunk(forwards.diagonal, i)),
+      product("bcf,bcd->bfd", u, take_chunk(d_r, i)),
     )
-    g = jax.tree.map(jnp.add, _scaled(_chunk(factors, i), g), own)
-    return _Backwards(g, _set_chunk(carry.dz, dz, i), _set_chunk(carry.dv, dv, i))
+    g = jax.tree.map(jnp.add, _scaled(take_chunk(factors, i), g), own)
+    return _Backwards(g, set_chunk(carry.dz, dz, i), set_chunk(carry.dv, dv, i))
 
   carry = _Backwards(g_out, jnp.zeros_like(rows.z), jnp.zeros_like(rows.v))
   with jax.named_scope("chunks_backwards"):
@@ -366,10 +359,6 @@ def _scaled(keep, sums: Sums) -> Sums:
 
 def _with_diagonal(a, diagonal):
   return a + diagonal[:, None, None] * jnp.eye(a.shape[-1], dtype=a.dtype)[None]
-
-
-def _no_cotangent(mask):
-  return None if mask is None else jnp.zeros(mask.shape, jax.dtypes.float0)
 
 
 _sequential.defvjp(_sequential_fwd, _sequential_bwd)
