@@ -8,6 +8,7 @@ import pytest
 
 from ttt_jax.checkpoints.resolve import make_model, resolve
 from ttt_jax.config import (
+  AttendBlocks,
   AttentionConfig,
   Config,
   DataConfig,
@@ -122,6 +123,18 @@ def of_two(*weights):
     (TTTConfig, {"implementation": "fast"}, r"ttt\.implementation='fast'"),
     (TTTConfig, {"collective": "mail"}, r"ttt\.collective='mail'"),
     (DataConfig, {"heldout_fraction": 1.0}, r"data\.heldout_fraction=1\.0"),
+    (DataConfig, {"attend": "block"}, r"data\.attend='block' is neither 'document' nor \{block"),
+    (
+      DataConfig,
+      {"attend": AttendBlocks((8, 4))},
+      r"data\.attend\.block=\[8, 4\] must be \[a, b\]",
+    ),
+    (DataConfig, {"attend_fraction": 0.5}, r"data\.attend_fraction=0\.5 .* give data\.attend="),
+    (
+      DataConfig,
+      {"attend": AttendBlocks((4, 8)), "attend_fraction": 0.0},
+      r"data\.attend_fraction=0\.0 must be above 0",
+    ),
   ],
 )
 def test_a_field_out_of_range_is_named(section, fields, message):
@@ -154,6 +167,14 @@ def test_a_field_out_of_range_is_named(section, fields, message):
     (
       {"train": TrainConfig(batch_size=6, accumulate=2), "mesh": MeshConfig(data=-1, fsdp=2)},
       r"train\.batch_size=6 is not a multiple of .* = 4",
+    ),
+    (
+      {"data": DataConfig(attend=AttendBlocks((500, 1000))), "ttt": TTTConfig(layers=(0,))},
+      r"data\.attend\.block=\[500, 1000\] is not whole chunks of .*512.*: use \[512, 1024\]",
+    ),
+    (
+      {"data": DataConfig(attend=AttendBlocks((4096, 8192)))},
+      r"data\.attend\.block=\[4096, 8192\] cuts no row of data\.seq_len=4096",
     ),
     ({"mesh": MeshConfig(tensor=8)}, r"mesh\.tensor=8 does not divide model\.num_heads=4"),
     (

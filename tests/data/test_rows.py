@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from ttt_jax import data
+from ttt_jax.config import AttendBlocks
 from ttt_jax.data.interleave import Interleave
 from ttt_jax.data.rows import packing_bins
 
 LENGTHS = (1, 3, 12, 7, 8, 9, 30, 5, 16, 2)
 OPTIONS = {"seq_len": 8, "batch_size": 4, "seed": 3}
+BLOCKS = {"attend": AttendBlocks((2, 4)), "attend_fraction": 0.6, "chunk_size": 2}
 
 
 def source(lengths, *, low=0, high=256, weight=1.0, seed=0):
@@ -36,7 +38,7 @@ def take(rows, count):
 def assert_same(left, right):
   assert len(left) == len(right)
   for a, b in zip(left, right):
-    assert a.keys() == b.keys() == {"tokens", "labels", "segment_ids"}
+    assert a.keys() == b.keys() >= {"tokens", "labels", "segment_ids"}
     for name in a:
       np.testing.assert_array_equal(a[name], b[name])
 
@@ -161,24 +163,27 @@ def test_rows_of_a_batch_differ():
   assert len(firsts) == 256
 
 
-@pytest.mark.parametrize("steps", [0, 20, 64, 130])
-@pytest.mark.parametrize("before", [1, 4])
-def test_going_on_with_any_number_of_processes(steps, before):
+@pytest.mark.parametrize(
+  ("steps", "before", "attend"),
+  [*itertools.product([0, 20, 64, 130], [1, 4], [{}]), (20, 4, BLOCKS), (130, 1, BLOCKS)],
+)
+def test_going_on_with_any_number_of_processes(steps, before, attend):
   """Restores at, after and before the end of the 64 rows that a stream packs at a time."""
+  options = OPTIONS | attend
   groups = np.split(np.arange(4), before)
   states = []
   for slots in groups:
-    with closing(data.training_rows(mixture(), slots=slots.tolist(), **OPTIONS)) as rows:
+    with closing(data.training_rows(mixture(), slots=slots.tolist(), **options)) as rows:
       take(rows, steps)
       states.append(json.loads(json.dumps(rows.get_state())))
   state = json.loads(json.dumps(data.merge_states(states)))
-  with closing(data.training_rows(mixture(), **OPTIONS)) as rows:
+  with closing(data.training_rows(mixture(), **options)) as rows:
     expected = take(rows, steps + 80)[steps:]
     rows.set_state(state)  # backwards, too
     assert data.merge_states([rows.get_state()]) == state
     assert_same(take(rows, 80), expected)
   for slots in ([0, 1, 2], [3]):
-    with closing(data.training_rows(mixture(), slots=slots, **OPTIONS)) as rows:
+    with closing(data.training_rows(mixture(), slots=slots, **options)) as rows:
       rows.set_state(state)
       assert_same(take(rows, 80), [{k: x[slots] for k, x in batch.items()} for batch in expected])
 
@@ -198,3 +203,41 @@ def test_memory_of_the_rows_packed_at_a_time_is_bounded():
   assert packing_bins(8) == packing_bins(4096) == packing_bins(32768) == 64
   assert packing_bins(131072) == 16
   assert packing_bins(1 << 20) == 8
+
+
+# Blocks of attention.
+
+
+def test_attention_starts_again_at_documents_and_after_whole_chunks():
+  sources = [source([64, 40, 23, 9, 64, 64])]
+  options = {"seq_len": 64, "batch_size": 2, "chunk_size": 4, "attend": AttendBlocks((8, 20))}
+  with closing(data.training_rows(sources, seed=0, attend_fraction=0.5, **options)) as rows:
+    batches = take(rows, 300)
+  documents, blocks = (
+    np.concatenate([batch[name] for batch in batches])
+    for name in ("segment_ids", "attention_segment_ids")
+  )
+  assert ((documents == 0) == (blocks == 0)).all()
+  starts = np.diff(blocks, axis=1, prepend=0) > 0
+  at_documents = np.diff(documents, axis=1, prepend=0) > 0
+  assert starts[at_documents].all()
+  assert blocks.max(axis=1).tolist() == starts.sum(axis=1).tolist()  # 1, 2, ...
+  cut = blocks.max(axis=1) > documents.max(axis=1)
+  assert 0.4 < cut.mean() < 0.6
+  lengths = set()
+  for row in starts[cut & (documents.max(axis=1) == 1) & (documents[:, -1] == 1)]:
+    places = np.flatnonzero(row)
+    assert (places % 4 == 0).all()
+    lengths |= set(np.diff(places).tolist())
+  assert lengths == {8, 12, 16, 20}
+  assert (blocks[~cut] == documents[~cut]).all()
+
+
+def test_blocks_leave_the_rows_as_they_are():
+  with closing(data.training_rows(mixture(), **OPTIONS)) as rows:
+    plain = take(rows, 50)
+  with closing(data.training_rows(mixture(), **OPTIONS, **BLOCKS)) as rows:
+    cut = take(rows, 50)
+  for row in cut:
+    del row["attention_segment_ids"]
+  assert_same(plain, cut)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ttt_jax.checkpoints.files import is_gguf, local_path
 from ttt_jax.checkpoints.hf import load_checkpoint, open_checkpoint, resolve_sections
 from ttt_jax.checkpoints.sections import Fields, Sections, given_sections, with_given_fields
-from ttt_jax.config import Config, check_layers, check_mesh, check_trainable
+from ttt_jax.config import Config, check_attend, check_layers, check_mesh, check_trainable
 from ttt_jax.config.recorded import recorded_config
 from ttt_jax.errors import UserError
 from ttt_jax.nn.transformer import Transformer
@@ -105,6 +105,7 @@ def _with_mesh(config: Config, devices: int) -> Config:
 def _with_sections(config: Config, sections: Sections) -> Config:
   check_trainable(sections.ttt, config.train)
   check_mesh(sections.model, config.mesh)
+  check_attend(config.data, sections.ttt)
   return dataclasses.replace(config, **sections._asdict())
 
 

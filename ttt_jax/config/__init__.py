@@ -8,8 +8,16 @@ says otherwise.
 from ttt_jax.config.checks import DTYPES
 from ttt_jax.config.machine import MeshConfig, PlanConfig, RuntimeConfig
 from ttt_jax.config.model import AttentionConfig, ModelConfig, RopeScaling, TTTConfig
-from ttt_jax.config.run import Config, check_layers, check_mesh, check_trainable, check_ttt_fields
+from ttt_jax.config.run import (
+  Config,
+  check_attend,
+  check_layers,
+  check_mesh,
+  check_trainable,
+  check_ttt_fields,
+)
 from ttt_jax.config.training import (
+  AttendBlocks,
   CheckpointConfig,
   DataConfig,
   EvalConfig,
@@ -19,6 +27,7 @@ from ttt_jax.config.training import (
 
 __all__ = [
   "DTYPES",
+  "AttendBlocks",
   "AttentionConfig",
   "CheckpointConfig",
   "Config",
@@ -32,6 +41,7 @@ __all__ = [
   "TTTConfig",
   "TrainConfig",
   "WeightedSource",
+  "check_attend",
   "check_layers",
   "check_mesh",
   "check_trainable",

@@ -60,6 +60,8 @@ class Config:
     check_mixer(self.attention, self.mesh)
     check_rows("data.seq_len", self.data.seq_len, self.mesh.context, self.ttt)
     check_rows("eval.seq_len", self.eval_seq_len, self.mesh.context, self.ttt)
+    if self.init_from is None:
+      check_attend(self.data, self.ttt)
     rows = max(1, self.mesh.data) * max(1, self.mesh.fsdp) * self.train.accumulate
     require(
       self.train.batch_size % rows == 0,
@@ -148,6 +150,23 @@ def check_trainable(ttt: TTTConfig, train: TrainConfig) -> None:
     train.trainable == "all" or len(ttt.layers) > 0,
     f"train.trainable={train.trainable!r} trains the TTT layers, but ttt.layers=[] names none: give "
     "ttt.layers, or train 'all'",
+  )
+
+
+def check_attend(data: DataConfig, ttt: TTTConfig) -> None:
+  """Raises UserError if `data.attend` cuts a chunk of fast weights, or no row."""
+  if isinstance(data.attend, str):
+    return
+  block, chunk = list(data.attend.block), ttt.chunk_size
+  require(
+    block[0] < data.seq_len,
+    f"data.attend.block={block} cuts no row of data.seq_len={data.seq_len}: use smaller blocks",
+  )
+  require(
+    not ttt.layers or all(n % chunk == 0 for n in block),
+    f"data.attend.block={block} is not whole chunks of ttt.chunk_size={chunk}, and a cut inside of a chunk "
+    f"would lose what is not yet learned: use [{max(1, round(block[0] / chunk)) * chunk}, "
+    f"{max(1, round(block[1] / chunk)) * chunk}]",
   )
 
 

@@ -24,6 +24,17 @@ class WeightedSource:
 
 @records_given
 @dataclass(frozen=True)
+class AttendBlocks:
+  """Lets attention start again within a row while fast weights carry on."""
+
+  block: tuple[int, int]
+  """Least and largest number of tokens after which attention starts again, both whole chunks; the seed
+  draws each number.
+  """
+
+
+@records_given
+@dataclass(frozen=True)
 class DataConfig:
   """Sets the sources of text, packed into rows of `seq_len` tokens of one or more documents."""
 
@@ -60,6 +71,13 @@ class DataConfig:
   """Whether rows are padded so that every document begins at the start of a chunk, so that no chunk
   holds tokens of two documents.
   """
+  attend: AttendBlocks | str = "document"
+  """What attention sees of a row: "document", all of a document, or {block: [a, b]}: it starts again
+  after a to b tokens, whole chunks, while fast weights carry on to the document's end. What came
+  before a cut is then known to the fast weights alone.
+  """
+  attend_fraction: float = 1.0
+  """Share of the rows that attend cuts into blocks; in the others attention sees whole documents."""
   max_bad_records: int = 0
   """Largest number of corrupt records to skip, over parquet, ArrayRecord and prepared files."""
 
@@ -76,6 +94,27 @@ class DataConfig:
 
   def __post_init__(self):
     require_positive("data", self, "seq_len")
+    if isinstance(self.attend, str):
+      require(
+        self.attend == "document",
+        f"data.attend={self.attend!r} is neither 'document' nor {{block: [a, b]}}",
+      )
+      require(
+        self.attend_fraction == 1,
+        f"data.attend_fraction={self.attend_fraction} is the share of rows that data.attend cuts into "
+        "blocks, but data.attend='document' cuts none: give data.attend={block: [a, b]} too",
+      )
+    else:
+      low, high = self.attend.block
+      require(
+        0 < low <= high,
+        f"data.attend.block={[low, high]} must be [a, b] with 0 < a <= b",
+      )
+    require(
+      0 < self.attend_fraction <= 1,
+      f"data.attend_fraction={self.attend_fraction} must be above 0 and at most 1: leave data.attend "
+      "out to cut no row",
+    )
     require(
       self.max_bad_records >= 0,
       f"data.max_bad_records={self.max_bad_records} must not be negative",

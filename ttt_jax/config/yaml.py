@@ -225,7 +225,9 @@ def _check_names(fields: Mapping[Any, Any], path: tuple[str, ...], where: str) -
       continue
     if isinstance(value, Mapping):
       _check_names(value, (*path, key), where)
-    elif value is not None:
+    elif value is not None and not (
+      isinstance(value, str) and str in typing.get_args(_FIELDS[name])
+    ):
       raise UserError(f"{name}={value!r} is not a section{_in_brackets(where)}: write {name}.FIELD")
 
 

@@ -1,9 +1,9 @@
 """Made facts in plain English: what a reader can only know if it remembers the text.
 
 A row states facts, between prose if there is any, and states them again in another order. The answer of a
-fact ends its sentence, so that every answer of the second half is a question to the first. Two sets have no
-template, name or answer in common: "calibration" to choose with, "evaluation" to report; neither has
-anything of RULER's.
+fact ends its sentence, so that every answer of the second half is a question to the first. Three sets have
+no template, name or answer in common: "training" to learn from, "calibration" to choose with, "evaluation"
+to report. None of them has a template of RULER's.
 """
 
 import dataclasses
@@ -12,16 +12,17 @@ from collections.abc import Callable, Sequence
 
 from ttt_jax.errors import UserError
 
-_DIGITS = None  # an answer of five random digits, of which each is its own question
-
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """A kind of fact: its templates, which end before the answer, and the answers; None for five digits."""
+  """A kind of fact: its templates, which end before the answer, and the answers, or how many digits.
+
+  Each of an answer's random digits is a question of its own.
+  """
 
   name: str
   templates: tuple[str, ...]
-  answers: tuple[str, ...] | None
+  answers: tuple[str, ...] | int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +67,8 @@ class FactSet:
 
 
 def _fact(rng: random.Random, kind: Kind, subject: str) -> Fact:
-  if kind.answers is _DIGITS:
-    answer = "".join(rng.choice("0123456789") for _ in range(5))
+  if isinstance(kind.answers, int):
+    answer = "".join(rng.choice("0123456789") for _ in range(kind.answers))
   else:
     answer = rng.choice(kind.answers)
   prefix = rng.choice(kind.templates).format(subject=subject)
@@ -78,7 +79,162 @@ def _words(text: str) -> tuple[str, ...]:
   return tuple(text.split())
 
 
+# Subjects of the set "training": names that no text has, and ordinary things.
+_BEGINNINGS = "Bal Cor Dra Fen Gal Hes Jor Kel Lum Mor Nev Ost Pel Quil Ras Sim Tor Ulm Ves Wol Yor"
+_ENDINGS = (
+  "abin aldo ander beth cott dale eron fur gast horn idge kin lund mere nock oway pool rick stow"
+)
+
+
+def _made_up_names() -> tuple[str, ...]:
+  return tuple(begin + end for begin in _words(_BEGINNINGS) for end in _words(_ENDINGS))
+
+
+_THINGS = tuple(
+  f"the {adjective} {noun}"
+  for adjective in _words(
+    "old new small heavy broken narrow wooden famous hidden northern round cheap"
+  )
+  for noun in _words(
+    "bridge ladder anchor basket candle mirror pillow hammer lantern kettle statue fountain barrel "
+    "compass saddle violinist blanket curtain drawer engine feather glacier helmet island jacket"
+  )
+)
+
 SETS = {
+  "training": FactSet(
+    kinds=(
+      Kind(
+        "register",
+        (
+          "The register lists {subject} under",
+          "In the register {subject} stands under",
+          "Look for {subject} under entry",
+        ),
+        6,
+      ),
+      Kind(
+        "founded",
+        ("The year of {subject} is", "{subject} dates from", "All began for {subject} in"),
+        4,
+      ),
+      Kind(
+        "weight",
+        (
+          "The weight of {subject} in pounds is",
+          "On the scales {subject} shows",
+        ),
+        3,
+      ),
+      Kind(
+        "account", ("The account of {subject} has the number", "Pay for {subject} into account"), 7
+      ),
+      Kind(
+        "ticket", ("The ticket for {subject} carries the digits", "{subject} goes with ticket"), 5
+      ),
+      Kind("telephone", ("To reach {subject} dial", "The extension of {subject} is"), 4),
+      Kind("serial", ("The serial of {subject} reads", "Stamped on {subject} one finds"), 8),
+      Kind(
+        "metal",
+        ("The metal of {subject} is", "{subject} contains mostly", "One melts {subject} to get"),
+        _words(
+          "iron copper tin zinc lead nickel chrome titanium aluminum brass steel bronze mercury"
+        ),
+      ),
+      Kind(
+        "trade",
+        (
+          "The trade behind {subject} is that of a",
+          "Whoever made {subject} was a",
+          "Ask about {subject} the",
+        ),
+        _words(
+          "baker carpenter tailor sailor farmer painter lawyer nurse pilot butcher miner judge poet"
+        ),
+      ),
+      Kind(
+        "month",
+        ("The month of {subject} is", "{subject} always comes in", "They open {subject} in"),
+        _words(
+          "January February March April May June July August September October November December"
+        ),
+      ),
+      Kind(
+        "country",
+        (
+          "The origin of {subject} lies in",
+          "{subject} is shipped to",
+          "Most of {subject} is found in",
+        ),
+        _words(
+          "France Spain Japan Brazil Canada Mexico Norway Sweden Egypt India China Kenya Peru Chile Turkey "
+          "Poland Greece Ireland Portugal Hungary"
+        ),
+      ),
+      Kind(
+        "drink",
+        ("The drink served with {subject} is", "With {subject} one orders", "{subject} smells of"),
+        _words("tea coffee milk beer wine cider water juice rum brandy"),
+      ),
+      Kind(
+        "vehicle",
+        (
+          "The usual transport for {subject} is the",
+          "{subject} arrives by",
+          "They move {subject} with a",
+        ),
+        _words("train bus truck boat plane tram cart sled ferry bicycle taxi wagon"),
+      ),
+      Kind(
+        "sport",
+        (
+          "The sport named with {subject} is",
+          "For {subject} the team plays",
+          "{subject} reminds me of",
+        ),
+        _words(
+          "tennis golf hockey football baseball cricket rugby boxing skiing rowing chess fencing"
+        ),
+      ),
+      Kind(
+        "language",
+        (
+          "The language around {subject} is",
+          "All signs at {subject} are in",
+          "{subject} was written in",
+        ),
+        _words(
+          "Latin German Russian Arabic Hebrew Dutch Danish Korean Turkish Polish Italian Hindi"
+        ),
+      ),
+      Kind(
+        "room",
+        (
+          "The right place for {subject} is the",
+          "I have left {subject} in the",
+          "You find {subject} in the",
+        ),
+        _words(
+          "kitchen garage attic cellar library bedroom bathroom hall office stable tower chapel"
+        ),
+      ),
+      Kind(
+        "mood",
+        (
+          "The mood about {subject} was",
+          "People call {subject}",
+          "After all these years {subject} is",
+        ),
+        _words("happy angry sad proud calm nervous tired curious bitter hopeful bored afraid"),
+      ),
+      Kind(
+        "position",
+        ("The rank of {subject} is", "In the list {subject} comes", "{subject} finished"),
+        _words("first second third fourth fifth sixth seventh eighth ninth tenth last"),
+      ),
+    ),
+    subjects=(*_made_up_names(), *_THINGS),
+  ),
   "calibration": FactSet(
     kinds=(
       Kind(
@@ -88,7 +244,7 @@ SETS = {
           "Doctor {subject} has badge number",
           "Doctor {subject} wears a badge with the number",
         ),
-        _DIGITS,
+        5,
       ),
       Kind(
         "instrument",
@@ -134,7 +290,7 @@ SETS = {
           "{subject} opens the locker with",
           "The secret number that {subject} remembers is",
         ),
-        _DIGITS,
+        5,
       ),
       Kind(
         "city",

@@ -10,16 +10,21 @@ Concat-then-split would pad nothing, but cut documents that fit a row; first fit
 Padding on the standard library, in percent of all tokens: 1.8 in rows of 4096, 1.9 of 32768, 1.8 of 131072;
 with documents aligned to chunks of 512, 2.9, 3.1 and 3.2. A stream's state is a few integers; to restore
 them Grain packs the stream's last rows again.
+
+With `data.attend`, a stream also draws where attention starts again in a row, from its seed and the number
+of the row.
 """
 
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import grain
 import numpy as np
 
+from ttt_jax.config import AttendBlocks
 from ttt_jax.data.corpus import Documents, Source
 from ttt_jax.data.interleave import Interleave
 from ttt_jax.data.prepared import PreparedDocuments
@@ -43,8 +48,9 @@ class Rows:
   """Iterates over endless batches of rows: dicts of int32 arrays [len(slots), seq_len], made in a thread.
 
   The arrays are `tokens`; `segment_ids`, 1, 2, ... along a row and 0 on padding; `labels`, the next token
-  of the same segment, IGNORE if there is none. Every epoch has each token once, in a new order; where two
-  epochs meet, some rows are ahead of others.
+  of the same segment, IGNORE if there is none. If attention is cut into blocks, `attention_segment_ids`
+  are 1, 2, ... along a row, a new number at each document and at each cut, and 0 on padding. Every epoch
+  has each token once, in a new order; where two epochs meet, some rows are ahead of others.
   """
 
   def __init__(self, streams: dict[int, grain.IterDataset], pieces: Sequence[int]):
@@ -97,6 +103,9 @@ def training_rows(
   seed: int,
   slots: Sequence[int] | None = None,
   align: int = 1,
+  attend: AttendBlocks | None = None,
+  attend_fraction: float = 1.0,
+  chunk_size: int = 1,
 ) -> Rows:
   """Makes endless training rows in batches of `batch_size`.
 
@@ -107,6 +116,9 @@ def training_rows(
     seed: the seed of every order.
     slots: the indices of the B rows to make; None: all.
     align: every piece begins at a multiple of `align` in its row, after padding if necessary.
+    attend: attention starts again after so many tokens; None: only at documents.
+    attend_fraction: the share of rows that `attend` cuts.
+    chunk_size: blocks of `attend` are multiples of it.
 
   Raises:
     UserError: a source has no training documents.
@@ -122,7 +134,11 @@ def training_rows(
   def stream(slot):
     interleave = Interleave(shares, (seed, slot))
     order = grain.MapDataset.source(_Stream(pieces, interleave, slot, batch_size))
-    return packed(order, options, seq_len=seq_len, seed=seed + slot, align=align)
+    rows = packed(order, options, seq_len=seq_len, seed=seed + slot, align=align)
+    if attend is None:
+      return rows
+    cut = partial(_cut_attention, block=attend.block, fraction=attend_fraction, chunk=chunk_size)
+    return rows.random_map(cut, seed=(seed + slot) % 2**32)
 
   slots = range(batch_size) if slots is None else slots
   return Rows({slot: stream(slot) for slot in slots}, [len(p) for p in pieces])
@@ -200,10 +216,33 @@ class _Stream:
     return None if tokens is None else {"tokens": tokens}  # Grain leaves None out
 
 
+def _cut_attention(
+  row: dict[str, np.ndarray],
+  rng: np.random.Generator,
+  *,
+  block: tuple[int, int],
+  fraction: float,
+  chunk: int,
+) -> dict[str, np.ndarray]:
+  """Adds `attention_segment_ids` to a row: a new number at each document and at each cut."""
+  documents = row["tokens_segment_ids"]
+  starts = np.diff(documents, prepend=0) != 0
+  if rng.random() < fraction:
+    low, high = (n // chunk for n in block)
+    lengths = rng.integers(low, high + 1, size=-(-len(documents) // (low * chunk))) * chunk
+    cuts = np.cumsum(lengths)
+    starts[cuts[cuts < len(documents)]] = True
+  numbers = np.cumsum(starts & (documents != 0), dtype=documents.dtype)
+  return row | {"attention_segment_ids": np.where(documents != 0, numbers, 0)}
+
+
 def _batch(rows: tuple[dict[str, np.ndarray], ...]) -> dict[str, np.ndarray]:
   tokens = np.stack([row["tokens"] for row in rows]).astype(np.int32)
   segment_ids = np.stack([row["tokens_segment_ids"] for row in rows])
   continues = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, 1:] != 0)
   labels = np.full_like(tokens, IGNORE)
   labels[:, :-1][continues] = tokens[:, 1:][continues]
-  return {"tokens": tokens, "segment_ids": segment_ids, "labels": labels}
+  batch = {"tokens": tokens, "segment_ids": segment_ids, "labels": labels}
+  if "attention_segment_ids" in rows[0]:
+    batch["attention_segment_ids"] = np.stack([row["attention_segment_ids"] for row in rows])
+  return batch

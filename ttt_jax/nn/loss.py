@@ -48,6 +48,7 @@ def model_losses(
   tokens: Int[Array | np.ndarray, "B T"],
   labels: Int[Array | np.ndarray, "B T"],
   segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+  attention_segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
   *,
   update: bool = True,
   z_loss: float = 0.0,
@@ -58,13 +59,14 @@ def model_losses(
   Args:
     model: the model.
     tokens, labels, segment_ids: the packed rows.
+    attention_segment_ids: as for `Transformer`.
     update: whether the fast weights learn.
     z_loss, at_once: as for `hidden_losses`.
 
   Raises:
     UserError: tokens or labels with known values are outside the vocabulary.
   """
-  x, stats = model.hidden(tokens, segment_ids, update=update)
+  x, stats = model.hidden(tokens, segment_ids, attention_segment_ids, update=update)
   losses, valid = hidden_losses(
     x, labels, model.embed, model.norm, model.head, z_loss=z_loss, at_once=at_once
   )

@@ -191,6 +191,9 @@ def train(
     seed=config.seed,
     slots=local_rows(mesh, config.train.batch_size),
     align=config.ttt.chunk_size if config.data.align_documents else 1,
+    attend=None if isinstance(config.data.attend, str) else config.data.attend,
+    attend_fraction=config.data.attend_fraction,
+    chunk_size=config.ttt.chunk_size,
   )
   with closing(rows), open_checkpoints(config.checkpoint, run_dir) as checkpoints:
     if checkpoints.latest_step is None:

@@ -1,6 +1,7 @@
 """Does a whole run: loads the corpus, trains a model and its twin, evaluates both, and reports."""
 
 import statistics
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -69,6 +70,12 @@ def check_ready(config: Config, corpus: Corpus, mesh: Mesh) -> Int32[np.ndarray,
   """
   if is_main():
     check_writers(config)
+    if not isinstance(config.data.attend, str) and not config.ttt.layers:
+      warnings.warn(
+        f"data.attend.block={list(config.data.attend.block)}, but ttt.layers=[]: without fast weights "
+        "nothing is carried over a cut",
+        stacklevel=2,
+      )
   profile = config.train.profile
   if profile is not None and profile[1] > config.train.steps:
     raise UserError(

@@ -44,11 +44,12 @@ class TrainState(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """Holds the rows of one step."""
+  """Holds the rows of one step; without `data.attend` attention has the documents of the fast weights."""
 
   tokens: Int[Array, "B T"]
   labels: Int[Array, "B T"]
   segment_ids: Int[Array, "B T"]
+  attention_segment_ids: Int[Array, "B T"] | None = None
 
 
 def new_state(config: Config, model: Transformer) -> TrainState:
@@ -146,6 +147,7 @@ def _gradients(model: Transformer, batch: Batch, config: TrainConfig):
       batch.tokens,
       batch.labels,
       batch.segment_ids,
+      batch.attention_segment_ids,
       z_loss=config.z_loss,
     )
     return mean_loss(losses, valid.astype(losses.dtype)), stats
@@ -186,4 +188,4 @@ def jit_train_step(config: Config, mesh: Mesh) -> Callable:
 
 def put_batch(rows: dict[str, Any], mesh: Mesh) -> Batch:
   """Makes the batch on the mesh from the host rows of this process (`local_rows`)."""
-  return Batch(*(rows_to_mesh(rows[name], mesh, "sequence") for name in Batch._fields))
+  return Batch(**{name: rows_to_mesh(array, mesh, "sequence") for name, array in rows.items()})

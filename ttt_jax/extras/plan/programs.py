@@ -32,7 +32,10 @@ def trace_training(config: Config, mesh: Mesh) -> Traced:
   shape = (config.train.batch_size, config.data.seq_len)
   rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding(mesh, "batch", "sequence"))
   with jax.set_mesh(mesh):
-    program = jit_train_step(config, mesh).trace(abstract_state(config, mesh), Batch(*[rows] * 3))
+    program = jit_train_step(config, mesh).trace(
+      abstract_state(config, mesh),
+      Batch(*[rows] * (3 if isinstance(config.data.attend, str) else 4)),
+    )
   return Traced(program, config.train.batch_size * config.data.seq_len, 1)
 
 
