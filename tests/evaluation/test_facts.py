@@ -1,6 +1,7 @@
 """Made facts, what a model knows of them behind a cut, and the search for a memory without training."""
 
 import dataclasses
+import itertools
 import json
 import random
 
@@ -12,7 +13,8 @@ import ttt_jax
 from ttt_jax.checkpoints.tokenizer import byte_tokenizer
 from ttt_jax.cli import main
 from ttt_jax.config import ModelConfig, TTTConfig
-from ttt_jax.data.facts import SETS, Fact, make_row, make_rows
+from ttt_jax.data.fact_sets import SETS, Fact
+from ttt_jax.data.facts import FactDocuments, make_document, make_row, make_rows, write_documents
 from ttt_jax.evaluation.facts import score_facts
 from ttt_jax.extras.calibrate import CalibrationConfig, Setting, calibrate
 
@@ -51,15 +53,50 @@ def test_prose_lies_between_the_facts():
 
 
 def test_the_sets_share_nothing():
-  calibration, evaluation = (
+  words = [
     {
       *facts.subjects,
       *(template for kind in facts.kinds for template in kind.templates),
-      *(answer for kind in facts.kinds for answer in kind.answers or ()),
+      *(a for kind in facts.kinds if not isinstance(kind.answers, int) for a in kind.answers),
     }
-    for facts in (SETS["calibration"], SETS["evaluation"])
+    for facts in SETS.values()
+  ]
+  assert len(words) == 3
+  for one, other in itertools.combinations(words, 2):
+    assert not one & other
+  assert not any("special magic" in word for one in words for word in one)
+
+
+def test_a_document_states_its_facts_in_every_part(tmp_path):
+  lines = [f"line {i}\n" for i in range(100)]
+  config = FactDocuments(documents=3, facts=(2, 5), parts=3, characters=60)
+  text = make_document(config, 1, lines)
+  assert text == make_document(config, 1, lines) != make_document(config, 2, lines)
+  kept = [line for line in text.splitlines(keepends=True) if not line.startswith("line ")]
+  facts = set(kept)
+  assert 2 <= len(facts) <= 5
+  assert len(kept) == 3 * len(facts) == 3 * len(set(kept[: len(facts)]))
+  prose = [line for line in text.splitlines(keepends=True) if line.startswith("line ")]
+  start = lines.index(prose[0])
+  assert prose == [lines[(start + i) % 100] for i in range(len(prose))]
+  assert len("".join(prose)) >= 180
+  path = write_documents(tmp_path / "facts", config, prose="".join(lines))
+  written = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+  assert len(set(written)) == 3
+  with pytest.raises(ttt_jax.UserError, match="is there already"):
+    write_documents(tmp_path / "facts", config, prose="".join(lines))
+  with pytest.raises(ttt_jax.UserError, match=r"the text has 9 characters, .* need 180"):
+    write_documents(tmp_path / "other", config, prose="too short")
+  assert not (tmp_path / "other").exists()
+
+
+def test_the_command_writes_documents(tmp_path, capsys):
+  main(
+    ["data", "facts", str(tmp_path), "--characters", "0", "--documents", "5", "--facts", "1", "2"]
   )
-  assert not calibration & evaluation
+  assert f"written: {tmp_path / 'facts.jsonl'}" in capsys.readouterr().out
+  assert len((tmp_path / "facts.jsonl").read_text().splitlines()) == 5
+  assert main(["data", "facts", str(tmp_path / "x"), "--facts", "3", "2"]) == 2
 
 
 def test_rows_are_drawn_by_the_seed():
@@ -71,7 +108,7 @@ def test_rows_are_drawn_by_the_seed():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"name": "other"}, "'other' is not one of calibration, evaluation"),
+    ({"name": "other"}, "'other' is not one of training, calibration, evaluation"),
     ({"facts": 1000}, r"facts\.count=1000, but there are 4 kinds"),
     ({"kinds": ["city", "moon"]}, r"are not all of locker, city, color, fruit"),
     ({"facts": 30}, "more than half of the row, 256"),

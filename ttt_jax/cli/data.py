@@ -1,12 +1,19 @@
-"""Adds the commands that prepare or make text: `data prepare`, `data recall`, `data ruler`."""
+"""Adds the commands that prepare or make text: `data prepare`, `facts`, `recall` and `ruler`."""
 
 import argparse
+from pathlib import Path
 
 from ttt_jax.cli.shared import add_command, add_ruler_samples, from_flags
 
 _PREPARE_EPILOG = """For example:
   ttt-jax data prepare "books/**/*.parquet" data/books --tokenizer models/smollm2
   ttt-jax train configs/mine.yaml --data.path data/books --data.tokenizer models/smollm2
+"""
+
+_FACTS_EPILOG = """For example, a third of the tokens facts, the rest ordinary text:
+  ttt-jax data facts data/facts --text book.txt
+  ttt-jax train configs/mine.yaml --data.mixture "[{path: data/facts}, {path: books, weight: 2}]" \\
+    --data.attend "{block: [512, 1024]}"
 """
 
 _RULER_EPILOG = """For example:
@@ -18,6 +25,7 @@ def add(commands: argparse._SubParsersAction) -> None:
   data = commands.add_parser("data", help="prepare text for training, or make some")
   kinds = data.add_subparsers(dest="data", required=True, metavar="WHAT")
   _add_prepare(kinds)
+  _add_facts(kinds)
   _add_recall(kinds)
   _add_ruler(kinds)
 
@@ -80,6 +88,47 @@ def _run_prepare(parsed: argparse.Namespace) -> None:
     shard_bytes=parsed.shard_size << 20,
     max_bad_records=parsed.max_bad_records,
   )
+
+
+def _add_facts(commands: argparse._SubParsersAction) -> None:
+  text = (
+    "write documents of made facts in plain English, stated and then asked for (see data.attend)"
+  )
+  facts = add_command(commands, "facts", text, _FACTS_EPILOG)
+  facts.add_argument("destination", help="a directory, for data.path")
+  facts.add_argument(
+    "--text", type=Path, help="prose between the facts; needed unless --characters 0"
+  )
+  facts.add_argument(
+    "--facts",
+    nargs=2,
+    type=int,
+    default=(4, 14),
+    metavar=("LEAST", "MOST"),
+    help="facts of a document (default 4 14)",
+  )
+  for flag, default, text in (
+    ("documents", 1000, "documents to write"),
+    ("parts", 2, "times that a document states its facts"),
+    ("characters", 1200, "characters of prose in a part"),
+    ("seed", 0, "seed of facts, their order and the prose"),
+  ):
+    facts.add_argument(f"--{flag}", type=int, default=default, help=f"{text} (default {default})")
+  facts.set_defaults(run=_run_facts)
+
+
+def _run_facts(parsed: argparse.Namespace) -> None:
+  from ttt_jax.data.facts import FactDocuments, write_documents
+
+  config = FactDocuments(
+    documents=parsed.documents,
+    facts=tuple(parsed.facts),
+    parts=parsed.parts,
+    characters=parsed.characters,
+    seed=parsed.seed,
+  )
+  prose = "" if parsed.text is None else parsed.text.read_text(encoding="utf-8-sig")
+  print(f"written: {write_documents(parsed.destination, config, prose=prose)}")
 
 
 def _add_recall(commands: argparse._SubParsersAction) -> None:
