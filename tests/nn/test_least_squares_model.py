@@ -24,7 +24,7 @@ TTT = TTTConfig(
   rule="least_squares",
   ridge=0.1,
   read_scale=2.0,
-  read_gate="leverage",
+  read_gate="key",
   gate_threshold=0.5,
   gate_sharpness=4.0,
   half_life=30.0,
@@ -51,7 +51,9 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh):
     actual, got = jax.jit(jax.value_and_grad(loss))(spread, *placed)
   assert relative_error(actual, expected) < 1e-5
   names = named_leaves(want)
-  assert {"log_read_scale", "log_gate", "log_half_life"} <= {name.split("/")[-2] for name in names}
+  assert {"log_read_scale", "log_gate", "gate_key", "log_half_life"} <= {
+    name.split("/")[-2] for name in names
+  }
   for name, gradient in names.items():
     assert np.any(gradient), name
     assert relative_error(named_leaves(got)[name], gradient) < 2e-3, name

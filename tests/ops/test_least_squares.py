@@ -37,7 +37,9 @@ def make_arrays(*, tokens=24, seed=0, state=False, gate=True, decay=True, inner_
   }
   arrays["z"][0, tokens // 5] = 0  # a token without a key
   if gate:
-    arrays["read_gate"] = (np.asarray(0.6), np.asarray(5.0))
+    # Sums without decay have the gate of the leverage alone.
+    direction = (rng.normal(size=F),) if decay else ()
+    arrays["read_gate"] = (np.asarray(0.6), np.asarray(5.0), *direction)
   if decay:
     arrays["decay"] = np.asarray(0.8)
   if state:
@@ -373,6 +375,10 @@ def test_bad_input():
     ({**ours, "rule": "squares"}, "rule='squares' is not one of 'sum', 'least_squares'"),
     ({**ours, "ridge": 0.0}, "ridge=0.0 must be positive"),
     ({**ours, "read_gate": 0.5}, r"read_gate=0.5 is not \(threshold, sharpness\)"),
+    (
+      {**ours, "read_gate": (0.5, 9.0, np.ones(5))},
+      r"read_gate\[2\] has shape \(5,\), .* \[F\] = \[",
+    ),
     ({**ours, "clip_norm": 1.0}, "clip_norm=1.0 bounds the update of rule='sum'"),
     ({**ours, "merge": True}, "merge=True: rule='least_squares' has no"),
     ({**ours, "state": state(S=d)}, "state has S, and rule='least_squares' reads on from A, D"),

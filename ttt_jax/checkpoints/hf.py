@@ -40,14 +40,14 @@ from ttt_jax.checkpoints.tensors import (
 from ttt_jax.checkpoints.ttt_config import read_published, read_section
 from ttt_jax.config import DTYPES, TTTConfig, check_layers
 from ttt_jax.errors import UserError
-from ttt_jax.nn.fast_mlp import LEARNED_LOGS
+from ttt_jax.nn.fast_mlp import LEARNED
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.parallel.parameters import shardings
 
 _MAX_NAMED = 20  # mismatches that an error lists
 _TTT_TENSORS = tuple(
   f".mlp.{name}"
-  for name in ("ttt_conv.weight", "ttt_proj.weight", *(f"ttt_{log}" for log in LEARNED_LOGS))
+  for name in ("ttt_conv.weight", "ttt_proj.weight", *(f"ttt_{log}" for log in LEARNED))
 )
 # Constants of the rotary embedding that some checkpoints store; the model forms them itself.
 _ROTARY_CONSTANTS = tuple(

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from ttt_jax.nn.fast_mlp import LEARNED_LOGS, TttMlp
+from ttt_jax.nn.fast_mlp import LEARNED, TttMlp
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.parallel.trees import named_leaves
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-_TTT_PARAMETERS = ("conv", "projection", *LEARNED_LOGS)
+_TTT_PARAMETERS = ("conv", "projection", *LEARNED)
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ def _ttt_mappings(
   if mlp.projection is not None:
     # V = conv(x) P uses the stored matrix untransposed, unlike a linear layer's weight.
     yield _unchanged(f"{prefix}.ttt_proj.weight", f"{parameter}/projection", (d, d), repeat)
-  for name, shape in LEARNED_LOGS.items():
+  for name in LEARNED:
     if getattr(mlp, name) is not None:
+      shape = getattr(mlp, name).shape[1:]
       yield _unchanged(f"{prefix}.ttt_{name}", f"{parameter}/{name}", shape, repeat)

@@ -310,8 +310,9 @@ class TTTConfig:
   """Whether each layer multiplies read_scale by exp(10 s), where s is learned and starts at 0."""
   read_gate: str = "none"
   """Whether a token reads as much as the memory knows of it: "leverage" multiplies what it reads by
-  sigmoid(gate_sharpness (l - gate_threshold)), where l from 0 to 1 is the token's leverage; "none"
-  reads always.
+  sigmoid(gate_sharpness (l - gate_threshold)), where l from 0 to 1 is the token's leverage; "key" adds
+  a learned linear function of the token's normalised activations in the sigmoid, 0 at the start;
+  "none" reads always.
   """
   gate_threshold: float = 0.9
   """Leverage at which the gate is half open."""
@@ -325,7 +326,7 @@ class TTTConfig:
   def __post_init__(self):
     require_positive("ttt", self, "chunk_size", "conv_width", "inner_lr")
     require_choice("ttt.rule", self.rule, RULES)
-    require_choice("ttt.read_gate", self.read_gate, ("none", "leverage"))
+    require_choice("ttt.read_gate", self.read_gate, ("none", "leverage", "key"))
     require_positive("ttt", self, "ridge", "read_scale", "gate_sharpness")
     require(
       0 < self.gate_threshold < 1, f"ttt.gate_threshold={self.gate_threshold} must be in (0, 1)"

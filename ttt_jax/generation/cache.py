@@ -142,8 +142,9 @@ def _read_state(mlp: TttMlp, z: Float[Array, "B 1 F"], s) -> Float[Array, "B 1 D
   if not isinstance(s, SolvedSums):
     return matmul("btf,bfd->btd", z, s.astype(z.dtype))
   factored = Factored(s.cholesky, s.rho, is_learned=s.rho != 0)
-  found = read(unit_rows(z, s.d.dtype), s.d, factored)
-  return gated(found.r, found.leverage, mlp.least_squares(s.d.dtype))
+  keys = unit_rows(z, s.d.dtype)
+  found = read(keys, s.d, factored)
+  return gated(found.r, found.leverage, keys, mlp.least_squares(s.d.dtype))
 
 
 def _to_state(s) -> FastWeightState:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.nn.mlp import Mlp
 from ttt_jax.ops.fast_weight.api import inplace_ttt
-from ttt_jax.ops.fast_weight.least_squares.api import LeastSquares
+from ttt_jax.ops.fast_weight.least_squares.api import Gate, LeastSquares
 from ttt_jax.ops.fast_weight.stats import FastWeightStats, LeastSquaresStats
 from ttt_jax.ops.fast_weight.targets import ntp_targets
 from ttt_jax.ops.numerics import accumulation_dtype
@@ -20,8 +20,8 @@ from ttt_jax.parallel.mesh import Axes, over_shards
 # Inner rate and half-life are base * exp(LOG_SCALE s), so that AdamW's step sizes suit s as they suit other
 # parameters.
 LOG_SCALE = 10.0
-# The parameters s, and their shapes.
-LEARNED_LOGS = {"log_rate": (), "log_half_life": (), "log_read_scale": (), "log_gate": (2,)}
+# The parameters s, and with the same factor the direction of the gate.
+LEARNED = ("log_rate", "log_half_life", "log_read_scale", "log_gate", "gate_key")
 
 
 class FastWeightParams(NamedTuple):
@@ -34,6 +34,7 @@ class FastWeightParams(NamedTuple):
     decay: the state's factor per chunk if a half-life is learned, else None.
     read_scale: of least squares, else None.
     gate: threshold and sharpness of least squares with a gate, else None.
+    gate_key: the direction of keys in that gate if it depends on them, else None.
   """
 
   w_down: Float[Array, "F D"]
@@ -43,10 +44,18 @@ class FastWeightParams(NamedTuple):
   decay: Float[Array, ""] | None
   read_scale: Float[Array, ""] | None
   gate: Float[Array, "2"] | None
+  gate_key: Float[Array, "F"] | None
+
+  @property
+  def read_gate(self) -> tuple | None:
+    """Returns the argument of `inplace_ttt`."""
+    if self.gate is None:
+      return None
+    return (self.gate[0], self.gate[1], *(() if self.gate_key is None else (self.gate_key,)))
 
 
 # Logical dimensions of `FastWeightParams`.
-PARAM_DIMS = FastWeightParams(("mlp", None), None, None, None, None, None, None)
+PARAM_DIMS = FastWeightParams(("mlp", None), None, None, None, None, None, None, ("mlp",))
 
 
 class MlpStats(NamedTuple):
@@ -125,6 +134,7 @@ class TttMlp(Mlp):
     self.log_half_life = learned_from_zero(ttt.learn_half_life)
     self.log_read_scale = learned_from_zero(not is_sum and ttt.learn_read_scale)
     self.log_gate = learned_from_zero(ttt.read_gate != "none" and ttt.learn_gate, 2)
+    self.gate_key = learned_from_zero(ttt.read_gate == "key", model.d_ff)
     self.ttt = ttt
     self.base_rate = ttt.inner_lr / model.d_ff if ttt.inner_lr_scale == "1/F" else ttt.inner_lr
     self.state_dtype = model.state_dtype
@@ -150,6 +160,10 @@ class TttMlp(Mlp):
     distance, sharpness = _learned(start, self.log_gate, dtype)
     return jnp.stack([1 - distance, sharpness])
 
+  def gate_direction(self, dtype: DTypeLike) -> Float[Array, "F"] | None:
+    """Returns the direction of keys in the gate, `10 s` with s learned from 0; None if there is none."""
+    return None if self.gate_key is None else LOG_SCALE * self.gate_key[...].astype(dtype)
+
   def learned_decay(self, dtype: DTypeLike) -> Float[Array, ""] | None:
     """Returns `2^(-C / h)` of the half-life `h = ttt.half_life * exp(10 s)`, s learned from 0; or None."""
     if self.log_half_life is None:
@@ -163,7 +177,7 @@ class TttMlp(Mlp):
     return LeastSquares(
       ridge=jnp.asarray(self.ttt.ridge, dtype),
       read_scale=self.read_scale(dtype),
-      gate=None if gate is None else (gate[0], gate[1]),
+      gate=None if gate is None else Gate(gate[0], gate[1], self.gate_direction(dtype)),
     )
 
   def learn(
@@ -249,7 +263,7 @@ class TttMlp(Mlp):
       rule=ttt.rule,
       ridge=ttt.ridge,
       read_scale=1.0 if params.read_scale is None else params.read_scale,
-      read_gate=None if params.gate is None else (params.gate[0], params.gate[1]),
+      read_gate=params.read_gate,
       implementation=ttt.implementation,
       merge=ttt.merge,
       wire_dtype=ttt.wire_dtype,
@@ -272,4 +286,5 @@ class TttMlp(Mlp):
       decay=self.learned_decay(wide),
       read_scale=self.read_scale(wide),
       gate=self.read_gate(wide),
+      gate_key=self.gate_direction(wide),
     )

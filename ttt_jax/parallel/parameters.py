@@ -46,6 +46,7 @@ _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
   "log_half_life": (),
   "log_read_scale": (),
   "log_gate": (None,),
+  "gate_key": ("mlp",),
   "scale": (None,),
   # Linear attention has as many heads as keys and values have.
   "decay_down": ("embed", None),

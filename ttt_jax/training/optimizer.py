@@ -6,12 +6,12 @@ import jax
 import optax
 
 from ttt_jax.config import TrainConfig
-from ttt_jax.nn.fast_mlp import LEARNED_LOGS
+from ttt_jax.nn.fast_mlp import LEARNED
 
 # Weight decay leaves these out: 0 is not their neutral value (scales, convolutions, inner rates,
 # half-lives), or they are biases.
 _BIASES = ("query_bias", "key_bias", "value_bias", "out_bias", "decay_bias")
-_NO_DECAY = ("scale", "conv", "short_conv", *LEARNED_LOGS, *_BIASES)
+_NO_DECAY = ("scale", "conv", "short_conv", *LEARNED, *_BIASES)
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:

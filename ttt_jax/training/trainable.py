@@ -9,14 +9,14 @@ from typing import Any
 
 import jax
 
-from ttt_jax.nn.fast_mlp import LEARNED_LOGS
+from ttt_jax.nn.fast_mlp import LEARNED
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.parallel.trees import named_leaves
 
 # The parameters of a TTT layer's MLP that train, by `train.trainable`.
 _NAMES = {
-  "ttt": ("conv", "projection", *LEARNED_LOGS),
-  "ttt+down": ("conv", "projection", *LEARNED_LOGS, "down"),
+  "ttt": ("conv", "projection", *LEARNED),
+  "ttt+down": ("conv", "projection", *LEARNED, "down"),
 }
 
 

@@ -26,7 +26,7 @@ from ttt_jax.ops.fast_weight.checks import (
   check_state,
 )
 from ttt_jax.ops.fast_weight.chunks import Chunks, Sizes, UpdateRule
-from ttt_jax.ops.fast_weight.least_squares.api import LeastSquares
+from ttt_jax.ops.fast_weight.least_squares.api import Gate, LeastSquares
 from ttt_jax.ops.fast_weight.least_squares.sums import Sums, packed_shape
 from ttt_jax.ops.fast_weight.rules import read_least_squares, read_sum
 from ttt_jax.ops.fast_weight.stats import FastWeightStats as FastWeightStats
@@ -76,7 +76,7 @@ def inplace_ttt(
   rule: str = "sum",
   ridge: float | int | Float[Array, ""] = RIDGE,
   read_scale: float | int | Float[Array, ""] = 1.0,
-  read_gate: tuple[Any, Any] | None = None,
+  read_gate: tuple | None = None,
   context_axis: str | None = None,
   tensor_axis: str | None = None,
   implementation: str | None = None,
@@ -135,8 +135,9 @@ def inplace_ttt(
     ridge: of the regression, in units of A's mean eigenvalue; what the state's dtype does not resolve is
       raised to what it does (about `1e-6 F` in float32).
     read_scale: the factor of what the regression gives.
-    read_gate: `(threshold, sharpness)` of `g(l) = sigmoid(sharpness (l - threshold))`, in the leverage
-      `l = k (A + ridge tr(A)/F I)^-1 A k^T` of a token, 0 where nothing like k was seen, at most 1; None
+    read_gate: `(threshold, sharpness)` of `g = sigmoid(sharpness (l - threshold))`, in the leverage
+      `l = k (A + ridge tr(A)/F I)^-1 A k^T` of a token, 0 where nothing like k was seen, at most 1; with a
+      third element, a direction `[F]`, the sigmoid is of `sharpness (l - threshold) + k direction`. None
       is g = 1.
     context_axis: the mesh axis of the enclosing `jax.shard_map` along which T is split into contiguous
       shards of whole chunks; None when the sequence lies on one device.
@@ -169,7 +170,7 @@ def inplace_ttt(
       a decay where there are `lengths`; forward mode through `"sequential"`.
   """
   check_arguments(z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis)
-  check_rule(rule, inner_lr, clip_norm, merge, ridge, read_scale, read_gate)
+  check_rule(rule, inner_lr, clip_norm, merge, ridge, read_scale, read_gate, z.shape[-1])
   check_lengths(lengths, z.shape[:-2])
   *lead, t, f = z.shape
   sizes = Sizes(tuple(lead), math.prod(lead), t, chunk_size, f, v.shape[-1])
@@ -205,7 +206,8 @@ def inplace_ttt(
     y, s, stats = read_sum(*arguments, merge=merge)
   else:
     to_array = lambda x: vary_over(jnp.asarray(x, state_dtype), axes)  # noqa: E731
-    settings = LeastSquares(*jax.tree.map(to_array, (ridge, read_scale, read_gate)))
+    ridge, read_scale, read_gate = jax.tree.map(to_array, (ridge, read_scale, read_gate))
+    settings = LeastSquares(ridge, read_scale, None if read_gate is None else Gate(*read_gate))
     y, s, stats = read_least_squares(*arguments, settings=settings)
   y = sum_over(y, tensor_axis)
   return _finish(sizes, y, s, stats, context_axis, pending=0 if lengths is not None else sizes.tail)

@@ -55,7 +55,7 @@ def check_arguments(
       )
 
 
-def check_rule(rule, inner_lr, clip_norm, merge, ridge, read_scale, read_gate) -> None:
+def check_rule(rule, inner_lr, clip_norm, merge, ridge, read_scale, read_gate, f) -> None:
   """Raises UserError unless the arguments are those of the rule, and in range."""
   if rule not in RULES:
     raise UserError(f"rule={rule!r} is not one of {', '.join(map(repr, RULES))}")
@@ -79,9 +79,15 @@ def check_rule(rule, inner_lr, clip_norm, merge, ridge, read_scale, read_gate) -
     raise UnsupportedError("merge=True: rule='least_squares' has no W + S to read, leave merge out")
   scalars = {"ridge": ridge, "read_scale": read_scale}
   if read_gate is not None:
-    if not isinstance(read_gate, tuple) or len(read_gate) != 2:
-      raise UserError(f"read_gate={read_gate!r} is not (threshold, sharpness) or None")
+    if not isinstance(read_gate, tuple) or len(read_gate) not in (2, 3):
+      raise UserError(
+        f"read_gate={read_gate!r} is not (threshold, sharpness), (threshold, sharpness, direction) or None"
+      )
     scalars |= {"read_gate[0]": read_gate[0], "read_gate[1]": read_gate[1]}
+    if len(read_gate) == 3 and jnp.shape(read_gate[2]) != (f,):
+      raise UserError(
+        f"read_gate[2] has shape {jnp.shape(read_gate[2])}, expected a direction of the keys, [F] = [{f}]"
+      )
   for name, value in scalars.items():
     if jnp.ndim(value) != 0:
       raise UserError(f"{name} has shape {jnp.shape(value)}, expected a number or a 0-d array")

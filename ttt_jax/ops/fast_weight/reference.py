@@ -118,7 +118,7 @@ def least_squares_reference(
   Every token solves for itself, with the sums over the tokens that it sees:
 
       A_t = sum of w_ts k_s^T k_s        D_t = sum of w_ts k_s^T v_s        k = z / |z|
-      o_t = z_t W + read_scale g(l_t) k_t (A_t + ridge tr(A_t) / F I)^-1 D_t
+      o_t = z_t W + read_scale g_t k_t (A_t + ridge tr(A_t) / F I)^-1 D_t
   """
   b, t, f = z.shape
   if state is None:
@@ -173,9 +173,10 @@ def _least_squares_row(
     )
     fast = read_scale * k_t @ jnp.linalg.solve(m, d)
     if read_gate is not None:
-      threshold, sharpness = read_gate
+      threshold, sharpness, *direction = read_gate
       leverage = k_t @ jnp.linalg.solve(m, a @ k_t)
-      fast *= 1 / (1 + jnp.exp(-sharpness * (leverage - threshold)))
+      logit = sharpness * (leverage - threshold) + sum(k_t @ x for x in direction)
+      fast *= 1 / (1 + jnp.exp(-logit))
     return z_t @ w_down + fast
 
   y = jax.vmap(read)(z, k, chunk, document, segment_ids != 0)

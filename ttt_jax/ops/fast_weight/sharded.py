@@ -39,7 +39,7 @@ class ContextParallel:
     segment_ids: Int[Array, "*B T"] | None = None,
     decay: float | int | Float[Array, ""] | None = None,
     rule: str = "sum",
-    read_gate: tuple[Any, Any] | None = None,
+    read_gate: tuple | None = None,
     return_stats: bool = False,
     **options: Any,
   ):
@@ -72,7 +72,8 @@ class ContextParallel:
         arrays[name] = (options.pop(name), PartitionSpec())
     if read_gate is not None:
       read_gate = tuple(map(jnp.asarray, read_gate))
-      arrays["read_gate"] = (read_gate, (PartitionSpec(), PartitionSpec()))
+      specs = (PartitionSpec(), PartitionSpec(), PartitionSpec(self.tensor_axis))
+      arrays["read_gate"] = (read_gate, specs[: len(read_gate)])
 
     def local(arrays):
       y, state, *stats = inplace_ttt(

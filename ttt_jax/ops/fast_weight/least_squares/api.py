@@ -35,18 +35,31 @@ from ttt_jax.ops.update import sum_over
 IMPLEMENTATIONS = {"associative": associative, "dual": kernel, "sequential": sequential}
 
 
+class Gate(NamedTuple):
+  """How much of what it finds a token reads: `sigmoid(sharpness (l - threshold) + k direction)`.
+
+  Attributes:
+    threshold, sharpness: of the leverage l.
+    direction: of the key k; all of F, or under a tensor axis this device's slice. None leaves the term out.
+  """
+
+  threshold: Float[Array, ""]
+  sharpness: Float[Array, ""]
+  direction: Float[Array, "F"] | None = None
+
+
 class LeastSquares(NamedTuple):
-  """How the rule reads: `read_scale sigmoid(sharpness (l - threshold)) R`; all are scalars.
+  """How the rule reads: `read_scale gate R`.
 
   Attributes:
     ridge: in units of the mean eigenvalue of A.
     read_scale: the factor of what is read.
-    gate: threshold and sharpness in the leverage l; None reads all tokens alike.
+    gate: None reads all tokens alike.
   """
 
   ridge: Float[Array, ""]
   read_scale: Float[Array, ""]
-  gate: tuple[Float[Array, ""], Float[Array, ""]] | None
+  gate: Gate | None
 
 
 class FastPart(NamedTuple):
@@ -91,6 +104,9 @@ def least_squares(
     writes=chunks.writes,
     ridge=settings.ridge,
   )
+  if settings.gate is not None and settings.gate.direction is not None:
+    direction = _gather(settings.gate.direction, axis, dimension=0)
+    settings = settings._replace(gate=settings.gate._replace(direction=direction))
   shards = 1 if axis is None else shard_count(axis)
   share = 1.0 / shards
   if n:
@@ -105,9 +121,9 @@ def least_squares(
     mask = None if masks is None else masks.tail_reads
     keys = unit_rows(where(mask, _gather(tail, axis, dimension=2)), dtype)
     found = read(keys, sums.d, factor(sums.a, settings.ridge))
-    y_tail = where(mask, share * gated(found.r, found.leverage, settings))
+    y_tail = where(mask, share * gated(found.r, found.leverage, keys, settings))
   return FastPart(
-    y=where(chunks.reads, share * gated(r, leverage, settings)),
+    y=where(chunks.reads, share * gated(r, leverage, unit_rows(rows.z, dtype), settings)),
     tail=y_tail,
     sums=Sums(*(_slice(x, axis) for x in sums)),
     leverage=leverage,
@@ -115,14 +131,19 @@ def least_squares(
 
 
 def gated(
-  r: Float[Array, "*B D"], leverage: Float[Array, "*B"], settings: LeastSquares
+  r: Float[Array, "*B D"],
+  leverage: Float[Array, "*B"],
+  keys: Float[Array, "*B F"],
+  settings: LeastSquares,
 ) -> Float[Array, "*B D"]:
-  """What a token adds to its output: `read_scale sigmoid(sharpness (l - threshold)) R`."""
+  """What a token adds to its output: `read_scale sigmoid(sharpness (l - threshold) + k direction) R`."""
   if settings.gate is None:
     return settings.read_scale * r
-  threshold, sharpness = settings.gate
-  gate = jax.nn.sigmoid(sharpness * (leverage - threshold))
-  return (settings.read_scale * gate)[..., None] * r
+  gate = settings.gate
+  logit = gate.sharpness * (leverage - gate.threshold)
+  if gate.direction is not None:
+    logit += product("...f,f->...", keys, gate.direction)
+  return (settings.read_scale * jax.nn.sigmoid(logit))[..., None] * r
 
 
 def _gather(x, axis: str | None, *, dimension: int):
