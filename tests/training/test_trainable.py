@@ -132,6 +132,43 @@ def _shapes(jaxpr):
       yield from _shapes(inner)
 
 
+def test_no_backward_pass_below_what_trains():
+  """Three layers below the TTT layer and one above: only these two have a backward pass."""
+  tokens, segment_ids, labels = random_rows(2, 32, vocab=256)
+  batch = Batch(*map(jnp.asarray, (tokens, labels, segment_ids)))
+
+  def loops_backwards(trainable):
+    base = _with(trainable)
+    config = dataclasses.replace(
+      base,
+      model=dataclasses.replace(base.model, num_layers=5),
+      ttt=dataclasses.replace(base.ttt, layers=(3,)),
+    )
+    step = partial(train_step, batch=batch, config=config)
+    jaxpr = jax.make_jaxpr(step)(abstract_state(config, mesh_of(1, 1))).jaxpr
+    return str(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]).count("reverse=True")
+
+  assert loops_backwards("ttt") < loops_backwards(
+    "all"
+  )  # the loop over the three layers is not run backwards
+  assert loops_backwards("ttt+above") == loops_backwards("ttt")
+
+
+def test_the_layers_above():
+  model = jax.eval_shape(
+    lambda: random_model(
+      dataclasses.replace(MODEL, num_layers=5),
+      attention=AttentionConfig(),
+      ttt=dataclasses.replace(TTT, layers=(2,)),
+    )
+  )
+  names = set(trained_parameters(model, "all"))
+  chosen = set(trained_parameters(model, "ttt+above"))
+  below = {name for name in names if name.startswith("groups/0/0/")}
+  assert below
+  assert names - chosen == below | {"embed/table/value"}
+
+
 def test_layers_that_alternate_are_told_apart():
   """Makes four layers in one group of two places, with TTT layers in the second place."""
   model = jax.eval_shape(

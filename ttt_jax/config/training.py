@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ttt_jax.config.checks import DTYPES, require, require_choice, require_positive
 from ttt_jax.config.given import records_given
 
-TRAINABLE = ("all", "ttt", "ttt+down")
+TRAINABLE = ("all", "ttt", "ttt+down", "ttt+above")
 WRITERS = ("tensorboard", "wandb")
 VERIFY = ("sizes", "checksums")
 
@@ -145,9 +145,11 @@ class TrainConfig:
   """Trains with AdamW, linear warm-up and cosine decay to `learning_rate * final_lr_ratio`."""
 
   trainable: str = "all"
-  """Parameters to train: "all"; "ttt", the convolution, projection, inner rate and half-life of the
-  TTT layers; or "ttt+down", which adds their down projections. Other parameters are frozen and take
-  no optimiser state.
+  """Parameters to train: "all"; "ttt", what the TTT layers have more than others: the convolution and
+  projection of the target, rate, half-life, scale and gate; "ttt+down", which adds their down
+  projections; or "ttt+above", all of the first TTT layer and of the layers above it, with the last
+  norm (layers that share stacked arrays with one below stay frozen). Other parameters are frozen,
+  have no optimiser state, and no backward pass runs below the first TTT layer.
   """
   steps: int = 400
   """Number of optimiser steps of the run."""

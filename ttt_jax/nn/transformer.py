@@ -302,7 +302,7 @@ class Transformer(nnx.Module):
     collected = []
     for group, (_, repeats) in zip(self.groups, self.stacking):
       stacks = jax.tree.map(partial(_split_repeats, repeats), list(group))
-      x, stats = jax.lax.scan(pattern_layers, x, stacks)
+      x, stats = _scan_stack(pattern_layers, x, stacks)
       collected.append(stats)
     return x, _concatenated(collected)
 
@@ -336,7 +336,10 @@ def _split_repeats(repeats: int, stack: Array) -> Array:
 
 
 def _scan_stack(function, x, blocks):
-  """Scans over the layers of a stack; a single layer has no loop."""
+  """Scans over the leading axis of `blocks`; one element has no loop.
+
+  A loop would make a backward pass through all of its body, also below the first parameter that trains.
+  """
   if jax.tree.leaves(blocks)[0].shape[0] > 1:
     return jax.lax.scan(function, x, blocks)
   x, stats = function(x, jax.tree.map(lambda a: a[0], blocks))

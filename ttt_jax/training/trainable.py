@@ -26,8 +26,7 @@ def trained_parameters(model: Transformer, trainable: str) -> dict[str, Any]:
   Args:
     model: a model, also an abstract one. Layers with and without fast weights are stacked in separate
       arrays, so that an array trains as a whole or not at all.
-    trainable: "all"; "ttt" for convolution, projection, inner rate and half-life of the TTT layers;
-      "ttt+down" for their down projections as well.
+    trainable: as `train.trainable`.
   """
   trains = _trains(model, trainable)
   return {name: leaf for name, leaf in named_leaves(model).items() if trains(name)}
@@ -42,6 +41,8 @@ def with_parameters(model: Transformer, parameters: dict[str, Any]) -> Transform
 def _trains(model: Transformer, trainable: str) -> Callable[[str], bool]:
   if trainable == "all":
     return lambda name: True
+  if trainable == "ttt+above":
+    return _above(model)
   chosen = {
     f"groups/{g}/{p}/mlp/{name}/value"
     for g, (pattern, _) in enumerate(model.stacking)
@@ -50,3 +51,13 @@ def _trains(model: Transformer, trainable: str) -> Callable[[str], bool]:
     if run.kind.ttt
   }
   return chosen.__contains__
+
+
+def _above(model: Transformer) -> Callable[[str], bool]:
+  """Returns the condition of "ttt+above": the stacks of which no layer is below the first TTT layer."""
+  places = [(g, p) for g, p, _ in model.layers()]
+  is_ttt = [model.stacking[g].pattern[p].kind.ttt for g, p in places]
+  first = is_ttt.index(True)
+  stacks = set(places[first:]) - set(places[:first])
+  prefixes = (*(f"groups/{g}/{p}/" for g, p in stacks), "norm/")
+  return lambda name: name.startswith(prefixes)
