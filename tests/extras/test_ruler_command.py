@@ -168,7 +168,7 @@ def test_results_of_other_settings_are_left_alone(model, oracle, tmp_path):
       model, byte_tokenizer(), dataclasses.replace(asked, squad=other), tmp_path / "out"
     )
   (tmp_path / "out" / "cells.jsonl").write_text("{}\n")
-  with pytest.raises(ValueError, match="is no file of results: give another --out"):
+  with pytest.raises(ValueError, match="is no file of results: give another directory"):
     evaluate_ruler(model, byte_tokenizer(), config, tmp_path / "out")
 
 
