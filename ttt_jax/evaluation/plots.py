@@ -1,7 +1,7 @@
 """Draws the plots of runs and evaluations with matplotlib, from the JSON files that they write."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, whose state is the user's
@@ -225,3 +225,50 @@ def plot_ruler(report: dict[str, Any], path: Path) -> None:
 
 def _tokens(length: int) -> str:
   return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
+class Measure(NamedTuple):
+  """Says how a measure of `compare.json` is shown: its label with the unit, and the factor of the unit."""
+
+  label: str
+  factor: int
+  more_is_better: bool
+
+
+MEASURES = {
+  "loss": Measure("loss, nats per token", 1, False),
+  "score": Measure("score, %", 100, True),
+  "right": Measure("right tokens, %", 100, True),
+  "nats": Measure("nats per token", 1, False),
+}
+
+
+def plot_compare(report: dict[str, Any], path: Path) -> None:
+  """Plots the differences B - A with 95 % intervals, a panel per measure.
+
+  A dot is filled if the interval leaves out 0: blue where B is better, orange where it is worse.
+  """
+  measures = list(dict.fromkeys(row["measure"] for row in report["rows"]))
+  panels = [[row for row in report["rows"] if row["measure"] == name] for name in measures]
+  most = max(map(len, panels))
+  figure, (all_axes,) = subplots(1, len(panels), 3.0 + 4.2 * len(panels), 1.7 + 0.32 * most)
+  for axes, name, rows in zip(all_axes, measures, panels):
+    label, factor, more_is_better = MEASURES[name]
+    axes.axvline(0, color="#5c5c5c", linewidth=1)
+    for y, row in enumerate(rows):
+      low, high = row["low"], row["high"]
+      clear = low is not None and (low > 0 or high < 0)
+      better = (row["difference"] > 0) == more_is_better
+      color = "#5c5c5c" if not clear else "#0b4f9e" if better else "#d1620b"
+      if low is not None:
+        axes.plot([factor * low, factor * high], [y, y], color=color, linewidth=2)
+      dot = {"marker": "o", "markersize": 6, "markerfacecolor": color if clear else "white"}
+      axes.plot([factor * row["difference"]], [y], color=color, **dot)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel(f"{label}: B - A ({'more' if more_is_better else 'less'} is better)")
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+  title = f"A: {report['a']['name']}\nB: {report['b']['name']}"
+  figure.suptitle(title, x=0.02, ha="left", fontsize=10)
+  figure.savefig(path)
