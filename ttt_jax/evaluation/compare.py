@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -228,10 +229,11 @@ def _print(report: dict[str, Any], console: Console) -> None:
 def _table(name: str, rows: list[dict[str, Any]]) -> Table:
   label, factor, more_is_better = MEASURES[name]
   digits = ".1f" if factor == 100 else ".4f"
-  table = Table(title=f"{label}: {'more' if more_is_better else 'less'} is better")
-  table.add_column("", no_wrap=True)
-  for title in ("A", "B", "B - A", "95 %", "better / worse", "p (sign test)"):
-    table.add_column(title, justify="right")
+  title = f"{label}: {'more' if more_is_better else 'less'} is better; p by the sign test"
+  table = Table(title=title, box=SIMPLE)
+  table.add_column("")  # wraps where the terminal is narrow, numbers do not
+  for title in ("A", "B", "B - A", "95 %", "better / worse", "p"):
+    table.add_column(title, justify="right", no_wrap=title != "better / worse")
 
   def text(value: float, sign: str = "+") -> str:
     return f"{factor * value:{sign}{digits}}"
