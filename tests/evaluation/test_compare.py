@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 from helpers import random_model
@@ -53,6 +54,7 @@ def test_groups_are_resampled_each_by_itself():
   assert (low, high) == (pytest.approx(5 + 2 / 16), pytest.approx(5 + 6 / 16))
   result = paired([np.zeros(2), np.zeros(4)], [np.ones(2), np.full(4, 3.0)])
   assert (result["difference"], result["samples"]) == (2.0, 6)  # tasks count the same
+  assert (result["low"], result["high"]) == (2.0, 2.0)
 
 
 PERPLEXITY = {"evaluation": "perplexity", "documents": "d1", "block": 8, "buckets": 4}
@@ -192,6 +194,11 @@ def test_answers_belong_to_their_facts():
     asked = bytes(row.tokens[i] for i in row.answers).decode().split()
     assert [len(fact["nats"]) for fact in facts] == [len(f" {answer}") for answer in asked]
     assert [fact["kind"] for fact in facts for _ in fact["right"]] == list(row.kinds)
+  row, ids = rows[0], np.ones((1, 400), np.int32)
+  logits = model(np.asarray([row.tokens], np.int32), ids, np.repeat([[1, 2]], 200, axis=1))[0]
+  expected = [-jax.nn.log_softmax(logits[i - 1])[row.tokens[i]] for i in row.answers]
+  found = [nats for fact in answers[0] for nats in fact["nats"]]
+  assert found == pytest.approx(np.asarray(expected), rel=1e-4)
   facts = [fact for of_row in answers for fact in of_row]
   scores = score_facts(model, rows, batch=3)
   nats = np.concatenate([fact["nats"] for fact in facts])
