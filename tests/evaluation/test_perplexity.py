@@ -10,9 +10,9 @@ from helpers import MODEL, TTT, mesh_of, random_model, random_rows, relative_err
 
 from ttt_jax.config import TTTConfig
 from ttt_jax.evaluation import perplexity
+from ttt_jax.evaluation.paired import bootstrap
 from ttt_jax.evaluation.perplexity import (
   PerplexityConfig,
-  bootstrap,
   evaluate_perplexity,
   read_losses,
   settings,

@@ -111,6 +111,61 @@ def test_scores_and_averages(model, oracle, tmp_path):
   assert [len(call) for call in oracle.calls] == [2, 1] * 4
 
 
+def test_intervals_over_the_samples(checkpoint, tmp_path, monkeypatch, capsys):
+  """A task with 4 right answers of 8, and one with 8, whose interval then has no width.
+
+  The right ones of a resample are Binomial(8, 1/2): P(< 2) = 0.035, P(0) = 0.004.
+  """
+  wrong = {"niah_single_1": (0, 2, 3, 6), "niah_multivalue": ()}
+  counts = dict.fromkeys(wrong, 0)
+
+  def answer(reader, tokenizer, samples, task, *, strict):
+    texts = []
+    for sample in samples:
+      right = counts[sample.task] not in wrong[sample.task]
+      texts.append(" ".join(sample.answers) if right else "")
+      counts[sample.task] += 1
+    return texts
+
+  monkeypatch.setattr(evaluate, "_answer", answer)
+  words = ["--tasks", *wrong, "--lengths", 900, "--samples", 8, "--out", tmp_path / "out"]
+  assert main([str(word) for word in ("eval", "ruler", checkpoint, *words)]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  for name, texts in (
+    ("niah_single_1", ("50.0", "12.5 to 87.5")),
+    ("niah_multivalue", ("100.0", "100.0 to 100.0")),
+    ("average", ("75.0", "56.2 to 93.8")),  # the tasks count the same, each resampled by itself
+  ):
+    (line,) = (line for line in lines if f" {name} " in line and "█" not in line and "│" in line)
+    assert all(text in line for text in texts), line
+  report = json.loads((tmp_path / "out" / "ruler.json").read_text())
+  assert [(cell["low"], cell["high"]) for cell in report["cells"]] == [(0.125, 0.875), (1.0, 1.0)]
+  assert report["average_intervals"] == {"900": [0.5625, 0.9375]}
+  cells = [json.loads(line) for line in (tmp_path / "out" / "cells.jsonl").read_text().splitlines()]
+  assert [cell["result"]["scores"].count(1.0) for cell in cells[1:]] == [4, 8]
+  # Results of version 0.1.0 have no scores of samples, and no intervals.
+  for cell in cells[1:]:
+    del cell["result"]["scores"], cell["result"]["samples"]
+  (tmp_path / "out" / "cells.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in cells))
+  assert main([str(word) for word in ("eval", "ruler", checkpoint, *words)]) == 0
+  old = json.loads((tmp_path / "out" / "ruler.json").read_text())
+  assert [cell["low"] for cell in old["cells"]] == [None, None]
+  assert (old["averages"], old["average_intervals"]) == (report["averages"], {"900": [None, None]})
+
+
+def test_other_tokenizers_have_other_samples(model, oracle, tmp_path):
+  """The digest by which `eval compare` tells that two models read the same."""
+  config = RulerConfig(("ruler_fwe",), (LENGTH,), samples=2)
+
+  def digest(name, **changes):
+    made = dataclasses.replace(config, **changes)
+    evaluate_ruler(model, byte_tokenizer(), made, tmp_path / name)
+    _, cell = map(json.loads, (tmp_path / name / "cells.jsonl").read_text().splitlines())
+    return cell["result"]["samples"]
+
+  assert digest("one") == digest("batches", batch_size=1) != digest("seed", seed=1)
+
+
 def test_goes_on_where_it_was_stopped(model, oracle, tmp_path):
   config = RulerConfig(**SMALL)
   oracle.stop = 4  # in the second of two batches of the second task
@@ -125,8 +180,9 @@ def test_goes_on_where_it_was_stopped(model, oracle, tmp_path):
   oracle.calls.clear()
   report = evaluate_ruler(model, byte_tokenizer(), config, tmp_path)
   assert oracle.calls == [[("ruler_fwe", LENGTH)] * 2, [("ruler_fwe", LENGTH)]]
-  first = {"task": "niah_single_1", "length": LENGTH, "questions": None, **before["result"]}
-  assert report["cells"][0] == first
+  first = {"task": "niah_single_1", "length": LENGTH, "questions": None, "low": 0.0, "high": 0.0}
+  kept = {name: before["result"][name] for name in ("score", "seconds")}
+  assert report["cells"][0] == {**first, **kept}
   assert scores(report) == scores(
     evaluate_ruler(model, byte_tokenizer(), config, tmp_path / "whole")
   )
@@ -168,7 +224,7 @@ def test_results_of_other_settings_are_left_alone(model, oracle, tmp_path):
       model, byte_tokenizer(), dataclasses.replace(asked, squad=other), tmp_path / "out"
     )
   (tmp_path / "out" / "cells.jsonl").write_text("{}\n")
-  with pytest.raises(ValueError, match="is no file of results: give another --out"):
+  with pytest.raises(ValueError, match="is no file of results: give another directory"):
     evaluate_ruler(model, byte_tokenizer(), config, tmp_path / "out")
 
 

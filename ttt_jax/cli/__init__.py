@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import Any
 
 from ttt_jax import __version__
-from ttt_jax.cli import bench, data, evaluation, models, runs
+from ttt_jax.cli import bench, compare, data, evaluation, models, runs
 from ttt_jax.cli.shared import Command
 from ttt_jax.errors import UnsupportedError, UserError
 
@@ -63,6 +63,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, Command]]:
   )
   for module in (runs, evaluation, models, data, bench):
     module.add(commands)
+  compare.add(commands, parse)
   return parser, commands.choices
 
 

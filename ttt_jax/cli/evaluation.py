@@ -24,6 +24,7 @@ Other evaluations are commands of their own, each with --help:
   ttt-jax eval recall       recall accuracy by the distance to the last occurrence
   ttt-jax eval ruler        the thirteen tasks of RULER, at any length
   ttt-jax eval facts        facts in plain English that attention cannot see
+  ttt-jax eval compare      two models on the same samples of one of these (recall excepted)
 """
 
 _PERPLEXITY_EPILOG = """The same command resumes. Fields of the config can be overridden:

@@ -1,6 +1,8 @@
 """Measures what a model knows of facts that attention cannot see: answers behind a cut, right or not."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,9 @@ from ttt_jax.checkpoints.open import open_model, open_tokenizer
 from ttt_jax.checkpoints.sections import Fields
 from ttt_jax.data.facts import FactRow, help_topics, make_rows
 from ttt_jax.errors import UserError
+from ttt_jax.evaluation.result_file import CELLS, ResultFile
 from ttt_jax.files import write_json
+from ttt_jax.generation.decoder import Reader
 from ttt_jax.nn.transformer import Transformer
 
 
@@ -67,14 +71,16 @@ def run_facts(
     text: prose between facts; None for the topics of Python's own help.
     fields: as `open_model`.
     dtype: of weights and computation; None as stored.
-    out: a directory, created if missing, for `facts.json`; None writes nothing.
+    out: a directory, created if missing, for `facts.json`, and for `cells.jsonl` with every answer; what
+      is in it already is not read again. None writes nothing.
     console: the output.
 
   Returns:
     By "updates on" and "updates off", the results of `score_facts` for "alone" and "in prose".
 
   Raises:
-    UserError: half a row is not whole chunks, the facts do not fit, or the text is too short.
+    UserError: half a row is not whole chunks, the facts do not fit, the text is too short, or `out` holds
+      results of other settings.
   """
   config = FactsConfig() if config is None else config
   console = Console() if console is None else console
@@ -98,20 +104,38 @@ def run_facts(
   )
   rows = {"alone": make(half=half), "in prose": make(half=2 * half, prose=prose)}
   readings = {"updates on": True, "updates off": False} if model.ttt.layers else {"model": False}
-  results = {
-    name: {
-      kind: score_facts(model, made, batch=config.batch, update=update)
-      for kind, made in rows.items()
-    }
-    for name, update in readings.items()
-  }
+  cells = None if out is None else ResultFile(out / CELLS, _settings(model, rows, config))
+  results = {name: {} for name in readings}
+  for name, update in readings.items():
+    for place, made in rows.items():
+      if cells is not None and (name, place) in cells:
+        answers = cells[name, place]
+      else:
+        answers = read_answers(model, made, batch=config.batch, update=update)
+        if cells is not None:
+          cells.add((name, place), answers)
+      results[name][place] = _scores(answers)
   report = {"model": str(source), "config": dataclasses.asdict(config), "results": results}
   _print(report, console)
   if out is not None:
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "facts.json", report)
     console.print(f"written: {out / 'facts.json'}", highlight=False)
   return report
+
+
+def _settings(
+  model: Transformer, rows: dict[str, Sequence[FactRow]], config: FactsConfig
+) -> dict[str, Any]:
+  """Returns what the answers depend on; `samples` depends on the tokenizer and the prose too."""
+  asked = dataclasses.asdict(config)
+  del asked["batch"]
+  texts = json.dumps([[row.tokens, row.answers] for made in rows.values() for row in made])
+  return {
+    "evaluation": "facts",
+    "model": Reader.of(model).fingerprint(),
+    "samples": hashlib.sha256(texts.encode()).hexdigest()[:16],
+    **asked,
+  }
 
 
 def _print(report: dict[str, Any], console: Console) -> None:
@@ -143,10 +167,12 @@ def _answers(
   return nats, jnp.argmax(logits, axis=-1) == tokens[:, 1:]
 
 
-def score_facts(
+def read_answers(
   model: Transformer, rows: Sequence[FactRow], *, batch: int = 4, update: bool = True
-) -> dict[str, Any]:
+) -> list[list[dict[str, Any]]]:
   """Reads rows with attention cut between their halves, fast weights going on over the cut.
+
+  The facts of a row share its text and its fast weights: rows are independent samples, facts are not.
 
   Args:
     model: a model; without fast weights it knows nothing of the first half.
@@ -155,31 +181,57 @@ def score_facts(
     update: whether fast weights learn.
 
   Returns:
-    `answers` and `firsts`: the share of right tokens, of all answers and of those that begin one; `nats`
-    per token of an answer; `tokens`: how many these are; `by_kind`: `answers` of each kind.
+    For each row and each fact of its second half, in their order: `kind`, and per token of the answer
+    `right`, whether it is the model's likeliest, and `nats`.
   """
-  nats, right, firsts, kinds = [], [], [], []
+  answers = []
   for start in range(0, len(rows), batch):
     part = rows[start : start + batch]
     tokens = np.asarray([row.tokens for row in part], np.int32)
     attention = np.ones_like(tokens)
     for i, row in enumerate(part):
       attention[i, row.cut :] = 2
-    row_nats, row_right = map(
+    nats, right = map(
       np.asarray, _answers(model, jnp.asarray(tokens), jnp.asarray(attention), update=update)
     )
-    for i, row in enumerate(part):
-      places = np.asarray(row.answers) - 1
-      nats.append(row_nats[i, places])
-      right.append(row_right[i, places])
-      firsts.append(np.isin(row.answers, row.firsts))
-      kinds += row.kinds
-  nats, right, firsts = map(np.concatenate, (nats, right, firsts))
-  kinds = np.asarray(kinds)
+    answers += [_by_fact(row, *of_row) for row, *of_row in zip(part, nats, right)]
+  return answers
+
+
+def _by_fact(
+  row: FactRow, nats: Float[np.ndarray, "S"], right: Bool[np.ndarray, "S"]
+) -> list[dict[str, Any]]:
+  begins = np.flatnonzero(np.isin(row.answers, row.firsts))
+  facts = np.split(np.asarray(row.answers) - 1, begins[1:])
+  return [
+    {"kind": row.kinds[begin], "right": right[fact].tolist(), "nats": nats[fact].tolist()}
+    for begin, fact in zip(begins, facts, strict=True)
+  ]
+
+
+def score_facts(
+  model: Transformer, rows: Sequence[FactRow], *, batch: int = 4, update: bool = True
+) -> dict[str, Any]:
+  """Scores the answers of `read_answers`, whose arguments it takes.
+
+  Returns:
+    `answers` and `firsts`: the share of right tokens, of all answers and of those that begin one; `nats`
+    per token of an answer; `tokens`: how many these are; `by_kind`: `answers` of each kind.
+  """
+  return _scores(read_answers(model, rows, batch=batch, update=update))
+
+
+def _scores(answers: list[list[dict[str, Any]]]) -> dict[str, Any]:
+  facts = [fact for of_row in answers for fact in of_row]
+
+  def share(kind: str | None = None) -> float:
+    return float(np.mean([x for f in facts if kind in (None, f["kind"]) for x in f["right"]]))
+
+  nats = np.array([x for fact in facts for x in fact["nats"]], float)  # a file's null is NaN
   return {
-    "answers": float(right.mean()),
-    "firsts": float(right[firsts].mean()),
+    "answers": share(),
+    "firsts": float(np.mean([fact["right"][0] for fact in facts])),
     "nats": float(nats.mean()),
-    "tokens": len(right),
-    "by_kind": {kind: float(right[kinds == kind].mean()) for kind in sorted(set(kinds.tolist()))},
+    "tokens": len(nats),
+    "by_kind": {kind: share(kind) for kind in sorted({fact["kind"] for fact in facts})},
   }

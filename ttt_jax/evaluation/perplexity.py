@@ -1,9 +1,8 @@
 """Measures the loss on a fixed last block as the text before it grows, and the loss by position.
 
 Documents are read in pieces with a cache of keys, values and fast weights, so that memory is that of one
-piece
-and the cache for any length, split over the mesh as the model is. Each document is read in three modes:
-fast weights updating, frozen, and reset to the slow weights at regular intervals.
+piece and the cache for any length, split over the mesh as the model is. Each document is read in three
+modes: fast weights updating, frozen, and reset to the slow weights at regular intervals.
 """
 
 import dataclasses
@@ -22,14 +21,13 @@ from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UserError
+from ttt_jax.evaluation.paired import bootstrap
 from ttt_jax.evaluation.result_file import ResultFile
 from ttt_jax.generation.decoder import Cache, Reader
 from ttt_jax.generation.pieces import piece_length, room_for, row_shards
 from ttt_jax.generation.state import new_state
 from ttt_jax.nn.loss import IGNORE, hidden_losses
 from ttt_jax.parallel.mesh import to_mesh
-
-_RESAMPLES = 10000
 
 
 @dataclass(frozen=True)
@@ -174,17 +172,6 @@ def _reset_fast_weights(cache: Cache) -> Cache:
     layer._replace(fast=jax.tree.map(jnp.zeros_like, layer.fast)) for layer in cache.layers
   )
   return cache._replace(layers=layers)
-
-
-def bootstrap(
-  values: Float[np.ndarray, "documents"], *, seed: int, level: float = 0.95
-) -> tuple[float, float] | tuple[None, None]:
-  """Returns the bootstrap percentile interval of the mean over documents; None for a single document."""
-  if len(values) < 2:
-    return None, None
-  draws = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLES, len(values)))
-  low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-  return float(low), float(high)
 
 
 def evaluate_perplexity(

@@ -19,7 +19,7 @@ from ttt_jax.evaluation.perplexity import (
 )
 from ttt_jax.evaluation.plots import plot_perplexity
 from ttt_jax.evaluation.progress import EvaluationProgress
-from ttt_jax.evaluation.result_file import ResultFile
+from ttt_jax.evaluation.result_file import CELLS, ResultFile
 from ttt_jax.files import write_json
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.parallel.mesh import make_mesh
@@ -65,7 +65,7 @@ def run_perplexity(
       f"{len(rows)} held-out documents have {evaluation.tokens} tokens", highlight=False
     )
   model = Reader.of(evaluated_model(config, make_mesh(config.mesh), is_run=is_run), donate=True)
-  results = ResultFile(out / "cells.jsonl", settings(model, rows, evaluation))
+  results = ResultFile(out / CELLS, settings(model, rows, evaluation))
   with EvaluationProgress("reading", tokens_to_read(model, len(rows), evaluation)) as progress:
     report = evaluate_perplexity(model, rows, evaluation, results, on_read=progress.advance)
   report = {"name": config.name, "layers": list(model.ttt.layers), **report}

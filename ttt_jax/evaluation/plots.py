@@ -1,7 +1,7 @@
 """Draws the plots of runs and evaluations with matplotlib, from the JSON files that they write."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, whose state is the user's
@@ -182,20 +182,32 @@ def plot_bench(report: dict[str, Any], path: Path) -> None:
 
 
 def plot_ruler(report: dict[str, Any], path: Path) -> None:
-  """Plots scores in percent as a heat map: a row per task and for their average, a column per length."""
+  """Plots scores in percent as a heat map: a row per task and for their average, a column per length.
+
+  The 95 % interval stands under the score, if the report has one.
+  """
   lengths = [int(length) for length in report["averages"]]
   tasks = list(dict.fromkeys(cell["task"] for cell in report["cells"]))
-  scores = np.full((len(tasks) + 1, len(lengths)), np.nan)
+  scores, low, high = cells = np.full((3, len(tasks) + 1, len(lengths)), np.nan)
   for cell in report["cells"]:
-    scores[tasks.index(cell["task"]), lengths.index(cell["length"])] = 100 * cell["score"]
-  scores[-1] = 100 * np.array(list(report["averages"].values()), float)  # None is NaN
-  figure, ((axes,),) = subplots(1, 1, 3.6 + 0.85 * len(lengths), 1.6 + 0.36 * len(scores))
+    found = [cell["score"], cell.get("low"), cell.get("high")]  # version 0.1.0 has no intervals
+    cells[:, tasks.index(cell["task"]), lengths.index(cell["length"])] = found  # None is NaN
+  scores[-1] = list(report["averages"].values())
+  for column, interval in enumerate(report.get("average_intervals", {}).values()):
+    cells[1:, -1, column] = interval
+  cells *= 100
+  figure, ((axes,),) = subplots(1, 1, 3.6 + 0.85 * len(lengths), 1.6 + 0.42 * len(scores))
   image = axes.imshow(scores, cmap="Blues", vmin=0, vmax=100, aspect="auto")
   axes.set_facecolor("0.92")  # cells without samples: not the white of a score of 0
   for (row, column), score in np.ndenumerate(scores):
     if np.isfinite(score):
       color = "white" if score > 60 else "black"
-      axes.text(column, row, f"{score:.0f}", ha="center", va="center", color=color, fontsize=9)
+      style = {"ha": "center", "va": "center", "color": color}
+      has_interval = np.isfinite(low[row, column])
+      axes.text(column, row - 0.18 * has_interval, f"{score:.0f}", fontsize=9, **style)
+      if has_interval:
+        interval = f"{low[row, column]:.0f} - {high[row, column]:.0f}"
+        axes.text(column, row + 0.24, interval, fontsize=6.5, **style)
   axes.axhline(len(tasks) - 0.5, color="white", linewidth=3)
   axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
   axes.set_yticks(range(len(scores)), [*tasks, "average"])
@@ -204,6 +216,7 @@ def plot_ruler(report: dict[str, Any], path: Path) -> None:
   axes.tick_params(length=0)
   settings = report["settings"]
   note = "\nonly the fast weights carry the document" if settings["strict"] else ""
+  note += "\nunder a score: its 95 % interval" if np.isfinite(low).any() else ""
   title = f"RULER: {report['name']}, {settings['samples']} samples each, %{note}"
   figure.suptitle(title, x=0.02, ha="left", fontsize=11)
   figure.colorbar(image, ax=axes, fraction=0.05, aspect=35, pad=0.02).outline.set_visible(False)
@@ -212,3 +225,50 @@ def plot_ruler(report: dict[str, Any], path: Path) -> None:
 
 def _tokens(length: int) -> str:
   return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
+class Measure(NamedTuple):
+  """Says how a measure of `compare.json` is shown: its label with the unit, and the factor of the unit."""
+
+  label: str
+  factor: int
+  more_is_better: bool
+
+
+MEASURES = {
+  "loss": Measure("loss, nats per token", 1, False),
+  "score": Measure("score, %", 100, True),
+  "right": Measure("right tokens, %", 100, True),
+  "nats": Measure("nats per token", 1, False),
+}
+
+
+def plot_compare(report: dict[str, Any], path: Path) -> None:
+  """Plots the differences B - A with 95 % intervals, a panel per measure.
+
+  A dot is filled if the interval leaves out 0: blue where B is better, orange where it is worse.
+  """
+  measures = list(dict.fromkeys(row["measure"] for row in report["rows"]))
+  panels = [[row for row in report["rows"] if row["measure"] == name] for name in measures]
+  most = max(map(len, panels))
+  figure, (all_axes,) = subplots(1, len(panels), 3.0 + 4.2 * len(panels), 1.7 + 0.32 * most)
+  for axes, name, rows in zip(all_axes, measures, panels):
+    label, factor, more_is_better = MEASURES[name]
+    axes.axvline(0, color="#5c5c5c", linewidth=1)
+    for y, row in enumerate(rows):
+      low, high = row["low"], row["high"]
+      clear = low is not None and (low > 0 or high < 0)
+      better = (row["difference"] > 0) == more_is_better
+      color = "#5c5c5c" if not clear else "#0b4f9e" if better else "#d1620b"
+      if low is not None:
+        axes.plot([factor * low, factor * high], [y, y], color=color, linewidth=2)
+      dot = {"marker": "o", "markersize": 6, "markerfacecolor": color if clear else "white"}
+      axes.plot([factor * row["difference"]], [y], color=color, **dot)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel(f"{label}: B - A ({'more' if more_is_better else 'less'} is better)")
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+  title = f"A: {report['a']['name']}\nB: {report['b']['name']}"
+  figure.suptitle(title, x=0.02, ha="left", fontsize=10)
+  figure.savefig(path)

@@ -26,12 +26,14 @@ _MESSAGE_BYTES = 2048  # longest error message that other processes show
 def start(runtime: RuntimeConfig) -> None:
   """Configures JAX before its first use, and connects to the other processes of `runtime.distributed`.
 
+  A second call of a program, which evaluates two models, keeps the connection.
+
   Raises:
     UserError: the processes cannot connect.
   """
   if runtime.cpu_devices is not None:
     jax.config.update("jax_num_cpu_devices", runtime.cpu_devices)
-  if not runtime.distributed:
+  if not runtime.distributed or jax.distributed.is_initialized():
     return
   try:
     jax.distributed.initialize(

@@ -45,23 +45,35 @@ def run(
 
 
 def _table(report: dict[str, Any]) -> Table:
-  """Makes a table of scores in percent, a row per task and a column per length."""
-  lengths = [int(length) for length in report["averages"]]
-  scores = {(cell["task"], cell["length"]): cell["score"] for cell in report["cells"]}
-  settings = report["settings"]
+  """Makes a table of scores in percent with 95 % intervals, a row per task, two columns per length."""
+  cells = {
+    (cell["task"], str(cell["length"])): (cell["score"], cell["low"], cell["high"])
+    for cell in report["cells"]
+  }
+  settings, averages = report["settings"], report["averages"]
   mode = ", only through the fast weights" if settings["strict"] else ""
   table = Table(title=f"RULER: {report['name']}, {settings['samples']} samples each, %{mode}")
   table.add_column("task")
-  for length in lengths:
-    table.add_column(str(length), justify="right")
+  for length in averages:
+    table.add_column(length, justify="right")
+    table.add_column("95 %", justify="right")
 
-  def add_row(name: str, row: Sequence[float | None], style: str | None = None) -> None:
-    percents = ("" if score is None else f"{100 * score:.1f}" for score in row)
-    table.add_row(name, *percents, style=style)
+  def add_row(name: str, row: Sequence[tuple], style: str | None = None) -> None:
+    texts = (text for found in row for text in _percent(*found))
+    table.add_row(name, *texts, style=style)
 
+  missing = (None, None, None)
   for task in TASKS:
-    row = [scores.get((task, length)) for length in lengths]
-    if any(score is not None for score in row):
+    row = [cells.get((task, length), missing) for length in averages]
+    if any(found is not missing for found in row):
       add_row(task, row)
-  add_row("average", list(report["averages"].values()), "bold")
+  intervals = report["average_intervals"]
+  add_row("average", [(averages[length], *intervals[length]) for length in averages], "bold")
   return table
+
+
+def _percent(score: float | None, low: float | None, high: float | None) -> tuple[str, str]:
+  return (
+    "" if score is None else f"{100 * score:.1f}",
+    "" if low is None else f"{100 * low:.1f} to {100 * high:.1f}",
+  )

@@ -4,6 +4,7 @@ A directory of results belongs to one model and one set of settings. `cells.json
 of task and length, so that the same call resumes where it stopped, and another call adds tasks and lengths.
 """
 
+import hashlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,12 +14,14 @@ from statistics import mean
 from typing import Any
 
 import jax
+import numpy as np
 
 from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.errors import UserError
+from ttt_jax.evaluation.paired import bootstrap
 from ttt_jax.evaluation.plots import plot_ruler
 from ttt_jax.evaluation.progress import EvaluationProgress
-from ttt_jax.evaluation.result_file import ResultFile
+from ttt_jax.evaluation.result_file import CELLS, ResultFile
 from ttt_jax.extras.ruler.config import SamplesConfig
 from ttt_jax.extras.ruler.generate import Ruler
 from ttt_jax.extras.ruler.sample import Sample
@@ -30,7 +33,6 @@ from ttt_jax.generation.sampling import stop_tokens
 from ttt_jax.nn.transformer import Transformer
 
 RESULTS, PICTURE, ANSWERS = "ruler.json", "ruler.png", "answers"
-_CELLS = "cells.jsonl"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def evaluate_ruler(
 
   Returns:
     The content of `ruler.json` for all results in `out`: `settings`, `cells` (task, length, questions,
-    score, seconds) and `averages` by length. An average is None if a task of another length is missing.
+    score, low, high, seconds), and `averages` and `average_intervals` by length. `low` and `high` are the
+    95 % interval over the samples. An average is None if a task of another length is missing, an interval
+    if a task has one sample, or if its results are of version 0.1.0, which kept no scores of samples.
 
   Raises:
     UserError: the tokenizer belongs to another model; `out` has results of other settings; `strict`
@@ -79,7 +83,7 @@ def evaluate_ruler(
   config.check(ruler)
   questions = {task: config.questions_digest(task) for task in config.chosen}
   settings = _settings(reader, config)
-  cells = ResultFile(out / _CELLS, settings)
+  cells = ResultFile(out / CELLS, settings)
   _check_questions(out, cells, questions)
   todo = [pair for pair in config.pairs if (*pair, questions[pair[0]]) not in cells]
   _check_positions(reader, todo)
@@ -112,11 +116,16 @@ def _evaluate_cell(
   length: int,
   show: Callable[[int], None],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  """Evaluates a task at a length; returns its result, and every answer with its score."""
+  """Evaluates a task at a length; returns its result, and every answer with its score.
+
+  The result has the score of every sample, and a digest of the samples: they depend on the tokenizer too.
+  """
   task, started, answers = TASKS[name], time.perf_counter(), []
+  digest = hashlib.sha256()
   batch: list[Sample] = []
   for sample in ruler.samples(name, length, config.samples):
     batch.append(sample)
+    digest.update(f"{sample.prompt}\0".encode())
     if len(batch) == config.batch_size or len(answers) + len(batch) == config.samples:
       texts = _answer(reader, tokenizer, batch, task, strict=config.strict)
       answers.extend(
@@ -130,9 +139,13 @@ def _evaluate_cell(
       )
       batch = []
       show(len(answers))
-  score = mean(answer["score"] for answer in answers)
-  seconds = time.perf_counter() - started
-  return {"score": score, "seconds": seconds}, answers
+  scores = [answer["score"] for answer in answers]
+  return {
+    "score": mean(scores),
+    "scores": scores,
+    "samples": digest.hexdigest()[:16],
+    "seconds": time.perf_counter() - started,
+  }, answers
 
 
 def _answer(
@@ -189,25 +202,36 @@ def _check_questions(out: Path, cells: ResultFile, questions: dict[str, str | No
 def _report(name: str, settings: dict[str, Any], cells: ResultFile) -> dict[str, Any]:
   order = {task: i for i, task in enumerate(TASKS)}
   done = sorted(cells, key=lambda key: (key[1], order[key[0]]))
-  ordered = [
-    {"task": task, "length": length, "questions": asked, **cells[task, length, asked]}
-    for task, length, asked in done
-  ]
-  scores: dict[int, list[float]] = {}
-  for cell in ordered:
-    scores.setdefault(cell["length"], []).append(cell["score"])
-  tasks = len({cell["task"] for cell in ordered})
+  tasks = len({task for task, _, _ in done})
+  ordered, averages, intervals = [], {}, {}
+  for task, length, asked in done:
+    cell = cells[task, length, asked]
+    low, high = _interval([cell], settings)
+    found = {"score": cell["score"], "low": low, "high": high, "seconds": cell["seconds"]}
+    ordered.append({"task": task, "length": length, "questions": asked, **found})
+  for length in sorted({length for _, length, _ in done}):
+    of_length = [cells[key] for key in done if key[1] == length]
+    whole = len(of_length) == tasks
+    averages[str(length)] = mean(cell["score"] for cell in of_length) if whole else None
+    intervals[str(length)] = list(_interval(of_length if whole else [], settings))
   return {
     "name": name,
     "settings": settings,
     "device_kind": jax.devices()[0].device_kind,
     "jax_version": jax.__version__,
-    "averages": {
-      str(length): mean(values) if len(values) == tasks else None
-      for length, values in scores.items()
-    },
+    "averages": averages,
+    "average_intervals": intervals,
     "cells": ordered,
   }
+
+
+def _interval(
+  cells: Sequence[dict[str, Any]], settings: dict[str, Any]
+) -> tuple[float | None, float | None]:
+  """Returns the 95 % interval of the mean of some tasks, each with samples of its own."""
+  if not cells or not all("scores" in cell for cell in cells):  # version 0.1.0 kept no scores
+    return None, None
+  return bootstrap(*(np.array(cell["scores"], float) for cell in cells), seed=settings["seed"])
 
 
 def _check_positions(reader: Reader, todo: Sequence[tuple[str, int]]) -> None:
