@@ -165,6 +165,11 @@ def test_calibrate_writes_what_it_chose(saved, tmp_path, capsys):
   chosen = report["chosen"]
   assert json.loads((out / "calibration.json").read_text())["chosen"] == chosen
   assert {result["layer"] for result in report["tried"]} == {0, 1, 2}
+  compared = report["tried"][-report["compared"] :]
+  assert {r["layer"] for r in compared} == {0, 1, 2}  # each layer with every scale and gate
+  assert len({(r["read_scale"], str(r["gate"])) for r in compared if r["layer"] == 0}) == 16
+  assert all("loss" in result for result in compared)
+  assert (out / "calibration.png").stat().st_size > 10_000
   model = ttt_jax.load_pretrained(out)
   setting = Setting(*(chosen[field.name] for field in dataclasses.fields(Setting)))
   assert model.ttt == setting.config(32)

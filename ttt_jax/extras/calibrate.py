@@ -28,6 +28,7 @@ from ttt_jax.config import TTTConfig
 from ttt_jax.data.facts import FactRow, help_topics, make_rows
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.facts import score_facts
+from ttt_jax.evaluation.plots import plot_calibration
 from ttt_jax.files import write_json
 from ttt_jax.nn.fast_mlp import LOG_SCALE
 from ttt_jax.nn.transformer import Transformer
@@ -73,9 +74,11 @@ class CalibrationConfig:
       )
 
 
+_CANDIDATES = 3  # layers that are tried with every scale and gate
 _SCALES = (5.0, 10.0, 20.0, 40.0)
+_SCREENING_SCALE = 20.0
 _RIDGES = (0.01, 0.1, 1.0)
-_GATES = (None, (0.8, 30.0), (0.9, 50.0), (0.95, 80.0), (0.98, 150.0))
+_GATES = (None, (0.9, 50.0), (0.95, 80.0), (0.98, 150.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,12 +184,14 @@ def calibrate(
     path: a Hugging Face directory or a `.gguf` file.
     config: the search; None for the defaults.
     text: ordinary text; None for the topics of Python's own help.
-    out: a new directory for the model with its memory, and `calibration.json`; None writes nothing.
+    out: a new directory for the model with its memory, `calibration.json`, and what each setting costs
+      and remembers as `calibration.png`; None writes nothing.
     dtype: of weights and computation; None as stored.
     console: the output.
 
   Returns:
-    The report: `chosen`, every setting evaluated with its results, and the `gain` in right answers.
+    The report: `chosen`, every setting evaluated with its results (the last `compared` of `tried` with
+    their loss), and the `gain` in right answers.
 
   Raises:
     UserError: the text is too short; no setting keeps the ordinary loss.
@@ -233,25 +238,38 @@ def calibrate(
     return sorted(results, key=lambda result: -result["facts"]["answers"])
 
   layers = config.layers or tuple(range(models.depth()))
-  screened = by_answers([evaluate(Setting(n, _SCALES[2]), layers) for n in layers[::2]])
+  screened = by_answers([evaluate(Setting(n, _SCREENING_SCALE), layers) for n in layers[::2]])
   around = [n for n in layers[1::2] if abs(n - screened[0]["layer"]) == 1]
-  screened = by_answers([*screened, *(evaluate(Setting(n, _SCALES[2]), layers) for n in around)])
-  best = [result["layer"] for result in screened[:2]]
-  start = by_answers([evaluate(Setting(n, scale), (n,)) for n in best for scale in _SCALES])[0]
-  layer, scale = start["layer"], start["read_scale"]
+  screened = by_answers(
+    [*screened, *(evaluate(Setting(n, _SCREENING_SCALE), layers) for n in around)]
+  )
+  thorough = partial(evaluate, with_prose=True, with_loss=True)
+
+  def best_allowed(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    allowed = [r for r in results if r["loss"] <= none["loss"] + config.max_loss_rise]
+    return max(allowed, key=_remembered, default=None)
+
+  # The layer that remembers most without a gate need not be the one that does under a gate.
+  candidates = [result["layer"] for result in screened[:_CANDIDATES]]
   final = [
-    evaluate(Setting(layer, scale, ridge, gate), (layer,), with_prose=True, with_loss=True)
-    for ridge in _RIDGES
+    thorough(Setting(layer, scale, _RIDGES[0], gate), (layer,))
+    for layer in candidates
+    for scale in _SCALES
     for gate in _GATES
   ]
-  allowed = [r for r in final if r["loss"] <= none["loss"] + config.max_loss_rise]
-  chosen = max(allowed, key=_remembered, default=None)
+  start = best_allowed(final) or max(final, key=_remembered)
+  kept = Setting(*(start[field.name] for field in dataclasses.fields(Setting)))
+  final += [
+    thorough(dataclasses.replace(kept, ridge=ridge), (kept.layer,)) for ridge in _RIDGES[1:]
+  ]
+  chosen = best_allowed(final)
   report = {
     "model": str(path),
     "config": dataclasses.asdict(config),
     "without_memory": none,
     "chosen": chosen,
     "tried": tried,
+    "compared": len(final),
     "seconds": time.perf_counter() - started,
   }
   _print(report, final, console)
@@ -273,6 +291,7 @@ def calibrate(
     model = load_pretrained(path, dtype=dtype, ttt=setting.config(config.chunk_size))
     save_pretrained(model, out, tokenizer=tokenizer)
     write_json(Path(out) / "calibration.json", report)
+    plot_calibration(report, Path(out) / "calibration.png")
     console.print(f"written: {out}", highlight=False)
   return report
 
