@@ -39,11 +39,11 @@ def kernel(rows: Rows, exchange: Exchange | None) -> Outputs:
   keys = unit_rows(where(rows.writes, rows.z), dtype)
   queries = unit_rows(where(rows.reads, rows.z), dtype)
   weights = prefix_weights(factors.T)  # [N, N, B]
-  reads = [_nothing(rows)] + [
+  found = [_nothing(rows)] + [
     _read(queries[:, i], keys[:, :i], rows.v[:, :i], weights[i, :i].T, rows.ridge)
     for i in range(1, n)
   ]
-  r, leverage = (jnp.stack(x, axis=1) for x in zip(*reads))
+  r, leverage = (jnp.stack(x, axis=1) for x in zip(*found))
   left = prefix_keeps(factors.T, reverse=True).T
   kept = scale(left, keys)
   sums = Sums(product("bncf,bncg->bfg", kept, keys), product("bncf,bncd->bfd", kept, rows.v))

@@ -103,8 +103,8 @@ def _read_keys(rows, i):
 def _if_read(rows, i, sums, function, otherwise):
   """`function()`, or at no cost `otherwise` where no token of the chunk reads sums that are not 0."""
   trace = jnp.trace(sums.a, axis1=-2, axis2=-1)
-  reads = jnp.bool_(True) if rows.reads is None else jnp.any(take_chunk(rows.reads, i), axis=-1)
-  return lax.cond(jnp.any((trace != 0) & reads), function, lambda: otherwise)
+  row_reads = jnp.bool_(True) if rows.reads is None else jnp.any(take_chunk(rows.reads, i), axis=-1)
+  return lax.cond(jnp.any((trace != 0) & row_reads), function, lambda: otherwise)
 
 
 def _total(rows, factors) -> Update:
