@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ttt_jax.errors import UnsupportedError
 from ttt_jax.ops.exchange.collectives import Exchange
-from ttt_jax.ops.fast_weight.least_squares.sequential import Outputs, Rows, row_factors
+from ttt_jax.ops.fast_weight.least_squares.rows import Outputs, Rows, row_factors
 from ttt_jax.ops.fast_weight.least_squares.sums import (
   Sums,
   cholesky,
