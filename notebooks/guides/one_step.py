@@ -2,15 +2,16 @@
 
     python notebooks/guides/one_step.py      # eight CPU devices, less than half a minute
 
-The whole step, from tokens to updated parameters, runs inside one `jax.shard_map`: every array is what
-one device holds, of the batch B rows and T contiguous tokens of each. The four lines marked COLLECTIVE,
-and their transposes, are all the communication. `tests/test_one_step.py` holds it to the library.
+The whole step, from tokens to updated parameters, runs inside one `jax.shard_map`: every array is
+what one device holds, of the batch B rows and T contiguous tokens of each. The four lines marked
+COLLECTIVE, and their transposes, are all the communication. `tests/test_one_step.py` holds it to
+the library.
 
-The library also has packed documents (`segment_ids`), cheaper exchanges (`ttt_jax.exclusive_prefix`),
-attention that never forms its scores, a backward pass that keeps one state instead of one per chunk, and
-parameters split over devices (`mesh.fsdp`, `mesh.tensor`).
+The library also has packed documents (`segment_ids`), cheaper exchanges
+(`ttt_jax.exclusive_prefix`), attention that never forms its scores, a backward pass that keeps one
+state instead of one per chunk, and parameters split over devices (`mesh.fsdp`, `mesh.tensor`).
 
-Letters: N chunks of C tokens, D model width, F MLP hidden width, H heads, K channels per head, P shards.
+Letters: N chunks of C tokens, D model width, F hidden width, H heads, K channels per head, P shards.
 """
 
 import dataclasses
@@ -165,7 +166,7 @@ def fast_mlp(p, h, embeddings, c):
   return y.swapaxes(0, 1).reshape(b, t, c.d)
 
 
-# Backward, a layer is computed once more from its input and E_p: the halo travels twice, the state once.
+# Backward, a layer is computed again from its input and E_p: the halo travels twice, the state once.
 KEPT = jax.checkpoint_policies.save_only_these_names("incoming")
 
 

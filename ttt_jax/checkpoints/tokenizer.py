@@ -51,8 +51,10 @@ class Tokenizer:
     eos_ids: the tokens that end a text; all but `eos_id` may end only a turn of a chat.
     eos_id: the token of `eos_ids` that the tokenizer names as its `eos_token`, else the first; None without
       `eos_ids`.
-    prefix, suffix: the tokens that `encode` puts before and after every text.
-    adds_bos, adds_eos: whether `bos_id` is in the prefix, or one of `eos_ids` in the suffix.
+    prefix: the tokens that `encode` puts before every text.
+    suffix: the tokens that it puts after every text.
+    adds_bos: whether `bos_id` is in the prefix.
+    adds_eos: whether one of `eos_ids` is in the suffix.
   """
 
   def __init__(

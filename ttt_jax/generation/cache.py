@@ -201,7 +201,7 @@ def read_tokens(
   state = _to_state(cache.s)
   state_dims = jax.tree.map(lambda _: FAST_CACHE.s, state)
   y, state, z, source = over_shards(
-    partial(_read_chunks, mlp),
+    partial(_read_on_shard, mlp),
     z,
     source,
     mlp.params(h.dtype),
@@ -221,7 +221,8 @@ def read_tokens(
   return y, FastCache(_from_state(mlp, state), z, source)
 
 
-def _read_chunks(mlp: TttMlp, z, source, params, state, lengths, *, axes: Axes):
+def _read_on_shard(mlp: TttMlp, z, source, params, state, lengths, *, axes: Axes):
+  """Returns this shard's outputs, the state, and z and the source of each row's unfinished chunk."""
   y, state = mlp.fast_weight(
     z,
     source,

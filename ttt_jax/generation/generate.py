@@ -1,8 +1,7 @@
 """Generates in batches: prompts are prefilled in pieces, then every step makes one token per row.
 
-Rows have prompts of different lengths, and each row has its own fast weights and chunks. Two compiled
-programs do the work, `_prefill` for a piece and `_write` for several steps; a third, `_learn`, runs when a
-row's chunk is full.
+Rows have prompts of different lengths, and each row has its own fast weights and chunks. This file has the
+host's part: it counts tokens and calls the compiled programs of `programs.py`.
 """
 
 import time
@@ -10,31 +9,25 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
 from ttt_jax.errors import UserError
-from ttt_jax.generation.decoder import Cache, Reader
+from ttt_jax.generation import programs
+from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.pieces import piece_length, room_for, row_shards
-from ttt_jax.generation.sampling import check_sampling, sample
+from ttt_jax.generation.sampling import check_sampling
 from ttt_jax.generation.state import (
   NO_TOKEN,
   GenerationState,
   copy_to_model,
   grow,
   new_state,
-  state_shardings,
 )
 from ttt_jax.nn.transformer import Transformer
-from ttt_jax.ops.numerics import accumulation_dtype
-from ttt_jax.parallel.parameters import shardings
-
-_STEPS = 16  # tokens per row of one call of `_write`, after which the host sees them
 
 
 @dataclass(frozen=True)
@@ -241,7 +234,7 @@ class Stream:
       for row, count in enumerate(counts):
         tokens[row, :count] = rest[row][:count]
         del rest[row][:count]
-      self._logits, self._cache = _prefill(
+      self._logits, self._cache = programs.prefill(
         self._reader,
         tokens,
         self._logits,
@@ -253,9 +246,9 @@ class Stream:
     jax.block_until_ready(self._logits)
 
   def _write(self) -> list[list[int]]:
-    """Makes at most `_STEPS` tokens per row; stops at a row's full chunk, or when all rows have ended."""
-    steps = min(_STEPS, self._remaining)
-    made, active, self._logits, self._cache = _write(
+    """Makes at most `STEPS` tokens per row; stops at a row's full chunk, or when all rows have ended."""
+    steps = min(programs.STEPS, self._remaining)
+    made, active, self._logits, self._cache = programs.write(
       self._reader,
       self._logits,
       self._cache,
@@ -272,124 +265,8 @@ class Stream:
     self._active = np.asarray(active)
     if self._chunk:
       for row in np.flatnonzero((counts > 0) & (self._lengths % self._chunk == 0)):
-        self._cache = _learn(self._reader, self._cache, np.int32(row))
+        self._cache = programs.learn(self._reader, self._cache, np.int32(row))
     return [row[row != NO_TOKEN].tolist() for row in made[: len(self._prompts)]]
-
-
-@partial(jax.jit, static_argnames="aligned", donate_argnames=("logits", "cache"))
-def _prefill(
-  reader: Reader,
-  tokens: Int[Array, "B T"],
-  logits: Float[Array, "B V"],
-  cache: Cache,
-  counts: Int[Array, "B"],
-  *,
-  aligned: bool,
-) -> tuple[Float[Array, "B V"], Cache]:
-  """Reads one piece of the prompts; rows without new tokens keep their logits."""
-  new, cache = reader.read(tokens, cache, counts, aligned=aligned)
-  return jnp.where((counts > 0)[:, None], new, logits), cache
-
-
-def trace_read(
-  model: Transformer, mesh: Mesh, rows: int, tokens: int
-) -> tuple[jax.stages.Traced, int]:
-  """Traces the prefill of a whole piece of prompts, on a mesh that need not exist.
-
-  Args:
-    model: a model of arrays or `jax.ShapeDtypeStruct`; only its shapes and dtypes count.
-    mesh: the mesh.
-    rows, tokens: the size of the prompts.
-
-  Returns:
-    The program, to be compiled under `jax.set_mesh(mesh)`, and the tokens per row of a piece.
-  """
-
-  def with_shardings(shapes, shardings):
-    return jax.tree.map(
-      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-      shapes,
-      shardings,
-    )
-
-  reader = jax.eval_shape(Reader.of, model)
-  reader = with_shardings(reader, shardings(reader, mesh))
-  config = reader.model
-  with jax.set_mesh(mesh):
-    length = piece_length([tokens], np.zeros(1, int), reader.ttt.chunk_size)
-    state = {
-      "cache": jax.eval_shape(lambda: reader.empty_cache(rows, room_for(tokens))),
-      "logits": jax.ShapeDtypeStruct(
-        (rows, config.vocab_size), accumulation_dtype(jnp.dtype(config.dtype))
-      ),
-    }
-    state = with_shardings(state, state_shardings(state, mesh, split_rows=True))
-    program = _prefill.trace(
-      reader,
-      jax.ShapeDtypeStruct((rows, length), jnp.int32),
-      state["logits"],
-      state["cache"],
-      jax.ShapeDtypeStruct((rows,), jnp.int32),
-      aligned=True,
-    )
-  return program, length
-
-
-@partial(
-  jax.jit,
-  static_argnames=("chunk_size", "top_k", "top_p", "min_p", "stop"),
-  donate_argnames=("logits", "cache"),
-)
-def _write(
-  reader: Reader,
-  logits: Float[Array, "B V"],
-  cache: Cache,
-  active: Bool[Array, "B"],
-  limit: Int[Array, ""],
-  *,
-  seed: Int[Array, ""],
-  temperature: Float[Array, ""],
-  chunk_size: int | None,
-  top_k: int | None,
-  top_p: float | None,
-  min_p: float | None,
-  stop: tuple[int, ...],
-) -> tuple[Int[Array, "B steps"], Bool[Array, "B"], Float[Array, "B V"], Cache]:
-  """Draws a token for every active row and reads it, up to `limit` times.
-
-  Stops earlier when all rows have ended, or when a chunk is full and has to be learned.
-
-  Returns:
-    The tokens (-1 where a row made none), the rows that have not ended, the logits and the cache.
-  """
-  ends = jnp.asarray(stop, jnp.int32)
-
-  def unfinished(carry):
-    step, active, full, *_ = carry
-    return (step < limit) & jnp.any(active) & ~full
-
-  def step_once(carry):
-    step, active, _, made, logits, cache = carry
-    token = sample(logits, seed, cache.lengths, temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    new, cache = reader.read(jnp.where(active, token, 0)[:, None], cache, active.astype(jnp.int32))
-    logits = jnp.where(active[:, None], new, logits)
-    made = made.at[:, step].set(jnp.where(active, token, NO_TOKEN))
-    full = jnp.zeros((), bool)
-    if chunk_size is not None:
-      full = jnp.any(active & (cache.lengths % chunk_size == 0))
-    if stop:
-      active &= jnp.all(token[:, None] != ends[None], axis=1)
-    return step + 1, active, full, made, logits, cache
-
-  made = jnp.full((logits.shape[0], _STEPS), NO_TOKEN, jnp.int32)
-  start = (jnp.int32(0), active, jnp.zeros((), bool), made, logits, cache)
-  _, active, _, made, logits, cache = jax.lax.while_loop(unfinished, step_once, start)
-  return made, active, logits, cache
-
-
-@partial(jax.jit, donate_argnames="cache")
-def _learn(reader: Reader, cache: Cache, row: Int[Array, ""]) -> Cache:
-  return reader.learn_pending(cache, row)
 
 
 def _prompts(tokens, vocab_size: int, state: GenerationState | None) -> list[list[int]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import sphinx.util.inspect
 import sphinx.util.logging
+from docutils import nodes
 from sphinx.errors import ExtensionError
 from sphinx.pycode import ModuleAnalyzer
 
@@ -34,7 +35,6 @@ exclude_patterns = ["**/.ipynb_checkpoints"]
 
 nb_execution_mode = "off"  # the tests execute them
 myst_heading_anchors = 4
-myst_enable_extensions = ["dollarmath"]
 
 default_role = (
   "py:obj"  # `name` in a docstring: code, and a link where it is a name of the reference
@@ -96,6 +96,7 @@ notebooks/guides/site/api/parallel
 notebooks/guides/site/api/models
 notebooks/guides/site/api/errors
 notebooks/guides/site/api/config
+genindex
 ```
 
 ```{{toctree}}
@@ -151,7 +152,7 @@ def docstring_to_rst(app, what, name, thing, options, lines):
 
 def keep_attributes(app, what, name, thing, options, lines):
   """Undoes what napoleon makes of attributes: it takes what stands before a colon for a type."""
-  if what in ("attribute", "property"):
+  if what in ("attribute", "property") and "Raises:" not in written[name]:
     lines[:] = written[name]
 
 
@@ -169,6 +170,12 @@ def improve_signature(app, what, name, thing, options, signature, returned):
 def skip_member(app, what, name, thing, skip, options):
   """The fields of a NamedTuple are listed in its docstring."""
   return True if type(thing).__name__ == "_tuplegetter" else None
+
+
+def link_images(app, doctree):
+  """A click on a picture opens it in its full size: the page scales it down to the text's width."""
+  for image in doctree.findall(nodes.image):
+    image["width"] = "100%"
 
 
 def check_reference(app, env):
@@ -222,5 +229,6 @@ def setup(app):
   app.connect("autodoc-process-docstring", keep_attributes, priority=600)
   app.connect("autodoc-process-signature", improve_signature)
   app.connect("autodoc-skip-member", skip_member)
+  app.connect("doctree-read", link_images)
   app.connect("env-check-consistency", check_reference)
   app.connect("build-finished", write_index)

@@ -5,6 +5,7 @@ within 2 % of the plain model's (from d_model 64 on, with d_ff three times that)
 positions, since the order of the updates already encodes positions.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -83,6 +84,7 @@ class _LinearAttention(nnx.Module):
   """
 
   mixer: str
+  op: Callable  # of queries, keys, values and a gate
 
   def __init__(
     self,
@@ -154,9 +156,6 @@ class _LinearAttention(nnx.Module):
     """Returns q, k, v, the op's gate, and the projections before the convolution, for the cache."""
     raise NotImplementedError
 
-  def _op(self, *arrays, **options):
-    raise NotImplementedError
-
   def _project(self, x, documents, recent):
     """Returns q, k and v after any convolution, and the projections before it (None without one)."""
     q, k, v = (
@@ -181,7 +180,7 @@ class _LinearAttention(nnx.Module):
           f"attention.mixer={self.mixer!r} on {shard_count(axes.context)} shards of the sequence: its "
           "state is not exchanged between them; use a mesh with context=1, and data, fsdp or tensor"
         )
-      return self._op(q, k, v, gate, segment_ids=documents, state=state)
+      return self.op(q, k, v, gate, segment_ids=documents, state=state)
 
     mixed, state = over_shards(
       mix,
@@ -219,6 +218,7 @@ class GatedLinearAttention(_LinearAttention):
   """
 
   mixer = "gla"
+  op = staticmethod(gated_linear_attention)
 
   def _init_gates(self, model, param_dtype, rngs):
     d, (h, k, m, rank) = model.d_model, self.sizes
@@ -233,9 +233,6 @@ class GatedLinearAttention(_LinearAttention):
     logits = project("btr,rhk->bthk", low, self.decay_up, accumulation_dtype(x.dtype))
     log_decay = jax.nn.log_sigmoid(add_bias(logits, self.decay_bias)) / TEMPERATURE
     return q * self.sizes.key**-0.5, k, v, log_decay, projected
-
-  def _op(self, *arrays, **options):
-    return gated_linear_attention(*arrays, **options)
 
   def _out(self, x, mixed):
     gate = jax.nn.silu(project("btd,dhm->bthm", x, self.output_gate, x.dtype))
@@ -254,6 +251,7 @@ class DeltaNet(_LinearAttention):
   """
 
   mixer = "delta_net"
+  op = staticmethod(delta_rule)
 
   def _init_gates(self, model, param_dtype, rngs):
     d, h = model.d_model, self.sizes.heads
@@ -265,9 +263,6 @@ class DeltaNet(_LinearAttention):
       q, k, v = jax.nn.silu(q), jax.nn.silu(k), jax.nn.silu(v)
     beta = jax.nn.sigmoid(project("btd,dh->bth", x, self.beta, accumulation_dtype(x.dtype)))
     return l2_normalize(q), l2_normalize(k), v, beta, projected
-
-  def _op(self, *arrays, **options):
-    return delta_rule(*arrays, **options)
 
 
 def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:

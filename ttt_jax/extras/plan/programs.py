@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from ttt_jax.checkpoints.resolve import make_model
 from ttt_jax.config import Config
-from ttt_jax.generation.generate import trace_read
+from ttt_jax.generation.programs import trace_read
 from ttt_jax.parallel.mesh import sharding
 from ttt_jax.training.step import Batch, abstract_state, jit_train_step
 

@@ -91,24 +91,19 @@ def block_kernel(implementation: str | None, q: Array, k: Array, v: Array) -> Mo
 
 def _choose(implementation, q, k, v, window, segment_ids, context_axis) -> str:
   """Returns the implementation named, or the platform's first one that can express the call."""
-  refusals = partial(_refusals, q, k, v, window, segment_ids, context_axis)
+  refusals = {  # list what of the call an implementation cannot express
+    "xla": list,
+    "splash": partial(splash.refusals, q, k, v, context_axis),
+    "cudnn": partial(cudnn.refusals, q, window, segment_ids, context_axis),
+  }
   if implementation is None:
     preferred = _PREFERRED.get(target_platform(), ("xla",))
-    return next(name for name in preferred if not refusals(name))
-  if reasons := refusals(implementation):
+    return next(name for name in preferred if not refusals[name]())
+  if reasons := refusals[implementation]():
     raise UnsupportedError(
       f"attention.implementation={implementation!r} cannot take {', '.join(reasons)}: use 'xla'"
     )
   return implementation
-
-
-def _refusals(q, k, v, window, segment_ids, context_axis, implementation) -> list[str]:
-  """Lists what of a call an implementation cannot express; empty if it takes the call."""
-  if implementation == "cudnn":
-    return cudnn.refusals(q, window, segment_ids, context_axis)
-  if implementation == "splash":
-    return splash.refusals(q, k, v, context_axis)
-  return []
 
 
 def _check(q, k, v, window, segment_ids, implementation):

@@ -30,8 +30,8 @@ def associative(
   # Exclusive: chunk i reads the state made by chunks 0 to i-1, the incoming one for i = 0.
   after = scale(upto.keep, jnp.broadcast_to(s_in[:, None], u.shape)) + upto.delta
   before = jnp.concatenate([s_in[:, None], after[:, :-1]], axis=1)
-  reads = matmul("bncf,bnfd->bncd", where(chunks.reads, z), before.astype(z.dtype))
-  return where(chunks.reads, reads), apply_update(total, s_in)
+  fast = matmul("bncf,bnfd->bncd", where(chunks.reads, z), before.astype(z.dtype))
+  return where(chunks.reads, fast), apply_update(total, s_in)
 
 
 def _combine(earlier: Update, later: Update) -> Update:

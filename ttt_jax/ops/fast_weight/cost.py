@@ -67,13 +67,13 @@ def implementation_seconds(workload: Workload, device: Device) -> dict[str, floa
   scores += pair * (2 * 4 + 2 * workload.item) / device.memory
   one_pass = workload.batch * workload.d_ff * workload.d_model * workload.state_item / device.memory
   is_sharded = workload.shards > 1
-  reads = n if workload.merge else 2 * n
+  read_products = n if workload.merge else 2 * n
   if device.fuses:
     # W and S go into a read; S comes into an update and goes out of it.
-    sequential = reads * max(product, 2 * one_pass) + (n - 1) * max(product, 2 * one_pass)
+    sequential = (read_products + n - 1) * max(product, 2 * one_pass)
   else:
     # The update out of its product and into the sum, S in and out, S into W + S and that out.
-    sequential = (reads + n - 1) * product + 6 * (n - 1) * one_pass
+    sequential = (read_products + n - 1) * product + 6 * (n - 1) * one_pass
   return {
     "sequential": sequential + n * is_sharded * product,
     "dual": (n + 2 * n * is_sharded) * product + n * (n - 1) / 2 * scores,

@@ -49,7 +49,7 @@ def dual(
   keeps_all = factors is None  # every chunk keeps the whole state
   factors = jnp.ones((n, b), state_dtype) if keeps_all else factors.T
   rates = _rates(chunks, rule)
-  reads = _read(chunks, _scaled(chunks.v, rates), prefix_weights(factors), is_mask=keeps_all)
+  fast = _read(chunks, _scaled(chunks.v, rates), prefix_weights(factors), is_mask=keeps_all)
 
   # The weights of every chunk's update in the outgoing state.
   kept = prefix_keeps(factors, reverse=True).T
@@ -63,13 +63,13 @@ def dual(
     s_in = jnp.zeros_like(total.delta) if s_in is None else s_in
     s_in = incoming_state(total._replace(keep=None) if keeps_all else total, s_in, exchange)
   if s_in is None:
-    return reads, total.delta
+    return fast, total.delta
   # The weights of the incoming state in the state that every chunk reads.
   incoming_kept = prefix_keeps(factors).T
   seen = None if chunks.reads is None else where_kept(chunks.reads, incoming_kept)
   incoming = matmul("bncf,bfd->bncd", where(seen, z), s_in.astype(z.dtype))
-  reads += scale(incoming_kept.astype(reads.dtype), where(seen, incoming))
-  return reads, scale(total.keep, s_in) + total.delta
+  fast += scale(incoming_kept.astype(fast.dtype), where(seen, incoming))
+  return fast, scale(total.keep, s_in) + total.delta
 
 
 def _read(chunks, updates, weights, *, is_mask):
@@ -79,12 +79,12 @@ def _read(chunks, updates, weights, *, is_mask):
   bad_keys = jnp.any(~_is_finite(keys) | ~_is_finite(updates), axis=-1)  # [B, N]
   bad = jnp.any((weights != 0) & bad_keys.T[None], axis=1).T[..., None] | ~_is_finite(queries)
   keys, queries, updates = finite(keys), finite(queries), finite(updates)
-  reads = [
+  groups = [
     _read_group(queries, keys, updates, weights, begin, end, is_mask)
     for begin, end in _groups(n, min(n, _GROUPS))
   ]
-  reads = finite_cotangent(jnp.concatenate(reads, axis=1), queries.astype(reads[0].dtype))
-  return where(chunks.reads, reads + poison(bad, reads.dtype)[..., None])
+  fast = finite_cotangent(jnp.concatenate(groups, axis=1), queries.astype(groups[0].dtype))
+  return where(chunks.reads, fast + poison(bad, fast.dtype)[..., None])
 
 
 def _is_finite(x):

@@ -29,7 +29,7 @@ def read_sum(
   implementation, merge = _choose_sum(
     implementation, merge, sizes, chunks.z.dtype, rule.state_dtype, exchange
   )
-  y, s, samples = _read_chunks(
+  y, s, samples = _read_full_chunks(
     chunks,
     rule,
     exchange,
@@ -69,7 +69,7 @@ def read_least_squares(
   return y, fast.sums, stats
 
 
-def _read_chunks(chunks, rule, exchange, w, *, implementation, merge, sample_places):
+def _read_full_chunks(chunks, rule, exchange, w, *, implementation, merge, sample_places):
   """Reads the full chunks.
 
   Returns:
@@ -83,11 +83,11 @@ def _read_chunks(chunks, rule, exchange, w, *, implementation, merge, sample_pla
     if merge:
       y, s, samples = sequential(chunks, rule, exchange, w, sample_places=sample_places)
       return y.reshape(b, n * c, d), s, samples
-    reads, s, *_ = implementation(chunks, rule, exchange)
+    fast, s, *_ = implementation(chunks, rule, exchange)
   with jax.named_scope("slow_weight"):
     slow = _slow_product(chunks.z.reshape(b, n * c, -1), w, masked=chunks.reads is not None)
-  samples = None if sample_places is None else reads[:, :, sample_places]
-  return (slow + reads.reshape(b, n * c, d)).astype(dtype), s, samples
+  samples = None if sample_places is None else fast[:, :, sample_places]
+  return (slow + fast.reshape(b, n * c, d)).astype(dtype), s, samples
 
 
 def _read_tail(tail, w, s, masks):

@@ -41,12 +41,12 @@ class Outputs(NamedTuple):
   """The outputs of `sequential`.
 
   Attributes:
-    reads: R; with a W instead `Z (W + S)`, in z's dtype.
+    y: R; with a W instead `Z (W + S)`, in z's dtype.
     state: the state after this device's last chunk.
     samples: with a W and `sample_places`, R of the tokens at these places.
   """
 
-  reads: Float[Array, "B N C D"]
+  y: Float[Array, "B N C D"]
   state: Float[Array, "B F D"]
   samples: Float[Array, "B N samples D"] | None
 

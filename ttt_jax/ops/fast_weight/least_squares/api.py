@@ -17,7 +17,8 @@ from ttt_jax.ops.exchange.collectives import Exchange
 from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateRule
 from ttt_jax.ops.fast_weight.least_squares.associative import associative
 from ttt_jax.ops.fast_weight.least_squares.kernel import kernel
-from ttt_jax.ops.fast_weight.least_squares.sequential import Rows, sequential
+from ttt_jax.ops.fast_weight.least_squares.rows import Rows
+from ttt_jax.ops.fast_weight.least_squares.sequential import sequential
 from ttt_jax.ops.fast_weight.least_squares.sums import (
   Sums,
   condition,

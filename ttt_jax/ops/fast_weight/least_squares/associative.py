@@ -6,7 +6,7 @@ from jax import lax
 
 from ttt_jax.ops.exchange.collectives import Exchange
 from ttt_jax.ops.exchange.prefix import incoming_state
-from ttt_jax.ops.fast_weight.least_squares.sequential import Outputs, Rows, row_factors
+from ttt_jax.ops.fast_weight.least_squares.rows import Outputs, Rows, row_factors
 from ttt_jax.ops.fast_weight.least_squares.sums import (
   Sums,
   factor,

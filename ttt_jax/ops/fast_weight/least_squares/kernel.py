@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ttt_jax.errors import UnsupportedError
 from ttt_jax.ops.exchange.collectives import Exchange
-from ttt_jax.ops.fast_weight.least_squares.sequential import Outputs, Rows, row_factors
+from ttt_jax.ops.fast_weight.least_squares.rows import Outputs, Rows, row_factors
 from ttt_jax.ops.fast_weight.least_squares.sums import (
   Sums,
   cholesky,
@@ -39,11 +39,11 @@ def kernel(rows: Rows, exchange: Exchange | None) -> Outputs:
   keys = unit_rows(where(rows.writes, rows.z), dtype)
   queries = unit_rows(where(rows.reads, rows.z), dtype)
   weights = prefix_weights(factors.T)  # [N, N, B]
-  reads = [_nothing(rows)] + [
+  found = [_nothing(rows)] + [
     _read(queries[:, i], keys[:, :i], rows.v[:, :i], weights[i, :i].T, rows.ridge)
     for i in range(1, n)
   ]
-  r, leverage = (jnp.stack(x, axis=1) for x in zip(*reads))
+  r, leverage = (jnp.stack(x, axis=1) for x in zip(*found))
   left = prefix_keeps(factors.T, reverse=True).T
   kept = scale(left, keys)
   sums = Sums(product("bncf,bncg->bfg", kept, keys), product("bncf,bncd->bfd", kept, rows.v))

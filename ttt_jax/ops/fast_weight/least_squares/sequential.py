@@ -14,11 +14,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ttt_jax.ops.exchange.collectives import Exchange
 from ttt_jax.ops.exchange.prefix import exchange_updates, incoming_state
-from ttt_jax.ops.fast_weight.chunks import factors_of, no_cotangent, set_chunk, take_chunk
+from ttt_jax.ops.fast_weight.chunks import no_cotangent, set_chunk, take_chunk
+from ttt_jax.ops.fast_weight.least_squares.rows import Outputs, Rows, row_factors
 from ttt_jax.ops.fast_weight.least_squares.sums import (
   Sums,
   factor,
@@ -36,41 +37,6 @@ from ttt_jax.ops.fast_weight.least_squares.sums import (
 from ttt_jax.ops.linear import reverse_only
 from ttt_jax.ops.numerics import where
 from ttt_jax.ops.update import Update, prefix_keeps, scale
-
-
-class Rows(NamedTuple):
-  """N > 0 full chunks of one device, as `ttt_jax.ops.fast_weight.chunks.Chunks`, for this rule.
-
-  Attributes:
-    z: activations; 0 where a token neither reads nor writes.
-    v: values, in the dtype of the sums; 0 where a token does not write.
-    s_in: the sums before the whole sequence; None is none.
-    keep, decay: factors of the sums per chunk; None is 1.
-    reads, writes: the tokens that see the sums, and those that enter them; None is all.
-    ridge: in units of the mean eigenvalue of A.
-  """
-
-  z: Float[Array, "B N C F"]
-  v: Float[Array, "B N C D"]
-  s_in: Sums | None
-  keep: Float[Array, "B N"] | None
-  decay: Float[Array, ""] | None
-  reads: Bool[Array, "B N C"] | None
-  writes: Bool[Array, "B N C"] | None
-  ridge: Float[Array, ""]
-
-
-class Outputs(NamedTuple):
-  """R and the leverage of every token, and the sums after this device's last chunk."""
-
-  r: Float[Array, "B N C D"]
-  leverage: Float[Array, "B N C"]
-  sums: Sums
-
-
-def row_factors(rows: Rows) -> Float[Array, "B N"] | None:
-  """What each chunk leaves of the sums; None when that is all of them, always."""
-  return factors_of(rows.keep, rows.decay, rows.z.shape[:2], rows.v.dtype)
 
 
 def sequential(rows: Rows, exchange: Exchange | None) -> Outputs:
@@ -103,8 +69,8 @@ def _read_keys(rows, i):
 def _if_read(rows, i, sums, function, otherwise):
   """`function()`, or at no cost `otherwise` where no token of the chunk reads sums that are not 0."""
   trace = jnp.trace(sums.a, axis1=-2, axis2=-1)
-  reads = jnp.bool_(True) if rows.reads is None else jnp.any(take_chunk(rows.reads, i), axis=-1)
-  return lax.cond(jnp.any((trace != 0) & reads), function, lambda: otherwise)
+  row_reads = jnp.bool_(True) if rows.reads is None else jnp.any(take_chunk(rows.reads, i), axis=-1)
+  return lax.cond(jnp.any((trace != 0) & row_reads), function, lambda: otherwise)
 
 
 def _total(rows, factors) -> Update:
