@@ -20,12 +20,12 @@ from ttt_jax.ops.fast_weight.least_squares.sums import (
 )
 from ttt_jax.ops.fast_weight.reference import least_squares_reference
 
-B, F, D, C = 2, 6, 3, 3
+B, F, D, C, R = 2, 6, 3, 3, 4
 TOLERANCE = {"float64": 1e-11, "float32": 2e-4}
 ALL = ("associative", "dual", "sequential")
 
 
-def make_arrays(*, tokens=24, seed=0, state=False, gate=True, decay=True, inner_lr=False):
+def make_arrays(*, tokens=24, seed=0, state=False, gate=True, decay=True, project=False):
   """Random arguments that are differentiated, in float64."""
   rng = np.random.default_rng(seed)
   arrays = {
@@ -38,12 +38,14 @@ def make_arrays(*, tokens=24, seed=0, state=False, gate=True, decay=True, inner_
   arrays["z"][0, tokens // 5] = 0  # a token without a key
   if gate:
     # Sums without decay have the gate of the leverage alone.
-    direction = (rng.normal(size=F),) if decay else ()
+    direction = (rng.normal(size=R if project else F),) if decay else ()
     arrays["read_gate"] = (np.asarray(0.6), np.asarray(5.0), *direction)
+  if project:
+    arrays["key_projection"] = rng.normal(size=(F, R))
   if decay:
     arrays["decay"] = np.asarray(0.8)
   if state:
-    keys = rng.normal(size=(B, 4, F))
+    keys = rng.normal(size=(B, 4, R if project else F))
     keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
     arrays["state"] = (
       np.einsum("bcf,bcg->bfg", keys, keys),
@@ -52,13 +54,13 @@ def make_arrays(*, tokens=24, seed=0, state=False, gate=True, decay=True, inner_
   return arrays
 
 
-def cotangents(tokens=24):
+def cotangents(tokens, r):
   rng = np.random.default_rng(1)
-  of_a = rng.normal(size=(B, F, F))
+  of_a = rng.normal(size=(B, r, r))
   return (
     rng.normal(size=(B, tokens, D)),
     of_a + np.swapaxes(of_a, 1, 2),
-    rng.normal(size=(B, F, D)),
+    rng.normal(size=(B, r, D)),
   )
 
 
@@ -124,7 +126,8 @@ def to_jax(arrays, dtype="float32"):
 
 
 def cotangents_of(arrays):
-  return cotangents(arrays["z"].shape[1])
+  r = np.shape(arrays["key_projection"])[1] if "key_projection" in arrays else F
+  return cotangents(arrays["z"].shape[1], r)
 
 
 def assert_agree(got, want, dtype):
@@ -157,6 +160,8 @@ CASES = [
     ("long", 24, {"state": True}),
     ("long", 23, {"decay": False}),
     ("packed", 23, {"state": True, "gate": False}),
+    ("long", 23, {"state": True, "project": True}),
+    (None, 24, {"project": True}),
   ]
 ]
 
@@ -176,10 +181,17 @@ def test_one_device(dtype, kind, tokens, options, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["associative", "sequential"])
-@pytest.mark.parametrize(("kind", "state"), [(None, True), ("long", True), ("packed", False)])
+@pytest.mark.parametrize(
+  ("kind", "options"),
+  [
+    (None, {"state": True}),
+    ("long", {"state": True, "project": True}),
+    ("packed", {}),
+  ],
+)
 @pytest.mark.parametrize("shards", [2, 8])
-def test_shards(shards, kind, state, implementation):
-  arrays, ids = make_arrays(state=state), documents(kind)
+def test_shards(shards, kind, options, implementation):
+  arrays, ids = make_arrays(**options), documents(kind)
   with jax.enable_x64(True):
     want = both(law(ids), arrays, "float64")
     got = both(op(ids, shards=shards, implementation=implementation), arrays, "float64")
@@ -377,7 +389,11 @@ def test_bad_input():
     ({**ours, "read_gate": 0.5}, r"read_gate=0.5 is not \(threshold, sharpness\)"),
     (
       {**ours, "read_gate": (0.5, 9.0, np.ones(5))},
-      r"read_gate\[2\] has shape \(5,\), .* \[F\] = \[",
+      r"read_gate\[2\] has shape \(5,\), .* \[6\]",
+    ),
+    (
+      {**ours, "key_projection": np.ones((5, 2))},
+      r"key_projection has shape \(5, 2\), .* \[6, R\]",
     ),
     ({**ours, "clip_norm": 1.0}, "clip_norm=1.0 bounds the update of rule='sum'"),
     ({**ours, "merge": True}, "merge=True: rule='least_squares' has no"),
@@ -412,9 +428,10 @@ def test_many_solves_at_once():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_over_global_arrays(kind):
-  """With rows over `data` and F over `tensor`: A and D are split like the sum's state, by rows of F."""
-  arrays = to_jax(make_arrays(state=True))
+@pytest.mark.parametrize("project", [False, True], ids=["all of F", "projected"])
+def test_over_global_arrays(project, kind):
+  """With rows over `data` and F over `tensor`: A and D are split by rows of F, or of R."""
+  arrays = to_jax(make_arrays(state=True, project=project))
   a, d = arrays.pop("state")
   arrays["state"] = ttt_jax.FastWeightState(A=a, D=d)
   options = {"chunk_size": C, "rule": "least_squares"}

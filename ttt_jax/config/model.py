@@ -17,6 +17,7 @@ _OF_RULE = {
     "gate_threshold",
     "gate_sharpness",
     "learn_gate",
+    "key_rank",
   ),
 }
 IMPLEMENTATIONS = ("associative", "dual", "sequential")
@@ -323,8 +324,15 @@ class TTTConfig:
   learned and start at 0.
   """
 
+  key_rank: int | None = None
+  """Dimensions R of the keys: the activations are multiplied by a learned projection [d_ff, R], random
+  at the start, so that the state is [R, R + d_model] and solves cost R^3 / 3. None takes all of d_ff.
+  """
+
   def __post_init__(self):
     require_positive("ttt", self, "chunk_size", "conv_width", "inner_lr")
+    if self.key_rank is not None:
+      require_positive("ttt", self, "key_rank")
     require_choice("ttt.rule", self.rule, RULES)
     require_choice("ttt.read_gate", self.read_gate, ("none", "leverage", "key"))
     require_positive("ttt", self, "ridge", "read_scale", "gate_sharpness")

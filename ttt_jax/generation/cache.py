@@ -97,13 +97,13 @@ def read_block(
 
 def empty_fast_cache(mlp: TttMlp, rows: int, dtype: DTypeLike) -> FastCache:
   """Returns the cache of rows that have read nothing."""
-  f, d = mlp.down.shape
+  (f, d), r = mlp.down.shape, mlp.key_rank
   c = mlp.ttt.chunk_size
   zeros = partial(jnp.zeros, dtype=mlp.state_dtype)
   if mlp.ttt.rule == "sum":
     s = zeros((rows, f, d))
   else:
-    s = SolvedSums(zeros((rows, f, f)), zeros((rows, f, d)), zeros((rows, f, f)), zeros((rows,)))
+    s = SolvedSums(zeros((rows, r, r)), zeros((rows, r, d)), zeros((rows, r, r)), zeros((rows,)))
   return FastCache(
     s=s,
     z=jnp.zeros((rows, c, f), dtype),
@@ -142,9 +142,12 @@ def _read_state(mlp: TttMlp, z: Float[Array, "B 1 F"], s) -> Float[Array, "B 1 D
   if not isinstance(s, SolvedSums):
     return matmul("btf,bfd->btd", z, s.astype(z.dtype))
   factored = Factored(s.cholesky, s.rho, is_learned=s.rho != 0)
+  settings = mlp.least_squares(s.d.dtype)
+  if settings.projection is not None:
+    z = matmul("btf,fr->btr", z, settings.projection.astype(z.dtype))
   keys = unit_rows(z, s.d.dtype)
   found = read(keys, s.d, factored)
-  return gated(found.r, found.leverage, keys, mlp.least_squares(s.d.dtype))
+  return gated(found.r, found.leverage, keys, settings)
 
 
 def _to_state(s) -> FastWeightState:

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.config import ModelConfig, TTTConfig
+from ttt_jax.nn.layers import normal_init
 from ttt_jax.nn.mlp import Mlp
 from ttt_jax.ops.fast_weight.api import inplace_ttt
 from ttt_jax.ops.fast_weight.least_squares.api import Gate, LeastSquares
@@ -20,8 +21,15 @@ from ttt_jax.parallel.mesh import Axes, over_shards
 # Inner rate and half-life are base * exp(LOG_SCALE s), so that AdamW's step sizes suit s as they suit other
 # parameters.
 LOG_SCALE = 10.0
-# The parameters s, and with the same factor the direction of the gate.
-LEARNED = ("log_rate", "log_half_life", "log_read_scale", "log_gate", "gate_key")
+# The parameters s, with the same factor the direction of the gate, and the projection of keys.
+LEARNED = (
+  "log_rate",
+  "log_half_life",
+  "log_read_scale",
+  "log_gate",
+  "gate_key",
+  "key_projection",
+)
 
 
 class FastWeightParams(NamedTuple):
@@ -35,6 +43,7 @@ class FastWeightParams(NamedTuple):
     read_scale: of least squares, else None.
     gate: threshold and sharpness of least squares with a gate, else None.
     gate_key: the direction of keys in that gate if it depends on them, else None.
+    key_projection: the projection of keys if they have `ttt.key_rank` dimensions, else None.
   """
 
   w_down: Float[Array, "F D"]
@@ -44,7 +53,8 @@ class FastWeightParams(NamedTuple):
   decay: Float[Array, ""] | None
   read_scale: Float[Array, ""] | None
   gate: Float[Array, "2"] | None
-  gate_key: Float[Array, "F"] | None
+  gate_key: Float[Array, "R"] | None
+  key_projection: Float[Array, "F R"] | None
 
   @property
   def read_gate(self) -> tuple | None:
@@ -55,7 +65,9 @@ class FastWeightParams(NamedTuple):
 
 
 # Logical dimensions of `FastWeightParams`.
-PARAM_DIMS = FastWeightParams(("mlp", None), None, None, None, None, None, None, ("mlp",))
+PARAM_DIMS = FastWeightParams(
+  ("mlp", None), None, None, None, None, None, None, None, ("mlp", None)
+)
 
 
 class MlpStats(NamedTuple):
@@ -134,7 +146,12 @@ class TttMlp(Mlp):
     self.log_half_life = learned_from_zero(ttt.learn_half_life)
     self.log_read_scale = learned_from_zero(not is_sum and ttt.learn_read_scale)
     self.log_gate = learned_from_zero(ttt.read_gate != "none" and ttt.learn_gate, 2)
-    self.gate_key = learned_from_zero(ttt.read_gate == "key", model.d_ff)
+    self.key_rank = model.d_ff if ttt.key_rank is None else ttt.key_rank
+    self.gate_key = learned_from_zero(ttt.read_gate == "key", self.key_rank)
+    self.key_projection = None
+    if ttt.key_rank is not None:
+      shape = (model.d_ff, ttt.key_rank)
+      self.key_projection = normal_init(rngs.params(), shape, param_dtype, fan_in=model.d_ff)
     self.ttt = ttt
     self.base_rate = ttt.inner_lr / model.d_ff if ttt.inner_lr_scale == "1/F" else ttt.inner_lr
     self.state_dtype = model.state_dtype
@@ -160,7 +177,7 @@ class TttMlp(Mlp):
     distance, sharpness = _learned(start, self.log_gate, dtype)
     return jnp.stack([1 - distance, sharpness])
 
-  def gate_direction(self, dtype: DTypeLike) -> Float[Array, "F"] | None:
+  def gate_direction(self, dtype: DTypeLike) -> Float[Array, "R"] | None:
     """Returns the direction of keys in the gate, `10 s` with s learned from 0; None if there is none."""
     return None if self.gate_key is None else LOG_SCALE * self.gate_key[...].astype(dtype)
 
@@ -178,6 +195,7 @@ class TttMlp(Mlp):
       ridge=jnp.asarray(self.ttt.ridge, dtype),
       read_scale=self.read_scale(dtype),
       gate=None if gate is None else Gate(gate[0], gate[1], self.gate_direction(dtype)),
+      projection=None if self.key_projection is None else self.key_projection[...].astype(dtype),
     )
 
   def learn(
@@ -264,6 +282,7 @@ class TttMlp(Mlp):
       ridge=ttt.ridge,
       read_scale=1.0 if params.read_scale is None else params.read_scale,
       read_gate=params.read_gate,
+      key_projection=params.key_projection,
       implementation=ttt.implementation,
       merge=ttt.merge,
       wire_dtype=ttt.wire_dtype,
@@ -287,4 +306,5 @@ class TttMlp(Mlp):
       read_scale=self.read_scale(wide),
       gate=self.read_gate(wide),
       gate_key=self.gate_direction(wide),
+      key_projection=None if self.key_projection is None else self.key_projection[...].astype(wide),
     )

@@ -46,7 +46,8 @@ _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
   "log_half_life": (),
   "log_read_scale": (),
   "log_gate": (None,),
-  "gate_key": ("mlp",),
+  "gate_key": (None,),
+  "key_projection": ("mlp", None),
   "scale": (None,),
   # Linear attention has as many heads as keys and values have.
   "decay_down": ("embed", None),

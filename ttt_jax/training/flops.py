@@ -50,7 +50,8 @@ def token_flops(
       fast weight   2 F D (update Z^T V) + 2 D^2 (projection of the target) + 2 w D (its convolution)
 
       least squares F^3 / 3 C (factor A) + 2 F^2 (solve) + 2 F D (read) + 2 F (F + D) (K^T [K | V]), and the
-                    target as above, in place of the fast weight's
+                    target as above, in place of the fast weight's; with `ttt.key_rank` R in place of F,
+                    and 2 F R (projection of the keys)
 
   The fast weight counts in TTT layers only; the head has `2 D V`. In layers with linear attention, with G
   heads, keys of width K and values of width M as in `ttt_jax.extras.baselines`, the first two terms are
@@ -68,7 +69,9 @@ def token_flops(
   projection = 2 * d * d if ttt.projection else 0
   update = 2 * f * d
   if ttt.rule == "least_squares":
-    update = f**3 / 3 / ttt.chunk_size + 2 * f * f + 2 * f * d + 2 * f * (f + d)
+    r = f if ttt.key_rank is None else ttt.key_rank
+    project = 0 if ttt.key_rank is None else 2 * f * r
+    update = project + r**3 / 3 / ttt.chunk_size + 2 * r * r + 2 * r * d + 2 * r * (r + d)
   per_ttt = update + projection + 2 * ttt.conv_width * d
   return Flops(
     projections=sum(_mixer_projections(model, attention, kind.mixer) + 6 * d * f for kind in kinds),

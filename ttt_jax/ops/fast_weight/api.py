@@ -21,6 +21,7 @@ from ttt_jax.ops.exchange.prefix import choose_exchange
 from ttt_jax.ops.fast_weight.checks import (
   RIDGE,
   check_arguments,
+  check_keys,
   check_lengths,
   check_rule,
   check_state,
@@ -77,6 +78,7 @@ def inplace_ttt(
   ridge: float | int | Float[Array, ""] = RIDGE,
   read_scale: float | int | Float[Array, ""] = 1.0,
   read_gate: tuple | None = None,
+  key_projection: Float[Array, "F R"] | None = None,
   context_axis: str | None = None,
   tensor_axis: str | None = None,
   implementation: str | None = None,
@@ -137,8 +139,11 @@ def inplace_ttt(
     read_scale: the factor of what the regression gives.
     read_gate: `(threshold, sharpness)` of `g = sigmoid(sharpness (l - threshold))`, in the leverage
       `l = k (A + ridge tr(A)/F I)^-1 A k^T` of a token, 0 where nothing like k was seen, at most 1; with a
-      third element, a direction `[F]`, the sigmoid is of `sharpness (l - threshold) + k direction`. None
+      third element, a direction of k, the sigmoid is of `sharpness (l - threshold) + k direction`. None
       is g = 1.
+    key_projection: P, for keys `k = z P / |z P|` of R dimensions in place of F; the state is then
+      `[R, R + D]`, and solves cost R^3 / 3. None takes all of z. Under `tensor_axis` this device's rows of
+      P, with R a multiple of the devices.
     context_axis: the mesh axis of the enclosing `jax.shard_map` along which T is split into contiguous
       shards of whole chunks; None when the sequence lies on one device.
     tensor_axis: the mesh axis of the enclosing `jax.shard_map` along which F is split: z, w_down and the
@@ -170,20 +175,21 @@ def inplace_ttt(
       a decay where there are `lengths`; forward mode through `"sequential"`.
   """
   check_arguments(z, v, w_down, chunk_size, inner_lr, segment_ids, decay, clip_norm, context_axis)
-  check_rule(rule, inner_lr, clip_norm, merge, ridge, read_scale, read_gate, z.shape[-1])
+  tensor_shards = 1 if tensor_axis is None else shard_count(tensor_axis, field="tensor_axis")
+  check_rule(rule, inner_lr, clip_norm, merge, ridge, read_scale)
+  rank = check_keys(rule, read_gate, key_projection, z.shape[-1], tensor_shards)
   check_lengths(lengths, z.shape[:-2])
   *lead, t, f = z.shape
   sizes = Sizes(tuple(lead), math.prod(lead), t, chunk_size, f, v.shape[-1])
   state_dtype = jnp.dtype(state_dtype or accumulation_dtype(z.dtype))
   is_sum = rule == "sum"
-  whole_f = f if tensor_axis is None else f * shard_count(tensor_axis, field="tensor_axis")
-  check_state(state, rule, (*lead, f, sizes.d), whole_f, state_dtype, context_axis)
+  check_state(state, rule, (*lead, rank // tensor_shards, sizes.d), rank, state_dtype, context_axis)
   update_rule = UpdateRule(
     state_dtype=state_dtype,
     clip_norm=None if clip_norm is None else float(clip_norm),
     tensor_axis=tensor_axis,
   )
-  wire_shape = (f, sizes.d) if is_sum else packed_shape(whole_f, sizes.d)
+  wire_shape = (f, sizes.d) if is_sum else packed_shape(rank, sizes.d)
   exchange = _exchange(sizes, wire_shape, state_dtype, context_axis, collective, wire_dtype)
   sample_places = choose_sample_places(sizes.n, chunk_size) if return_stats else None
 
@@ -191,7 +197,8 @@ def inplace_ttt(
     z,
     v,
     w_down,
-    *_arrays(inner_lr, decay, segment_ids, lengths, ridge, read_scale, *jax.tree.leaves(read_gate)),
+    *_arrays(inner_lr, decay, segment_ids, lengths, ridge, read_scale, key_projection),
+    *_arrays(*jax.tree.leaves(read_gate)),
     *jax.tree.leaves(state),
   )
   for axis in (context_axis, tensor_axis):
@@ -207,8 +214,11 @@ def inplace_ttt(
   else:
     to_array = lambda x: vary_over(jnp.asarray(x, state_dtype), axes)  # noqa: E731
     ridge, read_scale, read_gate = jax.tree.map(to_array, (ridge, read_scale, read_gate))
-    settings = LeastSquares(ridge, read_scale, None if read_gate is None else Gate(*read_gate))
-    y, s, stats = read_least_squares(*arguments, settings=settings)
+    gate = None if read_gate is None else Gate(*read_gate)
+    if key_projection is not None:
+      key_projection = vary_over(jnp.asarray(key_projection), axes)
+    settings = LeastSquares(ridge, read_scale, gate, key_projection)
+    y, s, stats = read_least_squares(*arguments, settings=settings, rank=rank)
   y = sum_over(y, tensor_axis)
   return _finish(sizes, y, s, stats, context_axis, pending=0 if lengths is not None else sizes.tail)
 

@@ -55,7 +55,7 @@ def check_arguments(
       )
 
 
-def check_rule(rule, inner_lr, clip_norm, merge, ridge, read_scale, read_gate, f) -> None:
+def check_rule(rule, inner_lr, clip_norm, merge, ridge, read_scale) -> None:
   """Raises UserError unless the arguments are those of the rule, and in range."""
   if rule not in RULES:
     raise UserError(f"rule={rule!r} is not one of {', '.join(map(repr, RULES))}")
@@ -65,7 +65,6 @@ def check_rule(rule, inner_lr, clip_norm, merge, ridge, read_scale, read_gate, f
     for name, value, default in (
       ("ridge", ridge, RIDGE),
       ("read_scale", read_scale, 1.0),
-      ("read_gate", read_gate, None),
     ):
       if isinstance(value, jax.Array) or value != default:
         raise UserError(f"{name}={value} belongs to rule='least_squares', and rule is 'sum'")
@@ -77,24 +76,52 @@ def check_rule(rule, inner_lr, clip_norm, merge, ridge, read_scale, read_gate, f
     )
   if merge:
     raise UnsupportedError("merge=True: rule='least_squares' has no W + S to read, leave merge out")
-  scalars = {"ridge": ridge, "read_scale": read_scale}
+  _check_scalars({"ridge": ridge, "read_scale": read_scale})
+  if not _is_traced(ridge) and not float(ridge) > 0:
+    raise UserError(
+      f"ridge={ridge} must be positive: without it a regression on few tokens has no solution"
+    )
+
+
+def _check_scalars(values) -> None:
+  for name, value in values.items():
+    if jnp.ndim(value) != 0:
+      raise UserError(f"{name} has shape {jnp.shape(value)}, expected a number or a 0-d array")
+
+
+def check_keys(rule, read_gate, key_projection, f, tensor_shards) -> int:
+  """Returns how wide keys are over all devices, each of which has f of F.
+
+  Raises:
+    UserError: the projection or the gate does not fit, or belongs to another rule.
+  """
+  if rule == "sum":
+    for name, value in (("read_gate", read_gate), ("key_projection", key_projection)):
+      if value is not None:
+        raise UserError(f"{name} belongs to rule='least_squares', and rule is 'sum': leave it out")
+    return f * tensor_shards
+  rank = f * tensor_shards
+  if key_projection is not None:
+    shape = jnp.shape(key_projection)
+    if len(shape) != 2 or shape[0] != f or not shape[1]:
+      raise UserError(f"key_projection has shape {shape}, expected [F, R] = [{f}, R]")
+    rank = shape[1]
+    if rank % tensor_shards:
+      raise UserError(
+        f"key_projection gives keys of R={rank} dimensions, which the {tensor_shards} devices of "
+        "tensor_axis do not divide: choose a multiple"
+      )
   if read_gate is not None:
     if not isinstance(read_gate, tuple) or len(read_gate) not in (2, 3):
       raise UserError(
         f"read_gate={read_gate!r} is not (threshold, sharpness), (threshold, sharpness, direction) or None"
       )
-    scalars |= {"read_gate[0]": read_gate[0], "read_gate[1]": read_gate[1]}
-    if len(read_gate) == 3 and jnp.shape(read_gate[2]) != (f,):
+    _check_scalars({"read_gate[0]": read_gate[0], "read_gate[1]": read_gate[1]})
+    if len(read_gate) == 3 and jnp.shape(read_gate[2]) != (rank,):
       raise UserError(
-        f"read_gate[2] has shape {jnp.shape(read_gate[2])}, expected a direction of the keys, [F] = [{f}]"
+        f"read_gate[2] has shape {jnp.shape(read_gate[2])}, expected a direction of the keys, [{rank}]"
       )
-  for name, value in scalars.items():
-    if jnp.ndim(value) != 0:
-      raise UserError(f"{name} has shape {jnp.shape(value)}, expected a number or a 0-d array")
-  if not _is_traced(ridge) and not float(ridge) > 0:
-    raise UserError(
-      f"ridge={ridge} must be positive: without it a regression on few tokens has no solution"
-    )
+  return rank
 
 
 def check_lengths(lengths, lead) -> None:
@@ -111,7 +138,8 @@ def check_state(state, rule, shape, whole_f, dtype, context_axis) -> None:
   """Raises UserError unless `state` is None or a state of this rule, shape, dtype, at a chunk boundary.
 
   Args:
-    shape: `[*B, F, D]`, with this device's part of F; `whole_f` is all of F.
+    shape: `[*B, F, D]`, with this device's part of F (of R where keys are projected).
+    whole_f: all of it.
   """
   if state is None:
     return

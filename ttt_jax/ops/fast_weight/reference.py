@@ -109,26 +109,30 @@ def least_squares_reference(
   ridge: float | Float[Array, ""],
   read_scale: float | Float[Array, ""] = 1.0,
   read_gate: tuple | None = None,
-  state: tuple[Float[Array, "B F F"], Float[Array, "B F D"]] | None = None,
+  key_projection: Float[Array, "F R"] | None = None,
+  state: tuple[Float[Array, "B R R"], Float[Array, "B R D"]] | None = None,
   segment_ids: Int[Array, "B T"] | None = None,
   decay: float | int | Float[Array, ""] | None = None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B F F"], Float[Array, "B F D"]]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B R R"], Float[Array, "B R D"]]:
   """What `ttt_jax.inplace_ttt` computes with `rule="least_squares"`; returns y, A and D.
 
   Every token solves for itself, with the sums over the tokens that it sees:
 
-      A_t = sum of w_ts k_s^T k_s        D_t = sum of w_ts k_s^T v_s        k = z / |z|
+      A_t = sum of w_ts k_s^T k_s        D_t = sum of w_ts k_s^T v_s        k = z P / |z P|
       o_t = z_t W + read_scale g_t k_t (A_t + ridge tr(A_t) / F I)^-1 D_t
   """
-  b, t, f = z.shape
+  b, t, _ = z.shape
+  q = z if key_projection is None else z @ key_projection
+  r = q.shape[-1]
   if state is None:
-    state = jnp.zeros((b, f, f), z.dtype), jnp.zeros((b, f, v.shape[-1]), z.dtype)
+    state = jnp.zeros((b, r, r), z.dtype), jnp.zeros((b, r, v.shape[-1]), z.dtype)
   if segment_ids is None:
     segment_ids = jnp.ones((b, t), jnp.int32)
   decay = jnp.ones((), z.dtype) if decay is None else decay
   rows = [
     _least_squares_row(
       z[i],
+      q[i],
       v[i],
       w_down,
       (state[0][i], state[1][i]),
@@ -145,14 +149,14 @@ def least_squares_reference(
 
 
 def _least_squares_row(
-  z, v, w_down, state, segment_ids, chunk_size, ridge, read_scale, read_gate, decay
+  z, q, v, w_down, state, segment_ids, chunk_size, ridge, read_scale, read_gate, decay
 ):
-  t, f = z.shape
+  t, r = q.shape
   chunk = jnp.arange(t) // chunk_size
   chunks = t // chunk_size
   document = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), segment_ids[1:] != segment_ids[:-1]]))
-  is_zero = jnp.all(z == 0, axis=-1, keepdims=True)
-  k = jnp.where(is_zero, 0, z / jnp.sqrt(jnp.sum(jnp.where(is_zero, 1, z) ** 2, -1, keepdims=True)))
+  is_zero = jnp.all(q == 0, axis=-1, keepdims=True)
+  k = jnp.where(is_zero, 0, q / jnp.sqrt(jnp.sum(jnp.where(is_zero, 1, q) ** 2, -1, keepdims=True)))
 
   def sums(at_chunk, at_document, at_real):
     """A and D as one token sees them."""
@@ -169,7 +173,7 @@ def _least_squares_row(
     a, d = sums(*at)
     trace = jnp.trace(a)
     m = jnp.where(
-      trace == 0, jnp.eye(f, dtype=z.dtype), a + ridge * trace / f * jnp.eye(f, dtype=z.dtype)
+      trace == 0, jnp.eye(r, dtype=z.dtype), a + ridge * trace / r * jnp.eye(r, dtype=z.dtype)
     )
     fast = read_scale * k_t @ jnp.linalg.solve(m, d)
     if read_gate is not None:

@@ -49,11 +49,11 @@ def read_sum(
 
 
 def read_least_squares(
-  sizes, chunks, tail, masks, w, rule, exchange, sample_places, implementation, *, settings
+  sizes, chunks, tail, masks, w, rule, exchange, sample_places, implementation, *, settings, rank
 ):
-  """Reads and writes by least squares, as `read_sum`."""
+  """Reads and writes by least squares, as `read_sum`, with keys of `rank` dimensions."""
   choice = _choose_least_squares(
-    implementation, sizes, rule, exchange, has_state=chunks.s_in is not None
+    implementation, sizes, rank, exchange, has_state=chunks.s_in is not None
   )
   with jax.named_scope("fast_weight"):
     fast = least_squares(chunks, tail, masks, settings, rule, exchange, choice)
@@ -133,13 +133,12 @@ def _choose_sum(implementation, merge, sizes, dtype, state_dtype, exchange):
   return IMPLEMENTATIONS[implementation], merge
 
 
-def _choose_least_squares(implementation, sizes, rule, exchange, *, has_state):
-  """Returns the implementation's function."""
+def _choose_least_squares(implementation, sizes, rank, exchange, *, has_state):
+  """Returns the implementation's function, for keys of `rank` dimensions."""
   _check_implementation(implementation, LEAST_SQUARES_IMPLEMENTATIONS)
   if implementation is None:
-    f = sizes.f if rule.tensor_axis is None else sizes.f * shard_count(rule.tensor_axis)
     implementation = cost.choose_least_squares(
-      sizes.n, sizes.c, f, sizes.d, is_closed=exchange is None and not has_state
+      sizes.n, sizes.c, rank, sizes.d, is_closed=exchange is None and not has_state
     )
   return LEAST_SQUARES_IMPLEMENTATIONS[implementation]
 

@@ -40,6 +40,7 @@ class ContextParallel:
     decay: float | int | Float[Array, ""] | None = None,
     rule: str = "sum",
     read_gate: tuple | None = None,
+    key_projection: Float[Array, "F R"] | None = None,
     return_stats: bool = False,
     **options: Any,
   ):
@@ -72,8 +73,9 @@ class ContextParallel:
         arrays[name] = (options.pop(name), PartitionSpec())
     if read_gate is not None:
       read_gate = tuple(map(jnp.asarray, read_gate))
-      specs = (PartitionSpec(), PartitionSpec(), PartitionSpec(self.tensor_axis))
-      arrays["read_gate"] = (read_gate, specs[: len(read_gate)])
+      arrays["read_gate"] = (read_gate, (PartitionSpec(),) * len(read_gate))
+    if key_projection is not None:
+      arrays["key_projection"] = (key_projection, PartitionSpec(self.tensor_axis, None))
 
     def local(arrays):
       y, state, *stats = inplace_ttt(

@@ -29,7 +29,7 @@ from ttt_jax.ops.fast_weight.least_squares.sums import (
   unit_rows,
 )
 from ttt_jax.ops.fast_weight.stats import LeastSquaresStats
-from ttt_jax.ops.manual import shard_count
+from ttt_jax.ops.manual import shard_count, vary_over, varying_axes
 from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
 from ttt_jax.ops.update import sum_over
 
@@ -41,12 +41,12 @@ class Gate(NamedTuple):
 
   Attributes:
     threshold, sharpness: of the leverage l.
-    direction: of the key k; all of F, or under a tensor axis this device's slice. None leaves the term out.
+    direction: of the key k, as wide as the keys; None leaves the term out.
   """
 
   threshold: Float[Array, ""]
   sharpness: Float[Array, ""]
-  direction: Float[Array, "F"] | None = None
+  direction: Float[Array, "R"] | None = None
 
 
 class LeastSquares(NamedTuple):
@@ -56,11 +56,14 @@ class LeastSquares(NamedTuple):
     ridge: in units of the mean eigenvalue of A.
     read_scale: the factor of what is read.
     gate: None reads all tokens alike.
+    projection: P of the keys `k = z P / |z P|`, under a tensor axis this device's rows of it; None for
+      keys of all of F.
   """
 
   ridge: Float[Array, ""]
   read_scale: Float[Array, ""]
   gate: Gate | None
+  projection: Float[Array, "F R"] | None = None
 
 
 class FastPart(NamedTuple):
@@ -96,7 +99,7 @@ def least_squares(
   if chunks.s_in is not None:
     s_in = Sums(*(_gather(x, axis, dimension=1) for x in chunks.s_in))
   rows = Rows(
-    z=where(seen, _gather(chunks.z, axis, dimension=3)),
+    z=_before_unit_rows(where(seen, chunks.z), settings.projection, axis),
     v=where(chunks.writes, chunks.lr.astype(dtype) * chunks.v.astype(dtype)),
     s_in=s_in,
     keep=chunks.keep,
@@ -105,9 +108,6 @@ def least_squares(
     writes=chunks.writes,
     ridge=settings.ridge,
   )
-  if settings.gate is not None and settings.gate.direction is not None:
-    direction = _gather(settings.gate.direction, axis, dimension=0)
-    settings = settings._replace(gate=settings.gate._replace(direction=direction))
   shards = 1 if axis is None else shard_count(axis)
   share = 1.0 / shards
   if n:
@@ -116,11 +116,11 @@ def least_squares(
     r, leverage = jnp.zeros((b, 0, c, d), dtype), jnp.zeros((b, 0, c), dtype)
     sums = s_in
     if sums is None:
-      sums = no_sums(tail, shards * tail.shape[-1], d, dtype)
+      sums = no_sums(tail, rows.z.shape[-1], d, dtype)
   y_tail = None
   if tail.shape[1]:
     mask = None if masks is None else masks.tail_reads
-    keys = unit_rows(where(mask, _gather(tail, axis, dimension=2)), dtype)
+    keys = unit_rows(_before_unit_rows(where(mask, tail), settings.projection, axis), dtype)
     found = read(keys, sums.d, factor(sums.a, settings.ridge))
     y_tail = where(mask, share * gated(found.r, found.leverage, keys, settings))
   return FastPart(
@@ -145,6 +145,16 @@ def gated(
   if gate.direction is not None:
     logit += product("...f,f->...", keys, gate.direction)
   return (settings.read_scale * jax.nn.sigmoid(logit))[..., None] * r
+
+
+def _before_unit_rows(
+  z: Float[Array, "*B F"], projection: Float[Array, "F R"] | None, axis: str | None
+) -> Float[Array, "*B R"]:
+  """z of all of F, or `z P`: the keys before they are normalised."""
+  if projection is None:
+    return _gather(z, axis, dimension=z.ndim - 1)
+  projected = sum_over(matmul("...f,fr->...r", z, projection.astype(z.dtype)), axis)
+  return vary_over(projected, varying_axes(z))
 
 
 def _gather(x, axis: str | None, *, dimension: int):
@@ -188,7 +198,7 @@ def measure(
   fast = slow = jnp.zeros(b, wide)
   if n:
     written = where(None if chunks.writes is None else chunks.writes[:, -1], chunks.z[:, -1])
-    keys = unit_rows(_gather(written, axis, dimension=2), dtype)
+    keys = unit_rows(_before_unit_rows(written, settings.projection, axis), dtype)
     v = chunks.lr.astype(dtype) * chunks.v[:, -1].astype(dtype)
     update = norm(product("bcf,bcd->bfd", keys, v))
     z = chunks.z[:, :, sample_places]
