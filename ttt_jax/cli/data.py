@@ -1,12 +1,23 @@
-"""Adds the commands that prepare or make text: `data prepare`, `data recall`, `data ruler`."""
+"""Adds the commands on text: `data prepare`, `data join`, `data reach`, `data recall`, `data ruler`."""
 
 import argparse
+from pathlib import Path
 
 from ttt_jax.cli.shared import add_command, add_ruler_samples, from_flags
 
 _PREPARE_EPILOG = """For example:
   ttt-jax data prepare "books/**/*.parquet" data/books --tokenizer models/smollm2
   ttt-jax train configs/mine.yaml --data.path data/books --data.tokenizer models/smollm2
+"""
+
+_JOIN_EPILOG = """For example:
+  ttt-jax data join ".venv/lib/python3.11/site-packages/**/*.py" data/packages.jsonl
+  ttt-jax train configs/mine.yaml --data.path data/packages.jsonl
+"""
+
+_REACH_EPILOG = """For example:
+  ttt-jax data reach data/packages.jsonl --out runs/reach_packages
+  ttt-jax data reach "books/*.txt" --contexts 1024 16384 131072 --compressor lzma
 """
 
 _RULER_EPILOG = """For example:
@@ -18,6 +29,8 @@ def add(commands: argparse._SubParsersAction) -> None:
   data = commands.add_parser("data", help="prepare text for training, or make some")
   kinds = data.add_subparsers(dest="data", required=True, metavar="WHAT")
   _add_prepare(kinds)
+  _add_join(kinds)
+  _add_reach(kinds)
   _add_recall(kinds)
   _add_ruler(kinds)
 
@@ -80,6 +93,73 @@ def _run_prepare(parsed: argparse.Namespace) -> None:
     shard_bytes=parsed.shard_size << 20,
     max_bad_records=parsed.max_bad_records,
   )
+
+
+def _add_join(commands: argparse._SubParsersAction) -> None:
+  text = "join the files of each directory into one document: packages, repositories, manuals"
+  join = add_command(commands, "join", text, _JOIN_EPILOG)
+  join.add_argument(
+    "source",
+    help="a directory or glob, as data.path; each entry of the directory before its first wildcard becomes "
+    "a document",
+  )
+  join.add_argument("destination", type=Path, help="a new .jsonl file, for data.path")
+  join.set_defaults(run=_run_join)
+
+
+def _run_join(parsed: argparse.Namespace) -> None:
+  from ttt_jax.data.join import join
+  from ttt_jax.data.skipped import Skipped
+
+  skipped = Skipped()
+  joined = join(parsed.source, parsed.destination, skipped=skipped)
+  print(
+    f"{parsed.destination}: {joined.documents:,} documents of {joined.files:,} files, {joined.bytes:,} "
+    f"bytes; skipped: {skipped}"
+  )
+
+
+def _add_reach(commands: argparse._SubParsersAction) -> None:
+  text = "measure without a model how many bits of a text its distant past saves"
+  reach = add_command(commands, "reach", text, _REACH_EPILOG)
+  reach.add_argument("path", help="a directory, glob or file of text, as data.path")
+  reach.add_argument(
+    "--contexts",
+    nargs="+",
+    type=int,
+    default=[1024, 4096, 16384, 65536, 262144],
+    metavar="BYTES",
+    help="bytes of the document before a block (default 1024 4096 16384 65536 262144)",
+  )
+  for flag, default, text in (
+    ("block", 4096, "bytes of a block"),
+    ("documents", 32, "documents at most"),
+    ("blocks", 4, "blocks of a document"),
+    ("primer", 1 << 20, "bytes of other documents that the compressor knows; 0: nothing"),
+    ("seed", 0, "seed of the choice of documents, blocks and primers, and of the intervals"),
+  ):
+    reach.add_argument(f"--{flag}", type=int, default=default, help=f"{text} (default {default})")
+  reach.add_argument(
+    "--compressor",
+    choices=("ppmd", "lzma"),
+    default="ppmd",
+    help="ppmd is stronger and faster and needs pip install 'ttt_jax[reach]' (default ppmd)",
+  )
+  reach.add_argument(
+    "--text-field",
+    default="text",
+    metavar="NAME",
+    help="field of JSON and parquet that has the text (default text)",
+  )
+  reach.add_argument("--out", type=Path, help="directory for reach.json and reach.png")
+  reach.set_defaults(run=_run_reach)
+
+
+def _run_reach(parsed: argparse.Namespace) -> None:
+  from ttt_jax.data.reach import ReachConfig
+  from ttt_jax.evaluation.reach_command import run_reach
+
+  run_reach(parsed.path, from_flags(ReachConfig, parsed), out=parsed.out)
 
 
 def _add_recall(commands: argparse._SubParsersAction) -> None:
