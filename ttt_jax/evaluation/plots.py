@@ -131,6 +131,7 @@ def plot_reach(report: dict[str, Any], path: Path) -> None:
   if rows[0]["low"] is not None:
     low, high = ([row[end] for row in rows] for end in ("low", "high"))
     axes.fill_between(contexts, low, high, color="#0b4f9e", alpha=0.12)
+  axes.set_ylim(min(0, *axes.get_ylim()), None)
   axes.set_xscale("log", base=2)
   axes.set_xticks(contexts, [_tokens(context) for context in contexts], minor=False)
   figure.savefig(path)
