@@ -1,4 +1,4 @@
-"""Adds the commands that prepare or make text: `data prepare`, `facts`, `recall` and `ruler`."""
+"""Adds the commands on text: `data prepare`, `facts`, `join`, `reach`, `recall` and `ruler`."""
 
 import argparse
 from pathlib import Path
@@ -16,6 +16,16 @@ _FACTS_EPILOG = """For example, a third of the tokens facts, the rest ordinary t
     --data.attend "{block: [512, 1024]}"
 """
 
+_JOIN_EPILOG = """For example:
+  ttt-jax data join ".venv/lib/python3.11/site-packages/**/*.py" data/packages.jsonl
+  ttt-jax train configs/mine.yaml --data.path data/packages.jsonl
+"""
+
+_REACH_EPILOG = """For example:
+  ttt-jax data reach data/packages.jsonl --out runs/reach_packages
+  ttt-jax data reach "books/*.txt" --contexts 1024 16384 131072 --compressor lzma
+"""
+
 _RULER_EPILOG = """For example:
   ttt-jax data ruler data/ruler --tokenizer models/smollm2 --lengths 131072 --samples 100
 """
@@ -26,6 +36,8 @@ def add(commands: argparse._SubParsersAction) -> None:
   kinds = data.add_subparsers(dest="data", required=True, metavar="WHAT")
   _add_prepare(kinds)
   _add_facts(kinds)
+  _add_join(kinds)
+  _add_reach(kinds)
   _add_recall(kinds)
   _add_ruler(kinds)
 
@@ -129,6 +141,73 @@ def _run_facts(parsed: argparse.Namespace) -> None:
   )
   prose = "" if parsed.text is None else parsed.text.read_text(encoding="utf-8-sig")
   print(f"written: {write_documents(parsed.destination, config, prose=prose)}")
+
+
+def _add_join(commands: argparse._SubParsersAction) -> None:
+  text = "join the files of each directory into one document: packages, repositories, manuals"
+  join = add_command(commands, "join", text, _JOIN_EPILOG)
+  join.add_argument(
+    "source",
+    help="a directory or glob, as data.path; each entry of the directory before its first wildcard becomes "
+    "a document",
+  )
+  join.add_argument("destination", type=Path, help="a new .jsonl file, for data.path")
+  join.set_defaults(run=_run_join)
+
+
+def _run_join(parsed: argparse.Namespace) -> None:
+  from ttt_jax.data.join import join
+  from ttt_jax.data.skipped import Skipped
+
+  skipped = Skipped()
+  joined = join(parsed.source, parsed.destination, skipped=skipped)
+  print(
+    f"{parsed.destination}: {joined.documents:,} documents of {joined.files:,} files, {joined.bytes:,} "
+    f"bytes; skipped: {skipped}"
+  )
+
+
+def _add_reach(commands: argparse._SubParsersAction) -> None:
+  text = "measure without a model how many bits of a text its distant past saves"
+  reach = add_command(commands, "reach", text, _REACH_EPILOG)
+  reach.add_argument("path", help="a directory, glob or file of text, as data.path")
+  reach.add_argument(
+    "--contexts",
+    nargs="+",
+    type=int,
+    default=[1024, 4096, 16384, 65536, 262144],
+    metavar="BYTES",
+    help="bytes of the document before a block (default 1024 4096 16384 65536 262144)",
+  )
+  for flag, default, text in (
+    ("block", 4096, "bytes of a block"),
+    ("documents", 32, "documents at most"),
+    ("blocks", 4, "blocks of a document"),
+    ("primer", 1 << 20, "bytes of other documents that the compressor knows; 0: nothing"),
+    ("seed", 0, "seed of the choice of documents, blocks and primers, and of the intervals"),
+  ):
+    reach.add_argument(f"--{flag}", type=int, default=default, help=f"{text} (default {default})")
+  reach.add_argument(
+    "--compressor",
+    choices=("ppmd", "lzma"),
+    default="ppmd",
+    help="ppmd is stronger and faster and needs pip install 'ttt_jax[reach]' (default ppmd)",
+  )
+  reach.add_argument(
+    "--text-field",
+    default="text",
+    metavar="NAME",
+    help="field of JSON and parquet that has the text (default text)",
+  )
+  reach.add_argument("--out", type=Path, help="directory for reach.json and reach.png")
+  reach.set_defaults(run=_run_reach)
+
+
+def _run_reach(parsed: argparse.Namespace) -> None:
+  from ttt_jax.data.reach import ReachConfig
+  from ttt_jax.evaluation.reach_command import run_reach
+
+  run_reach(parsed.path, from_flags(ReachConfig, parsed), out=parsed.out)
 
 
 def _add_recall(commands: argparse._SubParsersAction) -> None:

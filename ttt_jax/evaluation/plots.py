@@ -117,6 +117,26 @@ def plot_perplexity(report: dict[str, Any], path: Path) -> None:
   figure.savefig(path)
 
 
+def plot_reach(report: dict[str, Any], path: Path) -> None:
+  """Plots the bits saved in a block against the bytes of its document before it."""
+  settings, rows = report["settings"], report["by_context"][1:]
+  contexts = [row["context"] for row in rows]
+  figure, axes = _axes(
+    f"What the past of a document saves ({len(report['measured'])} documents, "
+    f"{settings['compressor']})",
+    "bytes of the document before the block",
+    f"bits saved of {settings['block']:,} bytes, over {settings['contexts'][0]:,} bytes before",
+  )
+  axes.plot(contexts, [row["saved_bits"] for row in rows], color="#0b4f9e", marker="o")
+  if rows[0]["low"] is not None:
+    low, high = ([row[end] for row in rows] for end in ("low", "high"))
+    axes.fill_between(contexts, low, high, color="#0b4f9e", alpha=0.12)
+  axes.set_ylim(min(0, *axes.get_ylim()), None)
+  axes.set_xscale("log", base=2)
+  axes.set_xticks(contexts, [_tokens(context) for context in contexts], minor=False)
+  figure.savefig(path)
+
+
 def plot_recall(report: dict[str, Any], path: Path) -> None:
   """Plots recall accuracy by the distance in windows."""
   figure, axes = _axes(

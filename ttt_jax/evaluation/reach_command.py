@@ -1,0 +1,146 @@
+"""`ttt-jax data reach`: measures the reach of a corpus and writes a table, JSON and a plot."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+
+from ttt_jax.data.reach import ReachConfig, Sample, bits, sample
+from ttt_jax.data.skipped import Skipped
+from ttt_jax.evaluation.perplexity import bootstrap
+from ttt_jax.evaluation.plots import plot_reach
+from ttt_jax.evaluation.progress import EvaluationProgress
+from ttt_jax.files import write_json
+
+_LEVEL = 0.95
+_RESAMPLES = 2000
+
+
+def run_reach(
+  path: str | None,
+  config: ReachConfig,
+  *,
+  out: Path | None = None,
+  console: Console | None = None,
+) -> dict[str, Any]:
+  """Measures, prints a table, writes `reach.json` and `reach.png`, and returns the report.
+
+  Args:
+    path: as `data.path`.
+    config: the measurement.
+    out: the directory, created if missing; None writes nothing.
+    console: the output.
+
+  Raises:
+    UserError: as `sample` and `bits`.
+  """
+  console = Console() if console is None else console
+  skipped = Skipped()
+  drawn = sample(path, config, skipped)
+  console.print(
+    f"{drawn.long:,} of {drawn.all:,} documents have {config.length:,} bytes, "
+    f"{len(drawn.documents)} are measured; skipped: {skipped}",
+    highlight=False,
+  )
+  coded = len(drawn.documents) * config.blocks * len(config.contexts)
+  with EvaluationProgress("coding", coded) as progress:
+    measured = bits(drawn.documents, config, on_coded=lambda: progress.advance(1))
+  report = {"path": path, **summary(measured, config), **_counts(drawn, skipped)}
+  _print(report, console)
+  if out is not None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "reach.json", report)
+    plot_reach(report, out / "reach.png")
+    console.print(f"written: {out / 'reach.json'}, {out / 'reach.png'}", highlight=False)
+  return report
+
+
+def summary(
+  measured: Float[np.ndarray, "documents contexts"], config: ReachConfig
+) -> dict[str, Any]:
+  """Returns the settings, and a row per context with 95 % intervals over documents.
+
+  saved(c) = bits(c_0) - bits(c), in bits of a block; share(c) = saved(c) / bits(c_0), and
+  times(c) = saved(c) / saved(c_1), of means over documents.
+  """
+  saved = measured[:, :1] - measured
+  table = []
+  for i, context in enumerate(config.contexts):
+    low, high = bootstrap(saved[:, i], seed=config.seed, level=_LEVEL)
+    row = {
+      "context": context,
+      "bits_per_byte": measured[:, i].mean() / config.block,
+      "saved_bits": saved[:, i].mean(),
+      "low": low,
+      "high": high,
+      "share": saved[:, i].mean() / measured[:, 0].mean(),
+    }
+    if i > 1:
+      row["times"], row["times_low"], row["times_high"] = _ratio(saved[:, i], saved[:, 1], config)
+    table.append(row)
+  settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
+  return {"settings": settings, "by_context": table}
+
+
+def _ratio(
+  above: Float[np.ndarray, "documents"], below: Float[np.ndarray, "documents"], config: ReachConfig
+) -> tuple[float | None, float | None, float | None]:
+  """Returns the ratio of two means and its interval; None where the denominator may not be positive."""
+  if below.mean() <= 0:
+    return None, None, None
+  ratio = float(above.mean() / below.mean())
+  if len(above) < 2:
+    return ratio, None, None
+  draws = np.random.default_rng(config.seed).integers(len(above), size=(_RESAMPLES, len(above)))
+  denominators = below[draws].mean(axis=1)
+  if denominators.min() <= 0:
+    return ratio, None, None
+  ends = [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]
+  low, high = np.quantile(above[draws].mean(axis=1) / denominators, ends)
+  return ratio, float(low), float(high)
+
+
+def _counts(drawn: Sample, skipped: Skipped) -> dict[str, Any]:
+  return {
+    "measured": [text.name for text in drawn.documents],
+    "documents": drawn.all,
+    "long_documents": drawn.long,
+    "bytes": drawn.bytes,
+    "skipped": skipped.counts(),
+  }
+
+
+def _print(report: dict[str, Any], console: Console) -> None:
+  settings, rows = report["settings"], report["by_context"]
+  table = Table()
+  first, second = settings["contexts"][:2]
+  for title in (
+    "bytes before",
+    "bits/byte",
+    "saved bits (95 %)",
+    "saved",
+    f"times {second:,} (95 %)",
+  ):
+    table.add_column(title, justify="right")
+  for i, row in enumerate(rows):
+    saved = ("", "")
+    if i:
+      saved = (_interval(row, "saved_bits", ("low", "high"), 0), f"{row['share']:.1%}")
+    times = _interval(row, "times", ("times_low", "times_high"), 2) if row.get("times") else ""
+    table.add_row(f"{row['context']:,}", f"{row['bits_per_byte']:.3f}", *saved, times)
+  console.print(
+    f"bits of a block of {settings['block']:,} bytes after so many bytes of its document, and what they "
+    f"save over {first:,} bytes ({settings['compressor']}; {len(report['measured'])} documents, "
+    f"{settings['blocks']} blocks each; primer {settings['primer']:,} bytes)",
+    highlight=False,
+  )
+  console.print(table)
+
+
+def _interval(row: dict[str, Any], name: str, ends: tuple[str, str], digits: int) -> str:
+  low, high = (row[end] for end in ends)
+  interval = "" if low is None else f" ({low:.{digits}f} - {high:.{digits}f})"
+  return f"{row[name]:.{digits}f}{interval}"
