@@ -37,11 +37,21 @@ def loss(model, tokens, segment_ids, labels):
   return jnp.sum(losses) / jnp.sum(valid)
 
 
+PROJECTED = dataclasses.replace(TTT, key_rank=8)
+
+
 @pytest.mark.parametrize(
-  "mesh", [(1, 8), (2, 2, {"fsdp": 2}), (1, 2, {"tensor": 2})], ids=["context", "fsdp", "tensor"]
+  ("mesh", "ttt"),
+  [
+    ((1, 8), TTT),
+    ((2, 2, {"fsdp": 2}), TTT),
+    ((1, 2, {"tensor": 2}), TTT),
+    ((1, 2, {"fsdp": 2, "tensor": 2}), PROJECTED),
+  ],
+  ids=["context", "fsdp", "tensor", "projected keys"],
 )
-def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh):
-  rows, model = random_rows(4, 32), random_model(dataclasses.replace(MODEL, vocab_size=18), ttt=TTT)
+def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh, ttt):
+  rows, model = random_rows(4, 32), random_model(dataclasses.replace(MODEL, vocab_size=18), ttt=ttt)
   expected, want = jax.jit(jax.value_and_grad(loss))(model, *rows)
   sizes, more = mesh[:2], mesh[2] if len(mesh) > 2 else {}
   mesh = mesh_of(*sizes, **more)
@@ -51,6 +61,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh):
     actual, got = jax.jit(jax.value_and_grad(loss))(spread, *placed)
   assert relative_error(actual, expected) < 1e-5
   names = named_leaves(want)
+  assert ttt is TTT or any("key_projection" in name for name in names)
   assert {"log_read_scale", "log_gate", "gate_key", "log_half_life"} <= {
     name.split("/")[-2] for name in names
   }
@@ -59,9 +70,10 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh):
     assert relative_error(named_leaves(got)[name], gradient) < 2e-3, name
 
 
-def test_generation_is_the_forward_pass():
+@pytest.mark.parametrize("ttt", [TTT, PROJECTED], ids=["all of F", "projected keys"])
+def test_generation_is_the_forward_pass(ttt):
   """Rows of their own lengths; each token is the likeliest of the forward pass; states are saved."""
-  model = random_model(ttt=TTT)
+  model = random_model(ttt=ttt)
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, 17, n).tolist() for n in (9, 3, 14)]
   result = ttt_jax.generate(model, prompts, max_new_tokens=7)
@@ -94,14 +106,26 @@ def test_reading_in_pieces_is_reading_at_once():
   assert relative_error(read_losses(Reader.of(model), tokens), at_once) < 1e-4
 
 
-def test_a_checkpoint_keeps_all_that_is_learned(tmp_path):
-  model = random_model(dataclasses.replace(MODEL, qk_norm=False), None, TTT)
+@pytest.mark.parametrize("ttt", [TTT, PROJECTED], ids=["all of F", "projected keys"])
+def test_a_checkpoint_keeps_all_that_is_learned(ttt, tmp_path):
+  model = random_model(dataclasses.replace(MODEL, qk_norm=False), None, ttt)
   with pytest.warns(UserWarning, match=r"ttt\.rule='least_squares' \(there it is the sum\)"):
     ttt_jax.save_pretrained(model, tmp_path / "model")
   loaded = ttt_jax.load_pretrained(tmp_path / "model")
-  assert dataclasses.replace(loaded.ttt, init=None) == TTT
+  assert dataclasses.replace(loaded.ttt, init=None) == ttt
   for (name, a), b in zip(named_leaves(model).items(), jax.tree.leaves(loaded), strict=True):
     np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_a_projection_that_is_not_stored_is_random(tmp_path):
+  """A pretrained model gets keys of fewer dimensions, different from layer to layer."""
+  ttt_jax.save_pretrained(random_model(ttt=None), tmp_path / "plain")
+  model = ttt_jax.load_pretrained(tmp_path / "plain", ttt=PROJECTED)
+  found = [x for name, x in named_leaves(model).items() if "key_projection" in name]
+  layers = np.concatenate([np.asarray(x) for x in found])
+  assert layers.shape == (2, 20, 8)
+  assert (layers.std(axis=(1, 2)) > 0.1).all()
+  assert relative_error(layers[0], layers[1]) > 0.1
 
 
 def test_attention_has_documents_of_its_own():

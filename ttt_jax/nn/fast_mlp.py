@@ -148,10 +148,10 @@ class TttMlp(Mlp):
     self.log_gate = learned_from_zero(ttt.read_gate != "none" and ttt.learn_gate, 2)
     self.key_rank = model.d_ff if ttt.key_rank is None else ttt.key_rank
     self.gate_key = learned_from_zero(ttt.read_gate == "key", self.key_rank)
-    self.key_projection = None
-    if ttt.key_rank is not None:
-      shape = (model.d_ff, ttt.key_rank)
-      self.key_projection = normal_init(rngs.params(), shape, param_dtype, fan_in=model.d_ff)
+    projection = (model.d_ff, self.key_rank), param_dtype
+    self.key_projection = (
+      None if ttt.key_rank is None else normal_init(rngs.params(), *projection, fan_in=model.d_ff)
+    )
     self.ttt = ttt
     self.base_rate = ttt.inner_lr / model.d_ff if ttt.inner_lr_scale == "1/F" else ttt.inner_lr
     self.state_dtype = model.state_dtype

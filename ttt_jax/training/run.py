@@ -30,6 +30,7 @@ from ttt_jax.errors import UserError
 from ttt_jax.evaluation.heldout import check_evaluation, evaluate, evaluation_rows
 from ttt_jax.evaluation.plots import plot_by_position, plot_training
 from ttt_jax.files import write_json
+from ttt_jax.generation.pieces import row_shards
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.processes import is_main, on_every_process, on_main
@@ -82,11 +83,31 @@ def check_ready(config: Config, corpus: Corpus, mesh: Mesh) -> Int32[np.ndarray,
       f"train.profile={list(profile)} ends after the last step, train.steps={config.train.steps}: choose "
       "earlier steps, or null"
     )
+  _check_memory(config, mesh, (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))
   rows = evaluation_rows(config, corpus)
   check_evaluation(config, mesh)
   if config.eval.baseline:
     check_evaluation(config.without_ttt(), mesh)
   return rows
+
+
+def _check_memory(config: Config, mesh: Mesh, limit: int | None) -> None:
+  """Raises UserError if the sums of least squares alone are more than `limit` bytes, a device's memory.
+
+  A row's layer holds A and its factor, `[R, R]`, and D; layers are read one after another.
+  """
+  ttt = config.ttt
+  if limit is None or not ttt.layers or ttt.rule != "least_squares":
+    return
+  r = config.model.d_ff if ttt.key_rank is None else ttt.key_rank
+  rows = config.train.batch_size // config.train.accumulate // row_shards(mesh)
+  needed = rows * r * (2 * r + config.model.d_model) * 4
+  if needed > limit:
+    raise UserError(
+      f"the sums of ttt.rule='least_squares' take {needed / 2**30:.1f} GiB for {rows} rows with keys of "
+      f"{r} dimensions, and a device has {limit / 2**30:.1f} GiB: give a smaller ttt.key_rank, fewer rows "
+      "(train.batch_size, train.accumulate) or more devices"
+    )
 
 
 def _train_and_report(config, corpus, mesh, run_dir, rows, console) -> dict[str, Any] | None:
