@@ -4,6 +4,9 @@ import os
 import shutil
 import tempfile
 
+# Two workers share the cores: a factorisation whose threads wait for one another took 50 times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 import jaxtyping
 import pytest

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,9 @@ from ttt_jax.errors import UnsupportedError, UserError
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a command; a user's mistake is one line on stderr and exit status 2."""
   arguments = list(sys.argv[1:] if arguments is None else arguments)
+  # On a CPU, XLA factors and solves with scipy's library, which reads this when it is loaded. On cores
+  # that are also used by others, its threads wait for one another: 1.7 s for a matrix that takes one 0.03 s.
+  os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
   try:
     parsed = parse(arguments)
     with warnings.catch_warnings():
