@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a command; a user's mistake is one line on stderr and exit status 2."""
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   # On a CPU, XLA factors and solves with scipy's library, which reads this when it is loaded. On cores
-  # that are also used by others, its threads wait for one another: 1.7 s for a matrix that takes one 0.03 s.
+  # that others use too, its threads wait for one another: 1.7 s for a matrix that takes one thread 0.03 s.
   os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
   try:
     parsed = parse(arguments)
