@@ -44,11 +44,10 @@ PROJECTED = dataclasses.replace(TTT, key_rank=8)
   ("mesh", "ttt"),
   [
     ((1, 8), TTT),
-    ((2, 2, {"fsdp": 2}), TTT),
-    ((1, 2, {"tensor": 2}), TTT),
+    ((1, 2, {"fsdp": 2, "tensor": 2}), TTT),
     ((1, 2, {"fsdp": 2, "tensor": 2}), PROJECTED),
   ],
-  ids=["context", "fsdp", "tensor", "projected keys"],
+  ids=["context", "fsdp and tensor", "projected keys"],
 )
 def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh, ttt):
   rows, model = random_rows(4, 32), random_model(dataclasses.replace(MODEL, vocab_size=18), ttt=ttt)
@@ -78,8 +77,10 @@ def test_generation_is_the_forward_pass(ttt):
   prompts = [rng.integers(0, 17, n).tolist() for n in (9, 3, 14)]
   result = ttt_jax.generate(model, prompts, max_new_tokens=7)
   for row, length in zip(result.tokens, result.lengths, strict=True):
-    for end in range(length - 7, length):
-      assert int(jnp.argmax(model(jnp.asarray(row[None, :end]))[0, -1])) == row[end]
+    likeliest = jnp.argmax(
+      jax.jit(type(model).__call__)(model, jnp.asarray(row[None, :length])), -1
+    )
+    np.testing.assert_array_equal(likeliest[0, length - 8 : -1], row[length - 7 : length])
 
 
 def test_a_saved_state_reads_on(tmp_path):

@@ -74,13 +74,12 @@ def test_attention_is_cut_and_fast_weights_are_not():
   assert np.abs(after_cut(3, True) - after_cut(9, True)).max() > 1e-6
 
 
-@pytest.mark.parametrize("rule", ["sum", "least_squares"])
 @pytest.mark.parametrize(
-  "mesh",
+  ("mesh", "rule"),
   [
-    {"data": 1, "context": 8},
-    {"data": 2, "context": 2, "tensor": 2},
-    {"data": 1, "context": 4, "fsdp": 2},
+    ({"data": 1, "context": 8}, "sum"),
+    ({"data": 2, "context": 2, "tensor": 2}, "least_squares"),
+    ({"data": 1, "context": 4, "fsdp": 2}, "sum"),
   ],
   ids=str,
 )
@@ -98,12 +97,6 @@ def test_every_mesh_trains_alike(mesh, rule):
 
   one = trained(mesh_of(1, 1))
   np.testing.assert_allclose(trained(mesh_of(**mesh)), one, rtol=2e-4)
-  uncut = dataclasses.replace(config, data=DataConfig(seq_len=64))
-  config = uncut
-  step, state = jit_train_step(config, mesh_of(1, 1)), init_state(config, mesh_of(1, 1))
-  with jax.set_mesh(mesh_of(1, 1)):
-    _, metrics = step(state, put_batch(batches(1)[0], mesh_of(1, 1)))
-  assert abs(float(metrics["loss"]) - one[0][0]) > 1e-5  # the cuts count
 
 
 def test_stopped_and_resumed(tmp_path):
