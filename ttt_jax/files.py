@@ -39,6 +39,27 @@ def unfinished_path(path: Path) -> Path:
   return path.with_name(f".{path.name}.tmp")
 
 
+def load_text(path: str | Path) -> str:
+  """Returns the text of a UTF-8 file, without a byte order mark.
+
+  Raises:
+    UserError: the file cannot be opened, or is not UTF-8.
+  """
+  try:
+    return Path(path).read_text(encoding="utf-8-sig")
+  except OSError as error:
+    raise UserError(f"cannot read {path}: {error.strerror}") from error
+  except UnicodeDecodeError as error:
+    raise UserError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def check_new(path: str | Path) -> None:
+  """Raises UserError if `path` exists and is not an empty directory."""
+  path = Path(path).expanduser()
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    raise UserError(f"{path} exists already: nothing is written over it, give another path")
+
+
 def write_text(path: str | Path, text: str) -> None:
   """Writes a text file atomically."""
   with atomic_file(path) as unfinished:
@@ -71,9 +92,8 @@ def new_directory(path: str | Path) -> Iterator[Path]:
   Raises:
     UserError: `path` exists and is not an empty directory. Nothing has been written.
   """
+  check_new(path)
   path = Path(path).expanduser()
-  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-    raise UserError(f"{path} exists already: nothing is written over it, give another path")
   unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   unfinished.mkdir(parents=True)
   try:

@@ -234,3 +234,25 @@ def test_eval_of_two_models_is_refused(config, tmp_path, capsys):
   ):
     assert main(["eval", *words]) == 2
     assert f"--{name} is given, but {words[0]} is what is evaluated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "words", [("eval", "facts", "MODEL"), ("calibrate", "MODEL"), ("data", "facts", "OUT")], ids=str
+)
+def test_a_text_that_cannot_be_read_is_the_users_mistake(words, tmp_path, capsys):
+  """A missing file and one in another encoding are named before anything else is done."""
+  other = tmp_path / "other.txt"
+  other.write_bytes("prose".encode("utf-16"))
+  for path, message in ((tmp_path / "none.txt", "cannot read"), (other, "is not UTF-8 text")):
+    assert main([*words, "--text", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+  text = tmp_path / "text.txt"
+  text.write_text("\ufeffone line of prose\n", encoding="utf-8")
+  words = ["--documents", "3", "--facts", "1", "1", "--characters", "5", "--parts", "1"]
+  assert main(["data", "facts", str(tmp_path / "out"), "--text", str(text), *words]) == 0
+  written = (tmp_path / "out" / "facts.jsonl").read_text()
+  assert "one line of prose" in written
+  assert "ufeff" not in written

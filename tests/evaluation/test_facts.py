@@ -178,6 +178,13 @@ def test_calibrate_writes_what_it_chose(saved, tmp_path, capsys):
   assert score_facts(model, rows)["nats"] == pytest.approx(chosen["facts"]["nats"], rel=1e-3)
 
 
+def test_a_directory_that_exists_is_refused_before_the_search(saved, tmp_path, monkeypatch):
+  (tmp_path / "kept").write_text("mine")
+  monkeypatch.setattr("ttt_jax.extras.calibrate.open_tokenizer", None)  # nothing is opened
+  with pytest.raises(ttt_jax.UserError, match="exists already"):
+    calibrate(saved, SMALL, out=tmp_path)
+
+
 def test_a_memory_that_costs_too_much_is_refused(saved, tmp_path):
   config = dataclasses.replace(SMALL, max_loss_rise=-1.0)
   with pytest.raises(ttt_jax.UserError, match="no setting keeps the ordinary loss within -1"):

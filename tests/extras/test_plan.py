@@ -19,8 +19,9 @@ from ttt_jax.config import (
   TrainConfig,
   TTTConfig,
 )
-from ttt_jax.config.yaml import dump_config
-from ttt_jax.extras.plan import plan
+from ttt_jax.config.yaml import dump_config, make_config
+from ttt_jax.errors import UserError
+from ttt_jax.extras.plan import command, plan
 from ttt_jax.extras.plan.command import swept_meshes
 from ttt_jax.extras.plan.planner import _too_large
 from ttt_jax.extras.plan.topology import Topology, open_topology
@@ -217,6 +218,37 @@ def test_mistakes_are_one_line(config_file, words, message, monkeypatch, capsys)
   error = capsys.readouterr().err
   assert message in error
   assert error.startswith("ttt-jax plan: ")
+
+
+SHAPES = {
+  "vocab_size": 256,
+  "num_layers": 4,
+  "d_model": 96,
+  "d_ff": 288,
+  "num_heads": 4,
+  "num_kv_heads": 4,
+}
+
+
+def test_a_checkpoint_that_is_not_here_needs_all_shapes(monkeypatch):
+  """A shape at its default counts if it is given; one that is not given is never assumed."""
+  assert {name: getattr(ModelConfig(), name) for name in SHAPES} == SHAPES
+  resolved = []
+  monkeypatch.setattr(command, "resolve", lambda config, devices: resolved.append(config) or config)
+  monkeypatch.setattr(command, "plan", lambda *_, **options: None)
+
+  def planned(shapes):
+    config = make_config({"init_from": "somebody/model", "model": shapes})
+    unchecked = getattr(command._plan, "__wrapped__", command._plan)
+    return unchecked(config, "v5e:2x2", "train", 1)
+
+  planned(SHAPES)
+  assert resolved[0].init_from is None
+  assert resolved[0].model == ModelConfig()
+  for name in SHAPES:
+    rest = {other: value for other, value in SHAPES.items() if other != name}
+    with pytest.raises(UserError, match=rf"somebody/model.* does not give model\.{name}:"):
+      planned(rest)
 
 
 with_libtpu = pytest.mark.skipif(

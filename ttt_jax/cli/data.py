@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ttt_jax.cli.shared import add_command, add_ruler_samples, from_flags
+from ttt_jax.files import load_text
 
 _PREPARE_EPILOG = """For example:
   ttt-jax data prepare "books/**/*.parquet" data/books --tokenizer models/smollm2
@@ -139,7 +140,7 @@ def _run_facts(parsed: argparse.Namespace) -> None:
     characters=parsed.characters,
     seed=parsed.seed,
   )
-  prose = "" if parsed.text is None else parsed.text.read_text(encoding="utf-8-sig")
+  prose = "" if parsed.text is None else load_text(parsed.text)
   print(f"written: {write_documents(parsed.destination, config, prose=prose)}")
 
 

@@ -14,6 +14,7 @@ from ttt_jax.cli.shared import (
   given_model_fields,
 )
 from ttt_jax.config import DTYPES
+from ttt_jax.files import load_text
 
 _EVAL_EPILOG = """For example:
   ttt-jax eval runs/quickstart --eval.seq_len 8192 --eval.documents 16
@@ -187,7 +188,7 @@ def _run_facts(parsed: argparse.Namespace) -> None:
   run_facts(
     parsed.model,
     from_flags(FactsConfig, parsed),
-    text=None if parsed.text is None else parsed.text.read_text(),
+    text=None if parsed.text is None else load_text(parsed.text),
     fields=given_model_fields(parsed),
     dtype=parsed.dtype,
     out=parsed.out,

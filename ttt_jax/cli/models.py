@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ttt_jax.cli.shared import MODEL_FIELDS, add_command, from_flags, given_model_fields
 from ttt_jax.config import DTYPES
+from ttt_jax.files import load_text
 
 SOURCE = "a Hugging Face directory, a .gguf file (any part of a split one), or a run directory"
 
@@ -122,6 +123,6 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
 def _run_calibrate(parsed: argparse.Namespace) -> None:
   from ttt_jax.extras.calibrate import CalibrationConfig, calibrate
 
-  text = None if parsed.text is None else parsed.text.read_text()
+  text = None if parsed.text is None else load_text(parsed.text)
   config = from_flags(CalibrationConfig, parsed)
   calibrate(parsed.model, config, text=text, out=parsed.out, dtype=parsed.dtype)

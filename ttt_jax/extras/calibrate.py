@@ -29,7 +29,7 @@ from ttt_jax.data.facts import FactRow, help_topics, make_rows
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.facts import score_facts
 from ttt_jax.evaluation.plots import plot_calibration
-from ttt_jax.files import write_json
+from ttt_jax.files import check_new, write_json
 from ttt_jax.nn.fast_mlp import LOG_SCALE
 from ttt_jax.nn.transformer import Transformer
 
@@ -194,10 +194,12 @@ def calibrate(
     their loss), and the `gain` in right answers.
 
   Raises:
-    UserError: the text is too short; no setting keeps the ordinary loss.
+    UserError: the text is too short; no setting keeps the ordinary loss; `out` exists already.
   """
   config = CalibrationConfig() if config is None else config
   console = Console() if console is None else console
+  if out is not None:
+    check_new(out)
   path = local_path(path)
   started = time.perf_counter()
   tokenizer = open_tokenizer(path)

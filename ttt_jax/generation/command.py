@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -11,6 +10,7 @@ from ttt_jax.checkpoints.open import open_model, open_tokenizer
 from ttt_jax.checkpoints.sections import Fields
 from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.errors import UserError
+from ttt_jax.files import load_text
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import Generation, Stream, generate
 from ttt_jax.generation.sampling import stop_tokens
@@ -55,7 +55,7 @@ def run(parsed: argparse.Namespace, fields: Fields) -> None:
 
 
 def _prompts(parsed: argparse.Namespace) -> list[str]:
-  prompts = [*parsed.prompt, *(_load_text(path) for path in parsed.prompt_file)]
+  prompts = [*parsed.prompt, *(load_text(path) for path in parsed.prompt_file)]
   if not prompts and not sys.stdin.isatty():
     prompts = [_stdin_text()]
   if not prompts:
@@ -72,15 +72,6 @@ def _stdin_text() -> str:
     raise UserError(f"the piped text is not valid {sys.stdin.encoding}: {error}") from error
 
 
-def _load_text(path: Path) -> str:
-  try:
-    return path.read_text(encoding="utf-8-sig")
-  except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror}") from error
-  except UnicodeDecodeError as error:
-    raise UserError(f"{path} is not UTF-8 text: {error}") from error
-
-
 def _start(
   parsed: argparse.Namespace,
   model: Reader,
@@ -95,7 +86,7 @@ def _start(
     return None
   if not model.ttt.layers:
     raise UserError(f"--learn: {parsed.model} has no fast weights to learn with; see --ttt.layers")
-  text = _encode(tokenizer, _load_text(parsed.learn))
+  text = _encode(tokenizer, load_text(parsed.learn))
   result = generate(model, [text] * rows, max_new_tokens=0)
   _say(console, f"learned {parsed.learn}: {len(text)} tokens in {result.read_seconds:.1f} s")
   return result.state.fast_weights_only()

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.checkpoints.resolve import resolve
-from ttt_jax.config import Config, MeshConfig, ModelConfig
+from ttt_jax.config import Config, MeshConfig
+from ttt_jax.config.given import given_fields
 from ttt_jax.errors import UserError
 from ttt_jax.extras.plan.planner import Mode, Plan, plan
 from ttt_jax.extras.plan.topology import open_topology
@@ -58,13 +59,18 @@ def run(
   return 0 if planned.fits else 1
 
 
+# Without a checkpoint, a plan for another model's shapes would say nothing of it.
+_SHAPES = ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads")
+
+
 def _plan(config: Config, topology: str, mode: Mode, devices: int) -> Plan:
   """Plans with the shapes of the config's `model` section if the checkpoint of `init_from` is not here."""
   if config.init_from is not None and not Path(config.init_from).expanduser().exists():
-    if config.model.d_model == ModelConfig().d_model:
+    missing = [name for name in _SHAPES if name not in given_fields(config.model)]
+    if missing:
       raise UserError(
-        f"init_from={config.init_from!r} does not exist here, and the config's section model does not give "
-        "its shapes: set them (model.d_model and so on), or download the checkpoint"
+        f"init_from={config.init_from!r} does not exist here, and the config does not give "
+        f"{', '.join(f'model.{name}' for name in missing)}: give its shapes, or download the checkpoint"
       )
     config = dataclasses.replace(config, init_from=None)
   return plan(resolve(config, devices), topology, mode=mode)
