@@ -220,7 +220,7 @@ def test_logits_and_stats_do_not_depend_on_the_mesh(mesh):
   assert relative_error(actual, expected) < 1e-5
   for name in ("output_ratio", "inner_lr"):
     assert relative_error(getattr(stats, name), getattr(expected_stats, name)) < 1e-5
-  # Of the last chunks of the shards, which on one device is another sample.
+  # This ratio is of the last chunks of the shards, which on one device is another sample.
   assert stats.update_ratio.shape == (2,)
   assert np.all(stats.update_ratio > 0.2 * expected_stats.update_ratio)
 

@@ -1,4 +1,4 @@
-"""`implementation="associative"`: `jax.lax.associative_scan` over the chunks of a device."""
+"""`implementation="associative"`: runs `jax.lax.associative_scan` over the chunks of a device."""
 
 import jax.numpy as jnp
 from jax import lax

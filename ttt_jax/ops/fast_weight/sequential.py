@@ -38,7 +38,7 @@ from ttt_jax.ops.update import (
 
 
 class Outputs(NamedTuple):
-  """The outputs of `sequential`.
+  """Holds the outputs of `sequential`.
 
   Attributes:
     y: R; with a W instead `Z (W + S)`, in z's dtype.
@@ -299,7 +299,7 @@ def _cotangent_of_later_shards(chunks, exchange, factors, d_y, g_out):
 
 
 class _Forwards(NamedTuple):
-  """The carry of the pass in the order of the chunks; `tangent` and `d_decay` are used with a decay."""
+  """Holds the carry of the pass in the chunks' order; `tangent` and `d_decay` are used with a decay."""
 
   s: Float[Array, "B F D"]
   tangent: Float[Array, "B F D"] | None
@@ -341,7 +341,7 @@ def _forwards_pass(chunks, w, rule, factors, d_y) -> _Forwards:
 
 
 class _Backwards(NamedTuple):
-  """The carry of the pass against the order of the chunks; `dw` is None where dW follows from G."""
+  """Holds the carry of the pass against the chunks' order; `dw` is None where dW follows from G."""
 
   g: Float[Array, "B F D"]
   dw: Float[Array, "F D"] | None
