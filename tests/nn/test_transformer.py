@@ -20,15 +20,8 @@ from helpers import (
 
 from ttt_jax.config import AttentionConfig, TTTConfig
 from ttt_jax.nn.layers import rotary_angles
-from ttt_jax.nn.transformer import (
-  Group,
-  LayerKind,
-  LayerStack,
-  Transformer,
-  group_layers,
-  layer_kinds,
-  next_token_logits,
-)
+from ttt_jax.nn.stacking import Group, LayerKind, LayerStack, group_layers, layer_kinds
+from ttt_jax.nn.transformer import Transformer, next_token_logits
 from ttt_jax.ops.documents import number_documents
 from ttt_jax.parallel.mesh import sharding
 
