@@ -187,6 +187,9 @@ def _sequential_fwd(chunks, w, rule, exchange, sample_places):
   factors = keep_factors(chunks, rule)
   total = None
   if exchange is not None:
+    # Local result: what this device's chunks add to the state. Missing term: what the chunks of earlier
+    # shards wrote. So each shard sends its total, (keep, delta), once, and starts from the exclusive
+    # prefix of these, applied to the state before the whole sequence.
     total = _total(chunks, factors, rule)
     s = incoming_state(total, s, exchange)
   s_in = s
