@@ -38,8 +38,15 @@ from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.parallel.mesh import constrain, over_shards, positions
 from ttt_jax.parallel.parameters import GATHERED, gathered
 
-# What remat saves of a layer for the backward pass, by `model.remat`. The state from other shards is always
-# saved, so that the backward pass does not exchange it again; gathered parameters never are.
+# What remat saves of a layer for the backward pass, by `model.remat`. These files set the names:
+#   INCOMING_STATE  the state from other shards (ops/exchange/prefix.py); always saved, so that the
+#                   backward pass does not exchange it again
+#   PROJECTED       outputs of projections and mixers (nn/attention.py, nn/mlp.py,
+#                   extras/baselines/layers.py)
+#   GATHERED        parameters gathered over fsdp (parallel/parameters.py); never saved
+# `jax.checkpoint` without a policy recomputes scores, solves or logits piece by piece in
+# ops/attention/local.py, ops/fast_weight/dual.py, ops/fast_weight/least_squares/kernel.py,
+# extras/baselines/ops.py and nn/loss.py.
 _REMAT_POLICIES = {
   "layer": jax.checkpoint_policies.save_only_these_names(INCOMING_STATE),
   "minimal": jax.checkpoint_policies.save_only_these_names(INCOMING_STATE, PROJECTED),
