@@ -144,6 +144,10 @@ def largest_error(actual, expected):
   return max((error, jax.tree_util.keystr(path)) for path, error in paths)
 
 
+def test_the_file_is_short():
+  assert len(PATH.read_text().splitlines()) <= 250
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4)], ids=["1 device", "data 2 x context 4"])
 def test_loss_and_every_gradient_are_the_librarys(case, shape):
   params, tokens, labels, expected_loss, expected = case

@@ -1,4 +1,4 @@
-"""ttt_jax: language models that learn while they read.
+"""ttt_jax trains and runs language models that learn while they read.
 
 In-Place Test-Time Training (Feng et al., ICLR 2026, arXiv 2604.06169) in JAX makes the down projections of
 gated MLPs fast weights, updated chunk by chunk along the sequence. The ops are pure functions on arrays and

@@ -1,11 +1,10 @@
-"""One training step of a decoder with a fast weight, over a mesh of `data` x `context`, in plain JAX.
+"""Trains a decoder with a fast weight one step, over a mesh of `data` x `context`, in plain JAX.
 
     python notebooks/guides/one_step.py      # eight CPU devices, less than half a minute
 
-The whole step, from tokens to updated parameters, runs inside one `jax.shard_map`: every array is
-what one device holds, of the batch B rows and T contiguous tokens of each. The four lines marked
-COLLECTIVE, and their transposes, are all the communication. `tests/test_one_step.py` holds it to
-the library.
+The whole step, from tokens to updated parameters, runs inside one `jax.shard_map`: an array is what
+one device holds, of the batch B rows and T contiguous tokens of each. The four lines marked
+COLLECTIVE and their transposes are all communication. `tests/test_one_step.py` holds it to the library.
 
 The library also has packed documents (`segment_ids`), cheaper exchanges
 (`ttt_jax.exclusive_prefix`), attention that never forms its scores, a backward pass that keeps one
@@ -46,7 +45,7 @@ class Config:
 
 
 def init(key: jax.Array, c: Config) -> dict:
-  """The parameters: a dict, and in it a list with a dict per layer. Every device holds all of them."""
+  """Returns the parameters: a dict, in it a list with a dict per layer. Every device holds all."""
   keys = iter(jax.random.split(key, 1 + 7 * c.layers))
 
   def normal(fan_in, *shape):
@@ -73,7 +72,7 @@ def rms_normalize(x, c):
 
 
 def rotate(x, positions, c):
-  """Rotary positions: the channel pair (i, i + K/2) turns by `position * theta^(-2i/K)`."""
+  """Turns the channel pair (i, i + K/2) by `position * theta^(-2i/K)`."""
   frequencies = c.theta ** (jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim)
   angles = (positions[:, None] / frequencies)[:, None]  # [T, 1, K/2], the same for all heads
   cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -112,7 +111,7 @@ def gated(p, h):
 
 
 def targets(p, embeddings, c):
-  """V, what the fast weight is asked to predict: a convolution over the tokens around, projected.
+  """Returns V, what the fast weight is to predict: a convolution over the tokens around, projected.
 
   It looks ahead, but never beyond its chunk. A shard holds whole chunks, so nothing is missing.
   """
@@ -178,7 +177,7 @@ def block(p, x, embeddings, c):
 
 
 def local_loss(params, tokens, labels, c):
-  """The part of this device's tokens in the mean loss of the batch, in nats per token."""
+  """Returns the part of this device's tokens in the mean loss of the batch, in nats per token."""
   embeddings = x = params["table"][tokens]
   for p in params["layers"]:
     x = block(p, x, embeddings, c)
@@ -189,7 +188,7 @@ def local_loss(params, tokens, labels, c):
 
 
 def loss_and_gradients(params, tokens, labels, c):
-  """The mean loss over all devices and its gradients, the same on every device.
+  """Returns the mean loss over all devices and its gradients, the same on every device.
 
   `pcast` lets a device's gradient differ from the others' (it sends nothing): without it, JAX would
   sum them unseen. What a device's numbers do to the loss of others comes back through the transposes
@@ -205,7 +204,7 @@ def loss_and_gradients(params, tokens, labels, c):
 
 
 def adam(params, gradients, moments, step, c, b1=0.9, b2=0.999, eps=1e-8):
-  """Adam. All devices have the same gradients and compute the same update: nothing to exchange."""
+  """Applies Adam. All devices have equal gradients and compute one update: nothing is exchanged."""
   first = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, moments[0], gradients)
   second = jax.tree.map(lambda m, g: b2 * m + (1 - b2) * g * g, moments[1], gradients)
 
@@ -216,7 +215,7 @@ def adam(params, gradients, moments, step, c, b1=0.9, b2=0.999, eps=1e-8):
 
 
 def make_step(mesh: Mesh, c: Config):
-  """The jitted step: `(params, moments, step, tokens, labels) -> (loss, params, moments)`."""
+  """Returns the jitted step: `(params, moments, step, tokens, labels) -> (loss, params, moments)`."""
 
   def step_on_device(params, moments, step, tokens, labels):
     loss, gradients = loss_and_gradients(params, tokens, labels, c)

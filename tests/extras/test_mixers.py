@@ -28,7 +28,8 @@ from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
 from ttt_jax.generation.state import load_state
 from ttt_jax.nn.loss import mean_loss, model_losses
-from ttt_jax.nn.transformer import LayerKind, Transformer, count_parameters, layer_kinds
+from ttt_jax.nn.stacking import LayerKind, layer_kinds
+from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.parallel.mesh import sharding
 from ttt_jax.parallel.parameters import shardings
 from ttt_jax.parallel.trees import named_leaves

@@ -20,15 +20,8 @@ from helpers import (
 
 from ttt_jax.config import AttentionConfig, TTTConfig
 from ttt_jax.nn.layers import rotary_angles
-from ttt_jax.nn.transformer import (
-  Group,
-  LayerKind,
-  LayerStack,
-  Transformer,
-  group_layers,
-  layer_kinds,
-  next_token_logits,
-)
+from ttt_jax.nn.stacking import Group, LayerKind, LayerStack, group_layers, layer_kinds
+from ttt_jax.nn.transformer import Transformer, next_token_logits
 from ttt_jax.ops.documents import number_documents
 from ttt_jax.parallel.mesh import sharding
 
@@ -220,7 +213,7 @@ def test_logits_and_stats_do_not_depend_on_the_mesh(mesh):
   assert relative_error(actual, expected) < 1e-5
   for name in ("output_ratio", "inner_lr"):
     assert relative_error(getattr(stats, name), getattr(expected_stats, name)) < 1e-5
-  # Of the last chunks of the shards, which on one device is another sample.
+  # This ratio is of the last chunks of the shards, which on one device is another sample.
   assert stats.update_ratio.shape == (2,)
   assert np.all(stats.update_ratio > 0.2 * expected_stats.update_ratio)
 

@@ -409,7 +409,7 @@ def test_bad_input():
 
 
 def test_many_solves_at_once():
-  """Of rows and devices: LAPACK's threads do not wait for one another (jaxlib 0.10, two cores)."""
+  """LAPACK's threads do not wait for those of other rows and devices (jaxlib 0.10, two cores)."""
   rng = np.random.default_rng(0)
   z = jnp.asarray(rng.normal(size=(4, 256, 96)), jnp.float32)
   v = jnp.asarray(rng.normal(size=(4, 256, 4)), jnp.float32)

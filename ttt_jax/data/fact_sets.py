@@ -1,4 +1,4 @@
-"""The words of made facts: kinds of facts, their templates and answers, and whom they are about.
+"""Holds the words of made facts: kinds of facts, their templates and answers, and whom they are about.
 
 Three sets have no template, name or answer in common: "training" to learn from, "calibration" to choose
 with, "evaluation" to report. None of them has a template of RULER's.
@@ -13,7 +13,7 @@ from ttt_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """A kind of fact: its templates, which end before the answer, and the answers, or how many digits.
+  """Holds a kind of fact: its templates, which end before the answer, and the answers or their digits.
 
   Each of an answer's random digits is a question of its own.
   """
@@ -25,7 +25,7 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-  """One fact: the sentence up to its answer, the answer with the space before it, and its kind."""
+  """Holds a fact: the sentence up to its answer, the answer with the space before it, and its kind."""
 
   prefix: str
   answer: str
@@ -33,19 +33,19 @@ class Fact:
 
   @property
   def text(self) -> str:
-    """The whole sentence and the end of its line."""
+    """Returns the whole sentence and the end of its line."""
     return f"{self.prefix}{self.answer}.\n"
 
 
 @dataclasses.dataclass(frozen=True)
 class FactSet:
-  """Kinds of facts and those whom they are about."""
+  """Holds kinds of facts and those whom they are about."""
 
   kinds: tuple[Kind, ...]
   subjects: tuple[str, ...]
 
   def draw(self, rng: random.Random, count: int, kinds: Sequence[str] | None = None) -> list[Fact]:
-    """`count` facts, no two about the same subject with the same kind.
+    """Draws `count` facts, no two about the same subject with the same kind.
 
     Raises:
       UserError: more facts than there are, or a kind that there is not.

@@ -1,4 +1,4 @@
-"""Rows and documents of made facts: what a reader can only know if it remembers the text.
+"""Makes rows and documents of made facts: what a reader can only know if it remembers the text.
 
 A row states facts, between prose if there is any, and states them again in another order. The answer of a
 fact ends its sentence, so that every answer of the second half is a question to the first. Documents for
@@ -20,7 +20,7 @@ _FILE = "facts.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class FactRow:
-  """A row of two halves of equal length: facts, and the same facts in another order.
+  """Holds a row of two halves of equal length: facts, and the same facts in another order.
 
   Attributes:
     tokens: of both halves, filled up with `filling`.
@@ -45,7 +45,7 @@ def make_row(
   rng: random.Random,
   prose: Sequence[int] = (),
 ) -> FactRow:
-  """A row of `2 half` tokens.
+  """Returns a row of `2 half` tokens.
 
   Args:
     facts: those that the row states.
@@ -101,7 +101,7 @@ def make_rows(
   prose: Sequence[int] = (),
   kinds: Sequence[str] | None = None,
 ) -> list[FactRow]:
-  """Rows with facts of a set, each with its own facts and, if there is prose, its own part of it.
+  """Makes rows with facts of a set, each with its own facts and, if there is prose, its own part of it.
 
   Args:
     name: a set of `ttt_jax.data.fact_sets`.
@@ -206,7 +206,7 @@ def write_documents(
 
 
 def help_topics() -> str:
-  """The topics of Python's own help: ordinary prose that every installation has."""
+  """Returns the topics of Python's own help: ordinary prose that every installation has."""
   from pydoc_data.topics import topics
 
   return "\n\n".join(topics[name] for name in sorted(topics))

@@ -10,7 +10,7 @@ _UNIT = 1 << 40  # shares are whole numbers of 2^-40: exact at any place, on any
 class Interleave:
   """Maps place k of the interleaved order to (order, place in that order), without the places before k.
 
-  Of the first k places, order 0 takes k - floor((k rest + phase) / total), where `rest` is the sum of the
+  Order 0 takes k - floor((k rest + phase) / total) of the first k places, where `rest` is the sum of the
   later shares; the later orders divide the remaining places in the same way. So no order is ever more than
   one place off its share. A seed draws the phases; without a seed they are total / 2.
   """

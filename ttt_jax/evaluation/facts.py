@@ -161,7 +161,7 @@ def _print(report: dict[str, Any], console: Console) -> None:
 def _answers(
   model: Transformer, tokens: Int[Array, "B T"], attention: Int[Array, "B T"], *, update: bool
 ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
-  """Nats of every token but the first, and whether the model's likeliest token is it."""
+  """Returns the nats of every token but the first, and whether the model's likeliest token is it."""
   logits = model(tokens, jnp.ones_like(tokens), attention, update=update)[:, :-1]
   nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=2)[..., 0]
   return nats, jnp.argmax(logits, axis=-1) == tokens[:, 1:]

@@ -1,4 +1,4 @@
-"""Progress displays of training and evaluation: a bar on a terminal, a line now and then elsewhere."""
+"""Shows the progress of training and evaluation: a bar on a terminal, a line now and then elsewhere."""
 
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ _LINES = 20  # lines of a whole training run where no bar can be drawn
 
 
 class _Display:
-  """The bar on a terminal, shown inside a `with`: how much is done, a `status`, and the time left."""
+  """Shows a bar on a terminal inside a `with`: how much is done, a `status`, and the time left."""
 
   def __init__(self, title: str, total: int, *, console: Console, done: int = 0, status: str = ""):
     self._console = console

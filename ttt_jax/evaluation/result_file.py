@@ -55,7 +55,7 @@ class ResultFile:
     return _encode(key) in self._results
 
   def __iter__(self) -> Iterator[tuple]:
-    """The keys, in the order of their results."""
+    """Yields the keys, in the order of their results."""
     return (tuple(json.loads(name)) for name in self._results)
 
   def __getitem__(self, key: tuple) -> Any:

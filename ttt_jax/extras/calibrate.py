@@ -83,7 +83,7 @@ _GATES = (None, (0.9, 50.0), (0.95, 80.0), (0.98, 150.0))
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """One way to read, of one layer."""
+  """Says how one layer reads."""
 
   layer: int
   read_scale: float
@@ -112,7 +112,7 @@ class Setting:
 
 
 class _Models:
-  """A model with a memory in some layers, made once for each of its ridges; scales and gates are set."""
+  """Holds models with a memory in some layers, one per ridge; scales and gates are set."""
 
   def __init__(self, path: Path, config: CalibrationConfig, dtype: str | None):
     self._path, self._config, self._dtype = path, config, dtype

@@ -24,7 +24,7 @@ from ttt_jax.parallel.mesh import Axes, constrain, context_size, over_shards
 
 
 class SolvedSums(NamedTuple):
-  """The state of least squares with the factor of its system, which every token's read needs.
+  """Holds the state of least squares with the factor of its system, which every token's read needs.
 
   Attributes:
     a, d: the sums, see `ttt_jax.ops.fast_weight.least_squares.sums`.

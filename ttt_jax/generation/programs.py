@@ -1,4 +1,4 @@
-"""The compiled programs of `generate`: `prefill` reads a piece of the prompts, `write` makes new tokens.
+"""Compiles the programs of `generate`: `prefill` reads a piece of the prompts, `write` makes new tokens.
 
 A third, `learn`, runs when a row's chunk is full. All three take the cache and return the new one.
 """

@@ -90,7 +90,7 @@ class MlpStats(NamedTuple):
 
 
 class LeastSquaresMlpStats(NamedTuple):
-  """The same of a fast weight of least squares, whose update is `K^T V` and whose state is D.
+  """Compares a fast weight of least squares with W: its update is `K^T V`, its state is D.
 
   Attributes:
     update_ratio, state_ratio, output_ratio, decay: as in `MlpStats`.

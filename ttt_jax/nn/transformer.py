@@ -1,13 +1,12 @@
 """Implements a decoder of the Llama / Qwen kind in which any MLP can have fast weights.
 
-Layers of one kind are stacked and scanned, and so are repeated patterns of stacks: `group_layers` finds the
-shortest program for any choice of layers, so that compile time grows with the number of distinct layers,
-not with the depth.
+Layers of one kind are stacked and scanned, and so are repeated patterns of stacks (`stacking.py`), so that
+compile time grows with the number of distinct layers, not with the depth.
 """
 
 import itertools
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,76 +31,22 @@ from ttt_jax.nn.layers import (
 )
 from ttt_jax.nn.mixers import find_mixer
 from ttt_jax.nn.mlp import Mlp
+from ttt_jax.nn.stacking import LayerKind, group_layers, layer_kinds
 from ttt_jax.ops.documents import check_segment_ids, number_documents
 from ttt_jax.ops.exchange.prefix import INCOMING_STATE
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.parallel.mesh import constrain, over_shards, positions
 from ttt_jax.parallel.parameters import GATHERED, gathered
 
-
-class LayerKind(NamedTuple):
-  """Identifies layers whose parameters have equal shapes and can be stacked."""
-
-  ttt: bool
-  window: int | None  # of attention, in tokens
-  mixer: str = "attention"
-
-
-class LayerStack(NamedTuple):
-  """Describes `length` consecutive layers of one kind."""
-
-  kind: LayerKind
-  length: int
-
-
-class Group(NamedTuple):
-  """Describes the stacks of `pattern`, repeated `repeats` times."""
-
-  pattern: tuple[LayerStack, ...]
-  repeats: int
-
-
-def layer_kinds(
-  model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig
-) -> tuple[LayerKind, ...]:
-  """Returns the kind of each layer, from the first to the last."""
-  return tuple(
-    LayerKind(
-      ttt=layer in ttt.layers,
-      window=None if layer in attention.full_layers or mixer != "attention" else attention.window,
-      mixer=mixer,
-    )
-    for layer, mixer in enumerate(map(attention.mixer_of, range(model.num_layers)))
-  )
-
-
-def group_layers(kinds: tuple[LayerKind, ...]) -> tuple[Group, ...]:
-  """Divides the layers into repeated patterns of stacks, so that the program has as few stacks as possible.
-
-  `best[j]` is the cheapest division of the first j layers: the fewest stacks, then the fewest groups. Its
-  last group covers layers i to j-1 with some period p that divides j - i.
-  """
-  best: list[tuple[int, int, tuple[Group, ...]]] = [(0, 0, ())]
-  for j in range(1, len(kinds) + 1):
-    candidates = []
-    for i in range(j):
-      length = j - i
-      for p in (p for p in range(1, length + 1) if length % p == 0):
-        period = kinds[i : i + p]
-        if kinds[i:j] == period * (length // p):
-          stacks, groups, division = best[i]
-          pattern = tuple(
-            LayerStack(kind, len(list(same))) for kind, same in itertools.groupby(period)
-          )
-          group = Group(pattern, length // p)
-          candidates.append((stacks + len(pattern), groups + 1, (*division, group)))
-          break  # a longer period of the same layers has more stacks
-    best.append(min(candidates, key=lambda candidate: candidate[:2]))
-  return best[-1][2]
-
-
-# What remat saves of a layer for the backward pass, by `model.remat`. The state from other shards is always
-# saved, so that the backward pass does not exchange it again; gathered parameters never are.
+# What remat saves of a layer for the backward pass, by `model.remat`. These files set the names:
+#   INCOMING_STATE  the state from other shards (ops/exchange/prefix.py); always saved, so that the
+#                   backward pass does not exchange it again
+#   PROJECTED       outputs of projections and mixers (nn/attention.py, nn/mlp.py,
+#                   extras/baselines/layers.py)
+#   GATHERED        parameters gathered over fsdp (parallel/parameters.py); never saved
+# `jax.checkpoint` without a policy recomputes scores, solves or logits piece by piece in
+# ops/attention/local.py, ops/fast_weight/dual.py, ops/fast_weight/least_squares/kernel.py,
+# extras/baselines/ops.py and nn/loss.py.
 _REMAT_POLICIES = {
   "layer": jax.checkpoint_policies.save_only_these_names(INCOMING_STATE),
   "minimal": jax.checkpoint_policies.save_only_these_names(INCOMING_STATE, PROJECTED),

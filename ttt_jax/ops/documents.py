@@ -1,4 +1,4 @@
-"""Documents in packed rows: the meaning of `segment_ids`, and the masks that chunks get from them.
+"""Handles documents in packed rows: the meaning of `segment_ids`, and the masks that chunks get from them.
 
 `segment_ids [B, T]` name each token's document; neighbouring documents differ and 0 is padding. So a
 document is a stretch of equal ids: the same id later in the row names another document.
@@ -15,7 +15,7 @@ from ttt_jax.ops.manual import from_previous_shard, shard_count
 
 
 class ChunkMasks(NamedTuple):
-  """The masks that say which tokens read and write the state. R tokens follow the last full chunk.
+  """Holds the masks that say which tokens read and write the state. R tokens follow the last full chunk.
 
   Attributes:
     reads: the token belongs to the document whose state enters its chunk: it sees the state.

@@ -1,4 +1,4 @@
-"""The speed of devices, and the device for which a program is traced."""
+"""Holds the speed of devices, and finds the device for which a program is traced."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from ttt_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-  """The published rates of a chip.
+  """Holds the published rates of a chip.
 
   Attributes:
     name: short name, such as "v5p". kind: the beginning of `jax.Device.device_kind`.

@@ -1,4 +1,4 @@
-"""Linear maps with a transpose of their own, differentiable in forward and in reverse mode.
+"""Makes linear maps with a transpose of their own, differentiable in forward and in reverse mode.
 
 They are JAX primitives because `jax.custom_vjp` has no forward mode and
 `jax.custom_derivatives.linear_call` no `vmap`.

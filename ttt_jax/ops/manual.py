@@ -1,4 +1,4 @@
-"""Helpers for code inside `jax.shard_map`: axis sizes, neighbours, varying axes.
+"""Helps code inside `jax.shard_map`: axis sizes, neighbours, varying axes.
 
 A shard is what one device of a mesh axis holds. Varying axes are the mesh axes over which an array differs
 between devices; `jax.shard_map` tracks them with `check_vma=True`.

@@ -1,4 +1,4 @@
-"""The dtype of sums, products with that dtype, and masks that also stop NaN and infinities.
+"""Chooses the dtype of sums, multiplies with that dtype, and masks so that NaN and infinities stop too.
 
 A mask is a select, not a factor of 0: `0 * nan` is NaN, so that a factor would let a NaN of one document
 reach the others. A select before a product keeps masked values out of its sums; a select after the product

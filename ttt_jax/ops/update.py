@@ -1,4 +1,4 @@
-"""The associative operator of In-Place Test-Time Training: updates of a state, and their composition.
+"""Defines the associative operator of In-Place Test-Time Training: a state's updates, composed.
 
 `exchange/collectives.py` composes updates of several devices with the same operator.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 
 class Update(NamedTuple):
-  """The affine map `S -> keep * S + delta` on a fast-weight state S.
+  """Holds the affine map `S -> keep * S + delta` on a fast-weight state S.
 
   `keep [*B]` is 1 for the paper's plain sum, the decay `a` when the state decays, 0 for a reset;
   `delta [*B, *S]` is the chunk's update. The dimensions of `keep` are the leading ones of `delta`.
@@ -102,7 +102,7 @@ def prefix_weights(keeps: Float[Array, "N B"], reverse: bool = False) -> Float[A
 
 
 class Clip(NamedTuple):
-  """The clip factor `r = min(1, tau / |U|_F)` of a chunk's update U, and `norm = |U|_F`."""
+  """Holds the clip factor `r = min(1, tau / |U|_F)` of a chunk's update U, and `norm = |U|_F`."""
 
   r: Float[Array, "*B"]
   norm: Float[Array, "*B"]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ttt_jax.config import AttentionConfig, Config, ModelConfig, TTTConfig
 from ttt_jax.nn.mixers import find_mixer
-from ttt_jax.nn.transformer import LayerKind, layer_kinds
+from ttt_jax.nn.stacking import LayerKind, layer_kinds
 
 
 class Flops(NamedTuple):

@@ -46,9 +46,9 @@ def _trains(model: Transformer, trainable: str) -> Callable[[str], bool]:
   chosen = {
     f"groups/{g}/{p}/mlp/{name}/value"
     for g, (pattern, _) in enumerate(model.stacking)
-    for p, run in enumerate(pattern)
+    for p, stack in enumerate(pattern)
     for name in _NAMES[trainable]
-    if run.kind.ttt
+    if stack.kind.ttt
   }
   return chosen.__contains__
 

@@ -1,1 +1,1 @@
-"""Attention over the shards of a sequence, and its kernels."""
+"""Computes attention over the shards of a sequence, with several kernels."""

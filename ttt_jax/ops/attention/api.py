@@ -1,4 +1,4 @@
-"""Causal attention over packed rows and contiguous shards, without ever making a `[T, T]` array.
+"""Computes causal attention over packed rows and contiguous shards, without making a `[T, T]` array.
 
 `attention` checks its arguments and chooses an implementation: cuDNN's kernel on GPU (`cudnn.py`), splash
 attention on TPU (`splash.py`), plain XLA anywhere (`blockwise.py`; `local.py` for short windows).

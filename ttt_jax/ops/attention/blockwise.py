@@ -1,4 +1,4 @@
-"""Causal attention of queries at any positions of a row to all of its keys, block by block, in plain XLA.
+"""Attends causally from queries at any positions of a row to all of its keys, by blocks, in plain XLA.
 
 The softmax is carried from one block of keys to the next, so that no array is queries by keys. A block of
 keys that no query of a block sees is not computed. `sharded.py` brings keys and queries to this device.

@@ -1,4 +1,4 @@
-"""Attention of new tokens to a KV cache, for rows of different lengths.
+"""Attends from new tokens to a KV cache, for rows of different lengths.
 
 A cache has S slots per row; the token at position t lies in slot `t mod S`. Full attention needs a slot for
 every token. Attention with a window needs `window` slots, and new tokens overwrite the oldest.
@@ -17,7 +17,7 @@ from ttt_jax.ops.numerics import accumulation_dtype
 
 
 class KeyValueCache(NamedTuple):
-  """The keys and values of the tokens so far, or of the last S of them."""
+  """Holds the keys and values of the tokens so far, or of the last S of them."""
 
   k: Float[Array, "B S G K"]
   v: Float[Array, "B S G K"]

@@ -1,4 +1,4 @@
-"""The fused attention kernel of cuDNN, for NVIDIA GPUs, and the reasons why it refuses a call.
+"""Calls cuDNN's fused attention kernel on NVIDIA GPUs, and lists the reasons why it refuses a call.
 
 The kernel counts positions from the first key, so that queries and keys must be the same tokens.
 """

@@ -1,4 +1,4 @@
-"""Attention with a short window as a plain softmax in XLA.
+"""Computes attention with a short window as a plain softmax in XLA.
 
 Queries are cut into blocks of L >= window tokens. A block meets the keys of its own L tokens and of the L
 tokens before them: all that its window can reach.
@@ -41,7 +41,7 @@ def attend(
     before = tuple(pad_tokens(x, front=size - (window - 1)) for x in fetched)
 
   def key_blocks(x, before):
-    """`[blocks, B, 2 L, ...]`: every block preceded by the block before it."""
+    """Returns `[blocks, B, 2 L, ...]`, every block preceded by the block before it."""
     padded = jnp.concatenate([before, pad_tokens(x, back=blocks * size - t)], axis=1)
     parts = jnp.moveaxis(padded.reshape(b, blocks + 1, size, *x.shape[2:]), 1, 0)
     return jnp.concatenate([parts[:-1], parts[1:]], axis=2)

@@ -1,4 +1,4 @@
-"""Attention over a sequence that is cut into contiguous shards: what devices exchange.
+"""Exchanges what attention needs on a sequence that is cut into contiguous shards.
 
 Full attention gathers all keys and values (`full`), attention with a window fetches those of the
 `window - 1` tokens before the shard (`windowed`, halo exchange). A kernel then attends on one device: a

@@ -1,4 +1,4 @@
-"""The TPU's splash attention kernel, for queries at any positions of a row.
+"""Calls the TPU's splash attention kernel, for queries at any positions of a row.
 
 The kernel takes lists of the blocks to compute. JAX builds them from a mask that is known when the program
 is traced. Here the program computes them from the queries' positions, so that every device of a mesh has

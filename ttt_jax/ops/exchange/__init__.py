@@ -1,1 +1,1 @@
-"""The exchange of fast-weight updates between the shards of a sequence."""
+"""Exchanges fast-weight updates between the shards of a sequence."""

@@ -1,4 +1,4 @@
-"""Four algorithms that exchange updates between the shards of a sequence: the forward computations.
+"""Implements four algorithms that exchange updates between shards of a sequence: the forward pass.
 
 Every shard holds one update (keep, delta) and needs the composition of the updates of all shards before
 it. First every shard gathers the P keeps, which are a few numbers. They say with what weight each delta
@@ -33,7 +33,7 @@ COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-  """The static settings that say how shards exchange their updates.
+  """Holds the static settings that say how shards exchange their updates.
 
   Attributes:
     axis: the mesh axis along which the sequence is split.

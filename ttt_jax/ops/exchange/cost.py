@@ -1,4 +1,4 @@
-"""The cost model behind `collective=None`: the bytes that each collective sends, and their time.
+"""Holds the cost model behind `collective=None`: the bytes that each collective sends, and their time.
 
 A message takes latency + bytes / link bandwidth, at published peak rates: trust the order of the results,
 not the seconds.

@@ -1,4 +1,4 @@
-"""The differentiable exchange of updates between the shards of a sequence, inside `jax.shard_map`.
+"""Exchanges updates between the shards of a sequence inside `jax.shard_map`, with derivatives.
 
 A sequence is cut into contiguous shards, one per device of a mesh axis. A shard composes its own chunks
 into one `Update`; it lacks the composition of all shards before it, the exclusive prefix, which the

@@ -1,1 +1,1 @@
-"""The fast weight: the public op, its checks and implementations, targets, statistics, cost, reference."""
+"""Holds the fast weight: the op, its checks, implementations, targets, statistics, cost, reference."""

@@ -1,4 +1,4 @@
-"""The in-place fast-weight update of a down projection: the public op.
+"""Updates a down projection in place as a fast weight: the public op.
 
 This module does what both rules and all implementations share: it checks the arguments, turns documents
 into masks, cuts chunks, and makes arrays vary over the same mesh axes. `rules.py` chooses the
@@ -46,7 +46,7 @@ from ttt_jax.ops.update import sum_over
 @partial(jax.tree_util.register_dataclass, data_fields=["S", "A", "D"], meta_fields=["pending"])
 @dataclasses.dataclass(frozen=True)
 class FastWeightState:
-  """The state of a fast weight: what it learned from the chunks it has read.
+  """Holds the state of a fast weight: what it learned from the chunks it has read.
 
   Attributes:
     S: of the sum, which reads as `W + S`: `[*B, F, D]` in the state's dtype, after the last full chunk.

@@ -1,4 +1,4 @@
-"""`implementation="associative"`: `jax.lax.associative_scan` over the chunks of a device."""
+"""`implementation="associative"`: runs `jax.lax.associative_scan` over the chunks of a device."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -26,6 +26,7 @@ def associative(
   if s_in is None:
     s_in = jnp.zeros_like(total.delta)
   if exchange is not None:
+    # The missing term, what earlier shards wrote: see `sequential._sequential_fwd`.
     s_in = incoming_state(total._replace(keep=None) if keeps_all else total, s_in, exchange)
   # Exclusive: chunk i reads the state made by chunks 0 to i-1, the incoming one for i = 0.
   after = scale(upto.keep, jnp.broadcast_to(s_in[:, None], u.shape)) + upto.delta

@@ -1,4 +1,4 @@
-"""The arguments of every implementation of the fast weight: the full chunks of a device, and the rule.
+"""Holds the arguments of every implementation of the fast weight: a device's full chunks, and the rule.
 
     R_i     = Z_i S_i
     S_{i+1} = f_i S_i + r_i U_i        U_i = lr Z_i^T V_i,  r_i = min(1, tau / |U_i|_F)
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 
 class Sizes(NamedTuple):
-  """The sizes of one call: leading dimensions, their product B, tokens T of a shard, C, F, D."""
+  """Holds the sizes of one call: leading dimensions, their product B, tokens T of a shard, C, F, D."""
 
   lead: tuple[int, ...]
   b: int
@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
 
 
 class Chunks(NamedTuple):
-  """N > 0 full chunks, all arrays varying over the same mesh axes.
+  """Holds N > 0 full chunks, all arrays varying over the same mesh axes.
 
   Attributes:
     z: activations. v: targets, in z's dtype. lr: the inner rate.
@@ -58,7 +58,7 @@ class Chunks(NamedTuple):
 
 
 class UpdateRule(NamedTuple):
-  """The static settings that say how the update of a chunk is computed.
+  """Holds the static settings that say how the update of a chunk is computed.
 
   Attributes:
     state_dtype: dtype of S and of sums of updates.

@@ -1,4 +1,4 @@
-"""The cost model behind `implementation=None`, and `explain`, which prints its choice and the reasons.
+"""Holds the cost model of `implementation=None`, and `explain`, which prints its choice and the reasons.
 
 Times assume peak rates, so trust their order, not the seconds: a product takes FLOPs / peak, a pass over
 a state bytes / memory bandwidth, a message latency + bytes / link bandwidth. `ttt-jax bench` measures
@@ -23,7 +23,7 @@ from ttt_jax.ops.hardware import Device, find_device
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """The sizes of one fast weight on one device, on which the choice depends.
+  """Holds the sizes of one fast weight on one device, on which the choice depends.
 
   Attributes:
     tokens: tokens of a row on this device. chunk_size, d_ff (this device's slice), d_model: C, F, D.
@@ -88,7 +88,7 @@ def choose_implementation(workload: Workload, device: Device) -> str:
 
 
 def least_squares_flops(n: int, c: int, f: int, d: int) -> dict[str, float]:
-  """FLOPs of a row's reads and writes by least squares, N chunks of C tokens, forward.
+  """Counts the FLOPs of a row's reads and writes by least squares, N chunks of C tokens, forward.
 
   sequential factors `[F, F]` for every chunk but the first (F^3 / 3), solves for C tokens (2 F^2 C) and
   writes `K^T [K | V]`. dual factors the scores of the tokens before each chunk with one another.
@@ -103,14 +103,14 @@ def least_squares_flops(n: int, c: int, f: int, d: int) -> dict[str, float]:
 
 
 def choose_least_squares(n: int, c: int, f: int, d: int, *, is_closed: bool) -> str:
-  """The cheaper of `sequential` and `dual`, which needs a row that is closed: no state, one device."""
+  """Returns the cheaper of `sequential` and `dual`; `dual` needs a closed row: no state, one device."""
   flops = least_squares_flops(n, c, f, d)
   return min(flops, key=flops.__getitem__) if is_closed else "sequential"
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-  """The choice for one workload and the predicted costs of the alternatives; `print` it.
+  """Holds the choice for one workload and the predicted costs of the alternatives; `print` it.
 
   Attributes:
     device: the device whose rates the model used.

@@ -61,6 +61,7 @@ def dual(
   )
   if exchange is not None:
     s_in = jnp.zeros_like(total.delta) if s_in is None else s_in
+    # The missing term, what earlier shards wrote: see `sequential._sequential_fwd`.
     s_in = incoming_state(total._replace(keep=None) if keeps_all else total, s_in, exchange)
   if s_in is None:
     return fast, total.delta

@@ -1,4 +1,4 @@
-"""The reference: the same mathematics token by token, to which tests compare every implementation.
+"""Computes the same mathematics token by token: the reference of the tests of every implementation.
 
 Memory is `[T, T]`; use it at float64 in tests and nowhere else. It computes
 
@@ -114,7 +114,7 @@ def least_squares_reference(
   segment_ids: Int[Array, "B T"] | None = None,
   decay: float | int | Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B R R"], Float[Array, "B R D"]]:
-  """What `ttt_jax.inplace_ttt` computes with `rule="least_squares"`; returns y, A and D.
+  """Returns what `ttt_jax.inplace_ttt` computes with `rule="least_squares"`: y, A and D.
 
   Every token solves for itself, with the sums over the tokens that it sees:
 
@@ -159,7 +159,7 @@ def _least_squares_row(
   k = jnp.where(is_zero, 0, q / jnp.sqrt(jnp.sum(jnp.where(is_zero, 1, q) ** 2, -1, keepdims=True)))
 
   def sums(at_chunk, at_document, at_real):
-    """A and D as one token sees them."""
+    """Returns A and D as one token sees them."""
     steps = at_chunk - 1 - chunk
     visible = (steps >= 0) & (chunk < chunks) & (document == at_document) & (segment_ids != 0)
     weights = jnp.where(visible & at_real, decay ** jnp.maximum(steps, 0).astype(z.dtype), 0)

@@ -1,4 +1,4 @@
-"""The two rules of the fast weight: they choose the implementation, and put y together."""
+"""Applies the two rules of the fast weight: chooses the implementation, and puts y together."""
 
 import jax
 import jax.numpy as jnp

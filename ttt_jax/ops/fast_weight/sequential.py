@@ -38,7 +38,7 @@ from ttt_jax.ops.update import (
 
 
 class Outputs(NamedTuple):
-  """The outputs of `sequential`.
+  """Holds the outputs of `sequential`.
 
   Attributes:
     y: R; with a W instead `Z (W + S)`, in z's dtype.
@@ -187,6 +187,9 @@ def _sequential_fwd(chunks, w, rule, exchange, sample_places):
   factors = keep_factors(chunks, rule)
   total = None
   if exchange is not None:
+    # Local result: what this device's chunks add to the state. Missing term: what the chunks of earlier
+    # shards wrote. So each shard sends its total, (keep, delta), once, and starts from the exclusive
+    # prefix of these, applied to the state before the whole sequence.
     total = _total(chunks, factors, rule)
     s = incoming_state(total, s, exchange)
   s_in = s
@@ -299,7 +302,7 @@ def _cotangent_of_later_shards(chunks, exchange, factors, d_y, g_out):
 
 
 class _Forwards(NamedTuple):
-  """The carry of the pass in the order of the chunks; `tangent` and `d_decay` are used with a decay."""
+  """Holds the carry of the pass in the chunks' order; `tangent` and `d_decay` are used with a decay."""
 
   s: Float[Array, "B F D"]
   tangent: Float[Array, "B F D"] | None
@@ -341,7 +344,7 @@ def _forwards_pass(chunks, w, rule, factors, d_y) -> _Forwards:
 
 
 class _Backwards(NamedTuple):
-  """The carry of the pass against the order of the chunks; `dw` is None where dW follows from G."""
+  """Holds the carry of the pass against the chunks' order; `dw` is None where dW follows from G."""
 
   g: Float[Array, "B F D"]
   dw: Float[Array, "F D"] | None

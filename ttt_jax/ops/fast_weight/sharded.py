@@ -1,4 +1,4 @@
-"""The fast weight over global arrays on a mesh, for callers who do not write `jax.shard_map` themselves.
+"""Applies the fast weight to global arrays on a mesh, for callers who do not write `jax.shard_map`.
 
 `context_parallel` maps `ttt_jax.inplace_ttt` and `ttt_jax.ntp_targets` over the shards, fully manually. It
 takes and returns arrays, and needs no module or config.
@@ -21,7 +21,7 @@ _OPTIONAL_AXES = ("data", "fsdp", "tensor")  # axes of the defaults, ignored on 
 
 @dataclasses.dataclass(frozen=True)
 class ContextParallel:
-  """The op that `context_parallel` returns: call it like `ttt_jax.inplace_ttt`, on global arrays."""
+  """Applies `ttt_jax.inplace_ttt` to global arrays: the op that `context_parallel` returns."""
 
   mesh: Mesh | jax.sharding.AbstractMesh
   axis: str

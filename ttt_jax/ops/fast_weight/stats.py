@@ -1,4 +1,4 @@
-"""Norms of the parts of a fast weight, for logs; without gradient."""
+"""Computes norms of the parts of a fast weight, for logs; without gradient."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ _SAMPLED_TOKENS = 256  # per row and device, to estimate the norms of the output
 
 
 class FastWeightStats(NamedTuple):
-  """The Frobenius norms of the parts of a fast weight; without gradient.
+  """Holds the Frobenius norms of the parts of a fast weight; without gradient.
 
   RMSNorm hides a blow-up behind a finite loss: compare `update` and `state` with `|W|`, and `fast`
   with `slow`. The norms cost one chunk's update and the read of about 256 tokens, no pass over all chunks.
@@ -34,7 +34,7 @@ class FastWeightStats(NamedTuple):
 
 
 class LeastSquaresStats(NamedTuple):
-  """The statistics of the least-squares rule; without gradient.
+  """Holds the statistics of the least-squares rule; without gradient.
 
   Attributes:
     update: norm of `K^T V` of this device's last full chunk.

@@ -1,4 +1,4 @@
-"""Update targets: the values that a fast weight learns to predict, made of nearby and coming tokens."""
+"""Makes update targets: values that a fast weight learns to predict, from nearby and coming tokens."""
 
 import jax
 import jax.numpy as jnp

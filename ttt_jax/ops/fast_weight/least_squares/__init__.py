@@ -1,1 +1,1 @@
-"""The second rule of the fast weight: what a chunk reads is a ridge regression on the chunks before it."""
+"""Holds the second rule of the fast weight: a chunk reads a ridge regression on the chunks before it."""

@@ -1,4 +1,4 @@
-"""What `ttt_jax.inplace_ttt` does with `rule="least_squares"`: keys of all of F, gate, tail, statistics.
+"""Implements `ttt_jax.inplace_ttt` with `rule="least_squares"`: keys of all of F, gate, tail, statistics.
 
 Under a `tensor_axis` every device holds the sums whole, since a solve needs all of F, and computes the
 same; the state that a call takes and returns is split along F like the state of the sum.
@@ -37,7 +37,7 @@ IMPLEMENTATIONS = {"associative": associative, "dual": kernel, "sequential": seq
 
 
 class Gate(NamedTuple):
-  """How much of what it finds a token reads: `sigmoid(sharpness (l - threshold) + k direction)`.
+  """Says how much of what it finds a token reads: `sigmoid(sharpness (l - threshold) + k direction)`.
 
   Attributes:
     threshold, sharpness: of the leverage l.
@@ -50,7 +50,7 @@ class Gate(NamedTuple):
 
 
 class LeastSquares(NamedTuple):
-  """How the rule reads: `read_scale gate R`.
+  """Says how the rule reads: `read_scale gate R`.
 
   Attributes:
     ridge: in units of the mean eigenvalue of A.
@@ -67,7 +67,7 @@ class LeastSquares(NamedTuple):
 
 
 class FastPart(NamedTuple):
-  """What the rule adds to `Z W`, this device's share under a tensor axis, and what it learned.
+  """Holds what the rule adds to `Z W`, this device's share under a tensor axis, and what it learned.
 
   Attributes:
     y: of the tokens of full chunks. tail: of the tokens after them, None where there are none.
@@ -137,7 +137,7 @@ def gated(
   keys: Float[Array, "*B F"],
   settings: LeastSquares,
 ) -> Float[Array, "*B D"]:
-  """What a token adds to its output: `read_scale sigmoid(sharpness (l - threshold) + k direction) R`."""
+  """Returns what tokens add: `read_scale sigmoid(sharpness (l - threshold) + k direction) R`."""
   if settings.gate is None:
     return settings.read_scale * r
   gate = settings.gate
@@ -150,7 +150,7 @@ def gated(
 def _before_unit_rows(
   z: Float[Array, "*B F"], projection: Float[Array, "F R"] | None, axis: str | None
 ) -> Float[Array, "*B R"]:
-  """z of all of F, or `z P`: the keys before they are normalised."""
+  """Returns z of all of F, or `z P`: the keys before they are normalised."""
   if projection is None:
     return _gather(z, axis, dimension=z.ndim - 1)
   projected = sum_over(matmul("...f,fr->...r", z, projection.astype(z.dtype)), axis)
@@ -158,12 +158,12 @@ def _before_unit_rows(
 
 
 def _gather(x, axis: str | None, *, dimension: int):
-  """The slices of F of all devices of the tensor axis, joined along a dimension."""
+  """Joins the slices of F of all devices of the tensor axis along a dimension."""
   return x if axis is None else lax.all_gather(x, axis, axis=dimension, tiled=True)
 
 
 def _slice(x, axis: str | None):
-  """This device's rows of F."""
+  """Returns this device's rows of F."""
   if axis is None:
     return x
   size = x.shape[1] // shard_count(axis)
@@ -179,7 +179,7 @@ def measure(
   *,
   sample_places: slice,
 ) -> LeastSquaresStats:
-  """The statistics of a device's chunks: `update` and `state` are norms of `K^T V` and of D."""
+  """Returns the statistics of a device's chunks: `update` and `state` are norms of `K^T V` and of D."""
   chunks, part, w = lax.stop_gradient((chunks, part, w))
   b, n, c, _ = chunks.z.shape
   wide, dtype, axis = accumulation_dtype(chunks.z.dtype), rule.state_dtype, rule.tensor_axis
@@ -191,7 +191,7 @@ def measure(
     return jnp.sqrt(sum_over(jnp.sum(x * x, axis=(1, 2)), axis))
 
   def same_everywhere(x):
-    """x, which all devices of the tensor axis have computed alike, as a value that does not vary."""
+    """Returns x, which all devices of the tensor axis computed alike, as a value that does not vary."""
     return x if axis is None else sum_over(x / shard_count(axis), axis)
 
   update = leverage = jnp.zeros(b, dtype)

@@ -1,4 +1,4 @@
-"""`implementation="associative"` of the least-squares rule: every chunk's sums in memory at once."""
+"""`implementation="associative"` of least squares: holds every chunk's sums in memory at once."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from ttt_jax.ops.update import Update, scale
 
 
 def associative(rows: Rows, exchange: Exchange | None) -> Outputs:
-  """R, the leverage and the sums, by `jax.lax.associative_scan`; has derivatives of every kind."""
+  """Returns R, the leverage and the sums, by `jax.lax.associative_scan`; has derivatives of every kind."""
   dtype = rows.v.dtype
   factors, known = row_factors(rows), rows.keep is None and rows.decay is None
   keys = unit_rows(where(rows.writes, rows.z), dtype)
@@ -55,6 +55,6 @@ def associative(rows: Rows, exchange: Exchange | None) -> Outputs:
 
 
 def _combine(earlier, later):
-  """`update.combine` of both sums, of keeps that have no gradient where they are 0."""
+  """Returns `update.combine` of both sums, of keeps that have no gradient where they are 0."""
   (k1, a1, d1), (k2, a2, d2) = earlier, later
   return k1 * k2, scale(k2, a1) + a2, scale(k2, d1) + d2

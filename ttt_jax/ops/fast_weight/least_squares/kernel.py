@@ -1,4 +1,4 @@
-"""`implementation="dual"` of the least-squares rule: no sums, but the scores of tokens with one another.
+"""`implementation="dual"` of the least-squares rule: scores tokens with one another, without sums.
 
 With p the earlier tokens that are seen, each by its weight w_p (of decays), and the rows of K_p and V_p
 multiplied by sqrt(w_p),
@@ -27,7 +27,7 @@ from ttt_jax.ops.update import prefix_keeps, prefix_weights, scale
 
 
 def kernel(rows: Rows, exchange: Exchange | None) -> Outputs:
-  """R, the leverage and the sums; a chunk's solve is made again in the backward pass."""
+  """Returns R, the leverage and the sums; a chunk's solve is made again in the backward pass."""
   if rows.s_in is not None or exchange is not None:
     raise UnsupportedError(
       "rule='least_squares' with implementation='dual' scores the tokens of one device and starts without "
@@ -57,7 +57,7 @@ def _nothing(rows):
 
 @jax.checkpoint
 def _read(queries, keys, v, weights, ridge):
-  """R `[B, C, D]` and the leverage of one chunk, of the chunks `[B, p, C, ...]` before it."""
+  """Returns one chunk's R `[B, C, D]` and leverage, from the chunks `[B, p, C, ...]` before it."""
   b, p, c, f = keys.shape
   root = jnp.where(weights > 0, jnp.sqrt(jnp.where(weights > 0, weights, 1)), 0)
   keys = scale(root, keys).reshape(b, p * c, f)

@@ -1,4 +1,4 @@
-"""The arguments and the results of every implementation of the least-squares rule."""
+"""Holds the arguments and the results of every implementation of the least-squares rule."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from ttt_jax.ops.fast_weight.least_squares.sums import Sums
 
 
 class Rows(NamedTuple):
-  """N > 0 full chunks of one device, as `ttt_jax.ops.fast_weight.chunks.Chunks`, for this rule.
+  """Holds N > 0 full chunks of one device for this rule, as `ttt_jax.ops.fast_weight.chunks.Chunks`.
 
   Attributes:
     z: activations; 0 where a token neither reads nor writes.
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
 
 
 class Outputs(NamedTuple):
-  """R and the leverage of every token, and the sums after this device's last chunk."""
+  """Holds R and the leverage of every token, and the sums after this device's last chunk."""
 
   r: Float[Array, "B N C D"]
   leverage: Float[Array, "B N C"]
@@ -39,5 +39,5 @@ class Outputs(NamedTuple):
 
 
 def row_factors(rows: Rows) -> Float[Array, "B N"] | None:
-  """What each chunk leaves of the sums; None when that is all of them, always."""
+  """Returns what each chunk leaves of the sums; None when that is all of them, always."""
   return factors_of(rows.keep, rows.decay, rows.z.shape[:2], rows.v.dtype)

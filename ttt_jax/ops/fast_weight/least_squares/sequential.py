@@ -1,4 +1,4 @@
-"""`implementation="sequential"` of the least-squares rule: one pair of sums carried through the chunks.
+"""`implementation="sequential"` of least squares: carries one pair of sums through the chunks.
 
 The backward pass keeps no sums either. What a chunk j adds to their cotangent has rank C,
 
@@ -40,7 +40,7 @@ from ttt_jax.ops.update import Update, prefix_keeps, scale
 
 
 def sequential(rows: Rows, exchange: Exchange | None) -> Outputs:
-  """R, the leverage and the sums; saved for the backward pass are the inputs and the sums that came in."""
+  """Returns R, the leverage and the sums; saves the inputs and the incoming sums for the backward pass."""
   starts_empty = rows.s_in is None and exchange is None
   if rows.s_in is None:
     f, d = rows.z.shape[-1], rows.v.shape[-1]
@@ -57,7 +57,7 @@ def _sequential(rows, exchange, starts_empty):
 
 
 def _write(rows, factors, i, sums):
-  """The sums after chunk i."""
+  """Returns the sums after chunk i."""
   keys = unit_rows(where(take_chunk(rows.writes, i), take_chunk(rows.z, i)), rows.v.dtype)
   return write(sums, take_chunk(factors, i), keys, take_chunk(rows.v, i))
 
@@ -67,14 +67,14 @@ def _read_keys(rows, i):
 
 
 def _if_read(rows, i, sums, function, otherwise):
-  """`function()`, or at no cost `otherwise` where no token of the chunk reads sums that are not 0."""
+  """Returns `function()`, or at no cost `otherwise` where no token of the chunk reads sums other than 0."""
   trace = jnp.trace(sums.a, axis1=-2, axis2=-1)
   row_reads = jnp.bool_(True) if rows.reads is None else jnp.any(take_chunk(rows.reads, i), axis=-1)
   return lax.cond(jnp.any((trace != 0) & row_reads), function, lambda: otherwise)
 
 
 def _total(rows, factors) -> Update:
-  """This shard's chunks as one update of packed sums."""
+  """Returns this shard's chunks as one update of packed sums."""
   with jax.named_scope("shard_total"):
     empty = jax.tree.map(jnp.zeros_like, rows.s_in)
     sums = lax.fori_loop(0, rows.z.shape[1], partial(_write, rows, factors), empty)
@@ -115,7 +115,7 @@ def _sequential_fwd(rows, exchange, starts_empty):
 
 
 class _Forwards(NamedTuple):
-  """What the pass in the order of the chunks carries.
+  """Holds what the pass in the order of the chunks carries.
 
   `u`, `w` and `rho` are of the solves; `diagonal` is what the ridge adds to dA, a multiple of I; `tangent`
   and `d_decay` count with a decay.
@@ -132,7 +132,7 @@ class _Forwards(NamedTuple):
 
 
 class _Backwards(NamedTuple):
-  """What the pass against the order of the chunks carries: the cotangent of the sums, symmetric in A."""
+  """Holds what the pass against the chunks' order carries: the cotangent of the sums, symmetric in A."""
 
   g: Sums
   dz: Float[Array, "B N C F"]
@@ -140,7 +140,7 @@ class _Backwards(NamedTuple):
 
 
 def _sequential_bwd(exchange, starts_empty, saved, cotangents):
-  """Two passes over the chunks.
+  """Passes over the chunks twice.
 
   Forwards, with the sums recomputed, chunk j's read `R = U D`, `l = |k|^2 - rho k U`, `U = K M^-1`:
 
@@ -188,7 +188,7 @@ def _sequential_bwd(exchange, starts_empty, saved, cotangents):
 
 
 def _of_later_shards(factors, forwards, d_r, g_out, exchange) -> Sums:
-  """What the shards after this one add to the cotangent of its outgoing sums, as for the sum rule."""
+  """Returns what later shards add to the cotangent of the outgoing sums, as for the sum rule."""
   with jax.named_scope("shard_cotangent"):
     u, w, diagonal = forwards.u, forwards.w, forwards.diagonal
     keep = None

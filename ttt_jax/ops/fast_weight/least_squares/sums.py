@@ -1,4 +1,4 @@
-"""The two sums of the least-squares rule, and what one chunk reads of them.
+"""Computes the two sums of the least-squares rule, and what one chunk reads of them.
 
     k = z / |z|        A = sum of k^T k,   D = sum of k^T v           over the chunks before, decayed
     M = A + rho I      rho = ridge tr(A) / F
@@ -29,14 +29,14 @@ _RIDGE_IN_EPS = 8
 
 
 class Sums(NamedTuple):
-  """A `[B, F, F]`, symmetric, and D `[B, F, D]`."""
+  """Holds A `[B, F, F]`, symmetric, and D `[B, F, D]`."""
 
   a: Float[Array, "B F F"]
   d: Float[Array, "B F D"]
 
 
 class Factored(NamedTuple):
-  """M of every row, factored.
+  """Holds M of every row, factored.
 
   Attributes:
     cholesky: lower triangular L with `M = L L^T`; the identity where A is 0.
@@ -50,7 +50,7 @@ class Factored(NamedTuple):
 
 
 class Read(NamedTuple):
-  """What the tokens of a chunk read: R, their leverage, and the solves `U^T = K M^-1`."""
+  """Holds what the tokens of a chunk read: R, their leverage, and the solves `U^T = K M^-1`."""
 
   r: Float[Array, "B C D"]
   leverage: Float[Array, "B C"]
@@ -58,24 +58,24 @@ class Read(NamedTuple):
 
 
 def product(subscripts: str, x: Array, y: Array) -> Array:
-  """`einsum` in full precision: on TPU and GPU a product of float32 is rounded to fewer bits by default."""
+  """Computes `einsum` in full precision: by default TPU and GPU round float32 products to fewer bits."""
   return jnp.einsum(subscripts, x, y, precision=lax.Precision.HIGHEST)
 
 
 def unit_rows(z: Float[Array, "*B F"], dtype: jnp.dtype) -> Float[Array, "*B F"]:
-  """The keys `z / |z|`; a row of zeros stays 0 and has no gradient."""
+  """Returns the keys `z / |z|`; a row of zeros stays 0 and has no gradient."""
   z = z.astype(dtype)
   square = jnp.sum(z * z, axis=-1, keepdims=True)
   return jnp.where(square == 0, 0, z * lax.rsqrt(jnp.where(square == 0, 1, square)))
 
 
 def ridge_share(ridge: Float[Array, ""], f: int) -> Float[Array, ""]:
-  """rho / tr(A): `ridge / F`, or the least that keeps M positive definite in ridge's dtype."""
+  """Returns rho / tr(A): `ridge / F`, or the least that keeps M positive definite in ridge's dtype."""
   return jnp.maximum(ridge / f, _RIDGE_IN_EPS * jnp.finfo(ridge.dtype).eps)
 
 
 def _by_row(function: Callable, *arrays: Array) -> Array:
-  """`function` of batched arrays; on a CPU row by row.
+  """Applies `function` to batched arrays; on a CPU row by row.
 
   There jaxlib 0.10's LAPACK calls on several matrices wait in a thread of the pool for other threads of
   the pool, and a few such calls at once wait for ever.
@@ -86,14 +86,14 @@ def _by_row(function: Callable, *arrays: Array) -> Array:
 
 
 def cholesky(m: Float[Array, "B F F"]) -> Float[Array, "B F F"]:
-  """The lower Cholesky factors L of `m = L L^T`; only the lower triangles of m are read."""
+  """Returns the lower Cholesky factors L of `m = L L^T`; only the lower triangles of m are read."""
   return _by_row(lambda m: lax.linalg.cholesky(m, symmetrize_input=False), m)
 
 
 def solve_factored(
   factor: Float[Array, "B F F"], x: Float[Array, "B C F"]
 ) -> Float[Array, "B C F"]:
-  """`x (L L^T)^-1`, row by row of x."""
+  """Returns `x (L L^T)^-1`, row by row of x."""
 
   def solve(factor, x):  # x L^-T L^-1
     half = lax.linalg.triangular_solve(factor, x, lower=True, transpose_a=True)
@@ -103,7 +103,7 @@ def solve_factored(
 
 
 def factor(a: Float[Array, "B F F"], ridge: Float[Array, ""]) -> Factored:
-  """The Cholesky factor of M; only the lower triangle of A is read."""
+  """Returns the Cholesky factor of M; only the lower triangle of A is read."""
   f = a.shape[-1]
   trace = jnp.trace(a, axis1=-2, axis2=-1)
   rho = ridge_share(ridge, f) * trace
@@ -114,7 +114,7 @@ def factor(a: Float[Array, "B F F"], ridge: Float[Array, ""]) -> Factored:
 
 
 def read(keys: Float[Array, "B C F"], d: Float[Array, "B F D"], factored: Factored) -> Read:
-  """R and the leverage of a chunk's keys."""
+  """Returns R and the leverage of a chunk's keys."""
   u = where(factored.is_learned, solve_factored(factored.cholesky, keys))
   square = where(factored.is_learned, jnp.sum(keys * keys, axis=-1))
   leverage = square - factored.rho[:, None] * jnp.sum(keys * u, axis=-1)
@@ -122,7 +122,7 @@ def read(keys: Float[Array, "B C F"], d: Float[Array, "B F D"], factored: Factor
 
 
 def condition(factored: Factored) -> Float[Array, "B"]:
-  """A lower bound of M's condition number, from the diagonal of its Cholesky factor; 1 where A is 0."""
+  """Returns a lower bound of M's condition number, from its Cholesky factor's diagonal; 1 where A is 0."""
   diagonal = jnp.diagonal(factored.cholesky, axis1=-2, axis2=-1)
   return (jnp.max(diagonal, axis=-1) / jnp.min(diagonal, axis=-1)) ** 2
 
@@ -130,7 +130,7 @@ def condition(factored: Factored) -> Float[Array, "B"]:
 def write(
   sums: Sums, keep: Float[Array, "B"] | None, keys: Float[Array, "B C F"], v: Float[Array, "B C D"]
 ) -> Sums:
-  """`keep A + K^T K` and `keep D + K^T V`; a keep of 0 drops what was there, None is 1."""
+  """Returns `keep A + K^T K` and `keep D + K^T V`; a keep of 0 drops what was there, None is 1."""
   kept = sums if keep is None else Sums(scale(keep, sums.a), scale(keep, sums.d))
   return Sums(
     kept.a + product("bcf,bcg->bfg", keys, keys), kept.d + product("bcf,bcd->bfd", keys, v)
@@ -138,12 +138,12 @@ def write(
 
 
 def packed_shape(f: int, d: int) -> tuple[int, int]:
-  """The shape of a row's packed sums."""
+  """Returns the shape of a row's packed sums."""
   return f, f // 2 + 1 + d
 
 
 def pack(sums: Sums) -> Float[Array, "B F P"]:
-  """Both sums as one array of which half of A is left out, `P = F // 2 + 1 + D`: what travels.
+  """Packs both sums into one array without half of A, `P = F // 2 + 1 + D`: what travels.
 
   Row i holds `A[i, i], A[i, i + 1], ..., A[i, i + F // 2]`, columns counted modulo F.
   """
@@ -154,7 +154,7 @@ def pack(sums: Sums) -> Float[Array, "B F P"]:
 
 
 def unpack(packed: Float[Array, "B F P"]) -> Sums:
-  """The sums that were packed."""
+  """Returns the sums that were packed."""
   f = packed.shape[1]
   width = f // 2 + 1
   half, d = packed[:, :, :width], packed[:, :, width:]
@@ -167,11 +167,11 @@ def unpack(packed: Float[Array, "B F P"]) -> Sums:
 
 
 def symmetric(a: Float[Array, "B F F"]) -> Float[Array, "B F F"]:
-  """`(A + A^T) / 2`."""
+  """Returns `(A + A^T) / 2`."""
   return (a + jnp.swapaxes(a, -1, -2)) / 2
 
 
 def no_sums(like: Float[Array, "B *X"], f: int, d: int, dtype: jnp.dtype) -> Sums:
-  """The sums of nothing, which vary over the mesh axes of `like`, with as many rows."""
+  """Returns the sums of nothing, which vary over the mesh axes of `like`, with as many rows."""
   b = like.shape[0]
   return Sums(*(varying_zeros(shape, dtype, like) for shape in ((b, f, f), (b, f, d))))
