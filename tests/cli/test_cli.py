@@ -256,3 +256,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
   written = (tmp_path / "out" / "facts.jsonl").read_text()
   assert "one line of prose" in written
   assert "ufeff" not in written
+
+
+def test_a_state_that_could_not_be_saved_is_refused_before_anything_is_read(tmp_path, capsys):
+  words = ["--prompt", "x", "--save-state", str(tmp_path / "none" / "state")]
+  assert main(["generate", str(tmp_path / "no model"), *words]) == 2
+  assert "none does not exist, make it" in capsys.readouterr().err

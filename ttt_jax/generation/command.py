@@ -21,6 +21,10 @@ def run(parsed: argparse.Namespace, fields: Fields) -> None:
   """Prefills the prompts, then generates; prints text on stdout, everything else on stderr."""
   console = Console(stderr=True)
   prompts = _prompts(parsed)
+  if parsed.save_state is not None and not parsed.save_state.absolute().parent.is_dir():
+    raise UserError(
+      f"--save-state {parsed.save_state}: the directory {parsed.save_state.parent} does not exist, make it"
+    )
   tokenizer = open_tokenizer(parsed.model)
   model = Reader.of(open_model(parsed.model, dtype=parsed.dtype, fields=fields), donate=True)
   tokenizer.check_vocabulary(model.model.vocab_size)
