@@ -57,3 +57,12 @@ def relative_error(actual, expected) -> float:
   """`max |actual - expected| / max |expected|`."""
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
   return float(np.max(np.abs(actual - expected)) / max(np.max(np.abs(expected)), 1e-30))
+
+
+def write_files(root, files) -> str:
+  """Writes files, text or bytes by their path under `root`, and returns `root` as text."""
+  for name, content in files.items():
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  return str(root)

@@ -12,6 +12,7 @@ import grain
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import write_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,14 +35,6 @@ def make_documents(lengths, seed=0):
 
 def make_source(lengths, seed=0):
   return [data.Source("made up", make_documents(lengths, seed), data.InMemory())]
-
-
-def write(root, files):
-  for name, content in files.items():
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-  return str(root)
 
 
 def load(path, seed=0, **options):
@@ -92,7 +85,7 @@ def test_ignore_is_that_of_the_loss():
 
 
 def test_all_formats_are_read(tmp_path):
-  path = write(
+  path = write_files(
     tmp_path,
     {
       "a.txt": "a é",
@@ -136,7 +129,7 @@ def test_what_is_skipped_is_counted_by_reason(tmp_path):
   whole = gzip.compress(bytes(range(100)) * 50)
   corrupt = bytearray(whole)
   corrupt[len(whole) // 2] ^= 0xFF
-  path = write(
+  path = write_files(
     tmp_path,
     {
       "good.txt": "good",
@@ -170,7 +163,9 @@ def test_what_is_skipped_is_counted_by_reason(tmp_path):
 
 
 def test_globs_files_and_literal_brackets(tmp_path):
-  write(tmp_path, {"a/1.txt": "1", "a/b/2.txt": "2", "a/3.py": "3", "4.txt": "4", "a/5.bin": "5"})
+  write_files(
+    tmp_path, {"a/1.txt": "1", "a/b/2.txt": "2", "a/3.py": "3", "4.txt": "4", "a/5.bin": "5"}
+  )
   one_level = load(f"{tmp_path}/a/*")
   assert texts(one_level) == {"1.txt": "1", "3.py": "3"}
   assert one_level[1] == {"directory": 1, "other_format": 1}
@@ -179,14 +174,14 @@ def test_globs_files_and_literal_brackets(tmp_path):
   assert len(texts(everything)) == 4
   assert everything[1] == {"other_format": 1}
   assert texts(load(f"{tmp_path}/*/[13].*")) == {"a/1.txt": "1", "a/3.py": "3"}
-  write(tmp_path, {"x[1]/6.txt": "6", "x[1]/7.txt": "7"})
+  write_files(tmp_path, {"x[1]/6.txt": "6", "x[1]/7.txt": "7"})
   assert texts(load(f"{tmp_path}/x[1]")) == {"6.txt": "6", "7.txt": "7"}
-  write(tmp_path, {"lines.jsonl": jsonl({"text": "l"}, {"text": "m"})})
+  write_files(tmp_path, {"lines.jsonl": jsonl({"text": "l"}, {"text": "m"})})
   assert texts(load(f"{tmp_path}/lines.jsonl")) == {"lines.jsonl:1": "l", "lines.jsonl:2": "m"}
 
 
 def test_relative_and_home_paths(tmp_path, monkeypatch):
-  write(tmp_path, {"a.txt": "1", "sub/b.txt": "2"})
+  write_files(tmp_path, {"a.txt": "1", "sub/b.txt": "2"})
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("HOME", str(tmp_path))
   for path in (".", "~", "**/*", "~/**/*.txt"):
@@ -194,7 +189,7 @@ def test_relative_and_home_paths(tmp_path, monkeypatch):
 
 
 def test_directory_links_are_counted_and_cannot_loop(tmp_path):
-  path = write(tmp_path, {"a/1.txt": "1", "2.txt": "2"})
+  path = write_files(tmp_path, {"a/1.txt": "1", "2.txt": "2"})
   for name in ("loop", "again", "a/up"):
     (tmp_path / name).symlink_to(tmp_path)
   corpus = load(path)
@@ -207,7 +202,7 @@ def test_directory_links_are_counted_and_cannot_loop(tmp_path):
 
 
 def test_split_depends_on_the_names_alone(tmp_path):
-  path = write(tmp_path, {f"{i}.txt": f"text {i}" for i in range(200)})
+  path = write_files(tmp_path, {f"{i}.txt": f"text {i}" for i in range(200)})
   corpus, _ = load(path, heldout_fraction=0.2)
   train, heldout = set(names(corpus.train)), set(names(corpus.heldout))
   assert train.isdisjoint(heldout)
@@ -215,7 +210,7 @@ def test_split_depends_on_the_names_alone(tmp_path):
   assert 20 < len(heldout) < 60
   other_seed, _ = load(path, seed=1, heldout_fraction=0.2)
   assert set(names(other_seed.heldout)) == heldout
-  write(tmp_path, {f"{i}.txt": f"text {i}" for i in range(200, 220)})
+  write_files(tmp_path, {f"{i}.txt": f"text {i}" for i in range(200, 220)})
   larger, _ = load(path, heldout_fraction=0.2)
   assert set(names(larger.heldout)) & (train | heldout) == heldout
   # By BLAKE2b, so these very documents on every machine and Python.
@@ -224,8 +219,8 @@ def test_split_depends_on_the_names_alone(tmp_path):
 
 def test_order_is_fixed_by_the_seed_not_by_the_file_system(tmp_path):
   files = {f"{i}.txt": f"text {i}" for i in range(40)}
-  first, _ = load(write(tmp_path / "first", files))
-  second, _ = load(write(tmp_path / "second", dict(reversed(files.items()))))
+  first, _ = load(write_files(tmp_path / "first", files))
+  second, _ = load(write_files(tmp_path / "second", dict(reversed(files.items()))))
   assert names(first.train) == names(second.train)
   assert names(first.train) != sorted(names(first.train))
   assert names(first.train) != names(load(str(tmp_path / "first"), seed=1)[0].train)
@@ -234,7 +229,7 @@ def test_order_is_fixed_by_the_seed_not_by_the_file_system(tmp_path):
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_neither_side_is_empty(tmp_path, fraction, count):
-  path = write(tmp_path, {f"{i}.txt": "text" for i in range(count)})
+  path = write_files(tmp_path, {f"{i}.txt": "text" for i in range(count)})
   corpus, _ = load(path, heldout_fraction=fraction)
   assert min(len(corpus.train), len(corpus.heldout)) == 1
   assert len(corpus.train) + len(corpus.heldout) == count
@@ -245,7 +240,7 @@ def test_neither_side_is_empty(tmp_path, fraction, count):
 
 def test_bad_paths_name_the_field_the_value_and_the_remedy(tmp_path):
   (tmp_path / "nothing").mkdir()
-  write(tmp_path, {"binary/a.png": b"\x89", "binary/b.txt": "", "one/a.txt": "text"})
+  write_files(tmp_path, {"binary/a.png": b"\x89", "binary/b.txt": "", "one/a.txt": "text"})
   for path, problem in {
     "": "is empty: give a directory",
     f"{tmp_path}/missing": "does not exist: give a directory or glob",

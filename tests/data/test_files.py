@@ -9,6 +9,7 @@ import re
 import sys
 
 import pytest
+from helpers import write_files
 
 from ttt_jax import data
 from ttt_jax.config import DataConfig, WeightedSource
@@ -17,14 +18,6 @@ from ttt_jax.data.formats import ZSTD_MODULE, read_texts
 from ttt_jax.data.skipped import Skipped, stable_hash
 
 MARK = codecs.BOM_UTF8
-
-
-def write(root, files):
-  for name, content in files.items():
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-  return str(root)
 
 
 def load(path, **options):
@@ -59,7 +52,7 @@ def notebooks(tmp_path):
   documents = {f"{i}.txt": f"text {i}" for i in range(10)}
   copies = {f".ipynb_checkpoints/{i}-checkpoint.txt": f"text {i}" for i in range(10)}
   others = {"sub/.git/note.md": "a", "sub/.git/old/note.md": "b", ".draft.txt": "c"}
-  write(tmp_path, {**documents, **copies, **others, "sub/seen.txt": "d"})
+  write_files(tmp_path, {**documents, **copies, **others, "sub/seen.txt": "d"})
   return tmp_path
 
 
@@ -90,12 +83,12 @@ def test_nothing_held_out_is_trained_on(notebooks):
   ],
 )
 def test_a_hidden_part_that_is_spelled_out_is_read(notebooks, pattern, found):
-  write(notebooks, {".hidden/8.txt": "one more"})
+  write_files(notebooks, {".hidden/8.txt": "one more"})
   assert set(texts(load(notebooks / pattern))) == found
 
 
 def test_a_corpus_may_lie_below_a_hidden_directory(tmp_path):
-  write(tmp_path / ".cache", {"a.txt": "1", "sub/b.txt": "2"})
+  write_files(tmp_path / ".cache", {"a.txt": "1", "sub/b.txt": "2"})
   assert set(texts(load(tmp_path / ".cache"))) == {"a.txt", "sub/b.txt"}
   assert set(texts(load(f"{tmp_path}/.cache/**/*.txt"))) == {"a.txt", "sub/b.txt"}
 
@@ -107,7 +100,7 @@ def test_hidden_files_are_not_prepared(notebooks, tmp_path_factory):
 
 
 def test_a_file_of_several_names_is_one_document(tmp_path):
-  write(tmp_path, {"b.txt": "1", "c.txt": "2", "real/d.txt": "3"})
+  write_files(tmp_path, {"b.txt": "1", "c.txt": "2", "real/d.txt": "3"})
   (tmp_path / "a.txt").symlink_to(tmp_path / "b.txt")
   (tmp_path / "link").symlink_to(tmp_path / "real")
   (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
@@ -120,7 +113,7 @@ def test_a_file_of_several_names_is_one_document(tmp_path):
 
 def test_links_alone_are_names_too(tmp_path):
   """Imitates the hub's cache, where every file is a link into a directory of blobs."""
-  write(tmp_path, {"blobs/1": "1", "blobs/2": "2"})
+  write_files(tmp_path, {"blobs/1": "1", "blobs/2": "2"})
   (tmp_path / "snapshot").mkdir()
   for name, blob in {"b.txt": "1", "a.txt": "2", "c.txt": "2"}.items():
     (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blobs" / blob)
@@ -131,7 +124,9 @@ def test_links_alone_are_names_too(tmp_path):
 
 def test_two_sources_may_not_hold_one_file(tmp_path):
   """The name that decides whether a document is held out is relative to its source."""
-  write(tmp_path, {f"sub/{i}.txt": f"text {i}" for i in range(9)} | {"0.txt": "0", "1.txt": "1"})
+  write_files(
+    tmp_path, {f"sub/{i}.txt": f"text {i}" for i in range(9)} | {"0.txt": "0", "1.txt": "1"}
+  )
   names = [(f"sub/{i}.txt", f"{i}.txt") for i in range(9)]
   assert any((stable_hash(a) < 2**63) != (stable_hash(b) < 2**63) for a, b in names)
 
@@ -157,18 +152,18 @@ def test_two_sources_may_not_hold_one_file(tmp_path):
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "a.txt.gz"])
 def test_the_mark_of_utf8_is_no_text(tmp_path, name):
   content = MARK + "é = 1\r\n".encode()
-  write(tmp_path, {name: gzip.compress(content) if name.endswith(".gz") else content})
+  write_files(tmp_path, {name: gzip.compress(content) if name.endswith(".gz") else content})
   assert read(tmp_path / name)[0] == {name: "é = 1\r\n"}
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_the_first_record_behind_a_mark(tmp_path, name):
   content = lines({"text": "one"}, {"text": "\ufefftwo"}).replace(b"\n", b"\r\n")
-  write(tmp_path, {name: MARK + content})
+  write_files(tmp_path, {name: MARK + content})
   found, skipped = read(tmp_path / name)
   assert found == {f"{name}:1": "one", f"{name}:2": "\ufefftwo"}  # what a record says is its own
   assert skipped.counts() == {}
-  write(tmp_path, {name: MARK})
+  write_files(tmp_path, {name: MARK})
   assert read(tmp_path / name)[1].counts() == {"empty": 1}
 
 
@@ -177,7 +172,7 @@ def test_the_first_record_behind_a_mark(tmp_path, name):
 def test_other_encodings_are_named(tmp_path, name, encoding):
   mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
   text = lines({"text": "one"}, {"text": "two"}).decode()
-  write(tmp_path, {name: mark + text.encode(encoding)})
+  write_files(tmp_path, {name: mark + text.encode(encoding)})
   found, skipped = read(tmp_path / name)
   assert found == {}
   assert skipped.counts() == {"undecodable": 1}
@@ -185,7 +180,7 @@ def test_other_encodings_are_named(tmp_path, name, encoding):
 
 
 def test_latin1_is_named(tmp_path):
-  write(tmp_path, {"a.txt": "é".encode("latin-1"), "b.txt": "b"})
+  write_files(tmp_path, {"a.txt": "é".encode("latin-1"), "b.txt": "b"})
   with pytest.raises(ValueError, match=r"skipped: 1 undecodable \(a.txt is not UTF-8\)"):
     load(tmp_path)
 
@@ -216,7 +211,7 @@ def test_compressed_files(tmp_path, suffix, kind):
   compress, name = COMPRESSIONS[suffix], f"c4-train.00000-of-01024{kind}{suffix}"
   parts = [lines({"text": "one", "url": "u"}), lines({"text": "two"})]
   # Two frames one after another are one file, as `cat` and parallel compressors make it.
-  write(tmp_path, {name: b"".join(map(compress, parts)), name.upper(): compress(parts[0])})
+  write_files(tmp_path, {name: b"".join(map(compress, parts)), name.upper(): compress(parts[0])})
   expected = {f"{name}:1": "one", f"{name}:2": "two"}
   if kind == ".txt":
     expected = {name: b"".join(parts).decode()}
@@ -248,12 +243,12 @@ def test_zstd_of_a_long_window(tmp_path):
   frame = compressor.compress(content) + compressor.flush()
   with pytest.raises(module.ZstdError):
     module.decompress(frame)  # more memory than is allowed unless one asks
-  write(tmp_path, {"a.jsonl.zst": frame})
+  write_files(tmp_path, {"a.jsonl.zst": frame})
   assert read(tmp_path / "a.jsonl.zst")[0] == {"a.jsonl.zst:1": "far"}
 
 
 def test_zstd_missing(tmp_path, monkeypatch):
-  write(tmp_path, {"a.jsonl.zst": b"x", "b.txt": "b"})
+  write_files(tmp_path, {"a.jsonl.zst": b"x", "b.txt": "b"})
   monkeypatch.setitem(sys.modules, ZSTD_MODULE, None)
   with pytest.raises(ValueError, match=r"a.jsonl.zst .* pip install 'ttt_jax\[zstd\]'"):
     load(tmp_path)
@@ -272,7 +267,7 @@ def test_zstd_missing(tmp_path, monkeypatch):
   ],
 )
 def test_json_of_lines_and_of_one_array(tmp_path, content):
-  write(tmp_path, {"a.json": content})
+  write_files(tmp_path, {"a.json": content})
   assert list(read(tmp_path / "a.json")[0].values()) == ["one", "two"]
 
 
@@ -298,7 +293,7 @@ def test_json_of_lines_and_of_one_array(tmp_path, content):
   ],
 )
 def test_other_json(tmp_path, content, found, skipped):
-  write(tmp_path, {"a.json": content})
+  write_files(tmp_path, {"a.json": content})
   texts, counted = read(tmp_path / "a.json")
   assert list(texts.values()) == found
   assert counted.counts() == skipped
@@ -316,7 +311,7 @@ def test_other_json(tmp_path, content, found, skipped):
   ],
 )
 def test_the_fields_that_are_there_are_named(tmp_path, record, problem):
-  write(tmp_path, {"a.jsonl": lines(record, {"other": 1})})
+  write_files(tmp_path, {"a.jsonl": lines(record, {"other": 1})})
   _, skipped = read(tmp_path / "a.jsonl")
   assert skipped.counts() == {"missing_text_field": 2}
   said = str(skipped).removeprefix("2 missing text field (").removesuffix(")")
@@ -328,7 +323,7 @@ def test_the_fields_that_are_there_are_named(tmp_path, record, problem):
 
 def test_a_field_of_a_field(tmp_path):
   records = [{"meta": {"text": "one"}}, {"meta": None}, {"meta.text": "three", "meta": 3}]
-  write(tmp_path, {"a.jsonl": lines(*records)})
+  write_files(tmp_path, {"a.jsonl": lines(*records)})
   found, skipped = read(tmp_path / "a.jsonl", "meta.text")
   assert found == {"a.jsonl:1": "one", "a.jsonl:3": "three"}
   assert skipped.counts() == {"missing_text_field": 1}

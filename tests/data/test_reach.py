@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import write_files
 
 from ttt_jax import UserError
 from ttt_jax.cli import main
@@ -51,14 +52,6 @@ def compressor(request):
 
 def texts(make):
   return [Text(f"{i}.txt", make(i)) for i in range(4)]
-
-
-def write(root, files):
-  for name, content in files.items():
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-  return str(root)
 
 
 def read_lines(path):
@@ -124,8 +117,10 @@ def test_summary_has_no_ratio_to_nothing_and_no_interval_of_one_document():
 
 
 def test_the_command_writes_table_json_and_plot(tmp_path, capsys):
-  path = write(tmp_path / "texts", {f"{i}.txt": repeating(DISTANCE, 16384, i) for i in range(3)})
-  write(tmp_path / "texts", {"short.txt": "short", "picture.png": "no text"})
+  path = write_files(
+    tmp_path / "texts", {f"{i}.txt": repeating(DISTANCE, 16384, i) for i in range(3)}
+  )
+  write_files(tmp_path / "texts", {"short.txt": "short", "picture.png": "no text"})
   words = [
     "data",
     "reach",
@@ -152,14 +147,14 @@ def test_the_command_writes_table_json_and_plot(tmp_path, capsys):
 
 
 def test_nothing_is_written_without_out(tmp_path, monkeypatch):
-  path = write(tmp_path / "texts", {f"{i}.txt": letters(8192, i) for i in range(2)})
+  path = write_files(tmp_path / "texts", {f"{i}.txt": letters(8192, i) for i in range(2)})
   monkeypatch.chdir(tmp_path)
   run_reach(path, config("lzma", contexts=(64, 1024)))
   assert [entry.name for entry in tmp_path.iterdir()] == ["texts"]
 
 
 def test_documents_are_drawn_by_name(tmp_path):
-  path = write(tmp_path, {f"{i}.txt": letters(9000, i) for i in range(9)})
+  path = write_files(tmp_path, {f"{i}.txt": letters(9000, i) for i in range(9)})
   names = {
     seed: [text.name for text in sample(path, config("lzma", seed=seed), Skipped()).documents]
     for seed in (0, 1)
@@ -172,7 +167,7 @@ def test_documents_are_drawn_by_name(tmp_path):
 
 
 def test_a_corpus_that_is_too_short_is_refused_with_its_longest_documents(tmp_path, capsys):
-  path = write(tmp_path, {f"{i}.txt": letters(1000 * (i + 1), i) for i in range(5)})
+  path = write_files(tmp_path, {f"{i}.txt": letters(1000 * (i + 1), i) for i in range(5)})
   assert main(["data", "reach", path, "--compressor", "lzma"]) == 2
   error = capsys.readouterr().err
   assert "no document of 266,240 bytes" in error
@@ -182,7 +177,7 @@ def test_a_corpus_that_is_too_short_is_refused_with_its_longest_documents(tmp_pa
 
 
 def test_one_document_has_no_primer(tmp_path):
-  path = write(tmp_path, {"a.txt": letters(16384, 0), "b.txt": "b"})
+  path = write_files(tmp_path, {"a.txt": letters(16384, 0), "b.txt": "b"})
   with pytest.raises(UserError, match=r"holds one document .*--primer 0"):
     sample(path, config("lzma"), Skipped())
   assert len(sample(path, config("lzma", primer=0), Skipped()).documents) == 1
@@ -194,7 +189,7 @@ def test_an_empty_directory_is_refused(tmp_path):
 
 
 def test_a_prepared_corpus_is_refused(tmp_path):
-  source = write(tmp_path / "texts", {f"{i}.txt": letters(100, i) for i in range(2)})
+  source = write_files(tmp_path / "texts", {f"{i}.txt": letters(100, i) for i in range(2)})
   assert main(["data", "prepare", source, str(tmp_path / "prepared")]) == 0
   with pytest.raises(
     UserError, match=r"prepared corpus of tokens: .* the text that it was made from"
@@ -230,7 +225,7 @@ def test_a_missing_pyppmd_names_its_extra_before_anything_is_read(monkeypatch):
 
 
 def test_the_files_of_each_entry_become_a_document(tmp_path, capsys):
-  source = write(
+  source = write_files(
     tmp_path / "packages",
     {
       "b/z.py": "z = 1\n",
@@ -256,7 +251,9 @@ def test_the_files_of_each_entry_become_a_document(tmp_path, capsys):
 
 
 def test_joined_documents_are_a_corpus(tmp_path):
-  source = write(tmp_path / "in", {f"{i}/{j}.txt": f"{i} {j}" for i in range(3) for j in range(2)})
+  source = write_files(
+    tmp_path / "in", {f"{i}/{j}.txt": f"{i} {j}" for i in range(3) for j in range(2)}
+  )
   joined = join(source, tmp_path / "out.jsonl")
   assert (joined.documents, joined.files) == (3, 6)
   (loaded,) = load_corpus(DataConfig(path=str(tmp_path / "out.jsonl")), seed=0).sources
@@ -274,7 +271,7 @@ def test_joined_documents_are_a_corpus(tmp_path):
 def test_what_cannot_be_joined_is_refused_and_nothing_written(
   tmp_path, source, destination, message
 ):
-  write(tmp_path, {"texts/a.txt": "a", "empty/a/b.txt": ""})
+  write_files(tmp_path, {"texts/a.txt": "a", "empty/a/b.txt": ""})
   with pytest.raises(UserError, match=message):
     join(str(tmp_path / source), tmp_path / destination)
   assert not (tmp_path / destination).exists()

@@ -155,9 +155,9 @@ def check_trainable(ttt: TTTConfig, train: TrainConfig) -> None:
 
 def check_attend(data: DataConfig, ttt: TTTConfig) -> None:
   """Raises UserError if `data.attend` cuts a chunk of fast weights, or no row."""
-  if isinstance(data.attend, str):
+  if data.attend_blocks is None:
     return
-  block, chunk = list(data.attend.block), ttt.chunk_size
+  block, chunk = list(data.attend_blocks.block), ttt.chunk_size
   require(
     block[0] < data.seq_len,
     f"data.attend.block={block} cuts no row of data.seq_len={data.seq_len}: use smaller blocks",

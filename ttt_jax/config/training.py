@@ -82,6 +82,11 @@ class DataConfig:
   """Largest number of corrupt records to skip, over parquet, ArrayRecord and prepared files."""
 
   @property
+  def attend_blocks(self) -> AttendBlocks | None:
+    """Returns the blocks of `attend`; None where attention sees whole documents."""
+    return None if isinstance(self.attend, str) else self.attend
+
+  @property
   def sources(self) -> tuple[tuple[str, str | None, float], ...]:
     """Returns (field, path, weight) of every source with a weight above 0."""
     if not self.mixture:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ttt_jax.data.reach import ReachConfig, Sample, bits, sample
 from ttt_jax.data.skipped import Skipped
-from ttt_jax.evaluation.perplexity import bootstrap
+from ttt_jax.evaluation.paired import bootstrap
 from ttt_jax.evaluation.plots import plot_reach
 from ttt_jax.evaluation.progress import EvaluationProgress
 from ttt_jax.files import write_json

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,11 @@ class Setting:
   read_scale: float
   ridge: float = _RIDGES[0]
   gate: tuple[float, float] | None = None
+
+  @classmethod
+  def of(cls, result: Mapping[str, Any]) -> "Setting":
+    """Returns the setting of which `result` is."""
+    return cls(*(result[field.name] for field in dataclasses.fields(cls)))
 
   def text(self) -> str:
     """Returns the setting as a line of output says it."""
@@ -260,7 +265,7 @@ def calibrate(
     for gate in _GATES
   ]
   start = best_allowed(final) or max(final, key=_remembered)
-  kept = Setting(*(start[field.name] for field in dataclasses.fields(Setting)))
+  kept = Setting.of(start)
   final += [
     thorough(dataclasses.replace(kept, ridge=ridge), (kept.layer,)) for ridge in _RIDGES[1:]
   ]
@@ -289,8 +294,7 @@ def calibrate(
       stacklevel=2,
     )
   if out is not None:
-    setting = Setting(*(chosen[field.name] for field in dataclasses.fields(Setting)))
-    model = load_pretrained(path, dtype=dtype, ttt=setting.config(config.chunk_size))
+    model = load_pretrained(path, dtype=dtype, ttt=Setting.of(chosen).config(config.chunk_size))
     save_pretrained(model, out, tokenizer=tokenizer)
     write_json(Path(out) / "calibration.json", report)
     plot_calibration(report, Path(out) / "calibration.png")

@@ -17,7 +17,7 @@ from ttt_jax.nn.layers import project
 from ttt_jax.nn.transformer import Block, split_tokens
 from ttt_jax.ops.attention.cached import KeyValueCache
 from ttt_jax.ops.fast_weight.api import FastWeightState
-from ttt_jax.ops.fast_weight.least_squares.api import gated
+from ttt_jax.ops.fast_weight.least_squares.api import before_unit_rows, gated
 from ttt_jax.ops.fast_weight.least_squares.sums import Factored, factor, read, unit_rows
 from ttt_jax.ops.numerics import accumulation_dtype, matmul
 from ttt_jax.parallel.mesh import Axes, constrain, context_size, over_shards
@@ -143,9 +143,7 @@ def _read_state(mlp: TttMlp, z: Float[Array, "B 1 F"], s) -> Float[Array, "B 1 D
     return matmul("btf,bfd->btd", z, s.astype(z.dtype))
   factored = Factored(s.cholesky, s.rho, is_learned=s.rho != 0)
   settings = mlp.least_squares(s.d.dtype)
-  if settings.projection is not None:
-    z = matmul("btf,fr->btr", z, settings.projection.astype(z.dtype))
-  keys = unit_rows(z, s.d.dtype)
+  keys = unit_rows(before_unit_rows(z, settings.projection), s.d.dtype)
   found = read(keys, s.d, factored)
   return gated(found.r, found.leverage, keys, settings)
 

@@ -181,6 +181,10 @@ class TttMlp(Mlp):
     """Returns the direction of keys in the gate, `10 s` with s learned from 0; None if there is none."""
     return None if self.gate_key is None else LOG_SCALE * self.gate_key[...].astype(dtype)
 
+  def projection_of_keys(self, dtype: DTypeLike) -> Float[Array, "F R"] | None:
+    """Returns the projection of the keys; None where they are all of z."""
+    return None if self.key_projection is None else self.key_projection[...].astype(dtype)
+
   def learned_decay(self, dtype: DTypeLike) -> Float[Array, ""] | None:
     """Returns `2^(-C / h)` of the half-life `h = ttt.half_life * exp(10 s)`, s learned from 0; or None."""
     if self.log_half_life is None:
@@ -195,7 +199,7 @@ class TttMlp(Mlp):
       ridge=jnp.asarray(self.ttt.ridge, dtype),
       read_scale=self.read_scale(dtype),
       gate=None if gate is None else Gate(gate[0], gate[1], self.gate_direction(dtype)),
-      projection=None if self.key_projection is None else self.key_projection[...].astype(dtype),
+      projection=self.projection_of_keys(dtype),
     )
 
   def learn(
@@ -306,5 +310,5 @@ class TttMlp(Mlp):
       read_scale=self.read_scale(wide),
       gate=self.read_gate(wide),
       gate_key=self.gate_direction(wide),
-      key_projection=None if self.key_projection is None else self.key_projection[...].astype(wide),
+      key_projection=self.projection_of_keys(wide),
     )

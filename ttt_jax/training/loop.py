@@ -191,7 +191,7 @@ def train(
     seed=config.seed,
     slots=local_rows(mesh, config.train.batch_size),
     align=config.ttt.chunk_size if config.data.align_documents else 1,
-    attend=None if isinstance(config.data.attend, str) else config.data.attend,
+    attend=config.data.attend_blocks,
     attend_fraction=config.data.attend_fraction,
     chunk_size=config.ttt.chunk_size,
   )

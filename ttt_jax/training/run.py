@@ -71,9 +71,10 @@ def check_ready(config: Config, corpus: Corpus, mesh: Mesh) -> Int32[np.ndarray,
   """
   if is_main():
     check_writers(config)
-    if not isinstance(config.data.attend, str) and not config.ttt.layers:
+    blocks = config.data.attend_blocks
+    if blocks is not None and not config.ttt.layers:
       warnings.warn(
-        f"data.attend.block={list(config.data.attend.block)}, but ttt.layers=[]: without fast weights "
+        f"data.attend.block={list(blocks.block)}, but ttt.layers=[]: without fast weights "
         "nothing is carried over a cut",
         stacklevel=2,
       )

@@ -34,7 +34,7 @@ def trace_training(config: Config, mesh: Mesh) -> Traced:
   with jax.set_mesh(mesh):
     program = jit_train_step(config, mesh).trace(
       abstract_state(config, mesh),
-      Batch(*[rows] * (3 if isinstance(config.data.attend, str) else 4)),
+      Batch(*[rows] * (3 if config.data.attend_blocks is None else 4)),
     )
   return Traced(program, config.train.batch_size * config.data.seq_len, 1)
 

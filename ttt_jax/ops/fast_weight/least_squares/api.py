@@ -99,7 +99,7 @@ def least_squares(
   if chunks.s_in is not None:
     s_in = Sums(*(_gather(x, axis, dimension=1) for x in chunks.s_in))
   rows = Rows(
-    z=_before_unit_rows(where(seen, chunks.z), settings.projection, axis),
+    z=before_unit_rows(where(seen, chunks.z), settings.projection, axis),
     v=where(chunks.writes, chunks.lr.astype(dtype) * chunks.v.astype(dtype)),
     s_in=s_in,
     keep=chunks.keep,
@@ -120,7 +120,7 @@ def least_squares(
   y_tail = None
   if tail.shape[1]:
     mask = None if masks is None else masks.tail_reads
-    keys = unit_rows(_before_unit_rows(where(mask, tail), settings.projection, axis), dtype)
+    keys = unit_rows(before_unit_rows(where(mask, tail), settings.projection, axis), dtype)
     found = read(keys, sums.d, factor(sums.a, settings.ridge))
     y_tail = where(mask, share * gated(found.r, found.leverage, keys, settings))
   return FastPart(
@@ -147,8 +147,8 @@ def gated(
   return (settings.read_scale * jax.nn.sigmoid(logit))[..., None] * r
 
 
-def _before_unit_rows(
-  z: Float[Array, "*B F"], projection: Float[Array, "F R"] | None, axis: str | None
+def before_unit_rows(
+  z: Float[Array, "*B F"], projection: Float[Array, "F R"] | None, axis: str | None = None
 ) -> Float[Array, "*B R"]:
   """Returns z of all of F, or `z P`: the keys before they are normalised."""
   if projection is None:
@@ -198,7 +198,7 @@ def measure(
   fast = slow = jnp.zeros(b, wide)
   if n:
     written = where(None if chunks.writes is None else chunks.writes[:, -1], chunks.z[:, -1])
-    keys = unit_rows(_before_unit_rows(written, settings.projection, axis), dtype)
+    keys = unit_rows(before_unit_rows(written, settings.projection, axis), dtype)
     v = chunks.lr.astype(dtype) * chunks.v[:, -1].astype(dtype)
     update = norm(product("bcf,bcd->bfd", keys, v))
     z = chunks.z[:, :, sample_places]
