@@ -332,17 +332,20 @@ def _load_tensors(
   present = [mapping for mapping in mappings if mapping.name in checkpoint.tensors]
   finite = {}
   for mapping in sorted(present, key=lambda mapping: -np.prod(mapping.shape)):
-    if mapping.parameter not in values:
-      kind = shapes[mapping.parameter]
+    kind, stacked = shapes[mapping.parameter], mapping.repeat is not None
+    if stacked and mapping.parameter not in values:
       values[mapping.parameter] = jnp.zeros(
         kind.shape, kind.dtype, device=placement[mapping.parameter]
       )
     value = mapping.to_parameter(checkpoint.tensors[mapping.name].read())
-    sharding = _layer_sharding(placement[mapping.parameter], stacked=mapping.repeat is not None)
-    value = jax.device_put(value, sharding, may_alias=True)
-    values[mapping.parameter], finite[mapping.name] = _write_layer(
-      values[mapping.parameter], value, mapping.repeat
-    )
+    sharding = _layer_sharding(placement[mapping.parameter], stacked=stacked)
+    value = jax.device_put(value, sharding, may_alias=stacked)
+    finite[mapping.name] = _all_finite(value)
+    if stacked:
+      values[mapping.parameter] = _write_layer(values[mapping.parameter], value, mapping.repeat)
+    else:
+      values[mapping.parameter] = value.astype(kind.dtype)
+    del value
     jax.block_until_ready(values[mapping.parameter])  # so that the host never holds two tensors
   broken = [name for name, ok in finite.items() if not ok]
   if broken:
@@ -359,11 +362,12 @@ def _layer_sharding(sharding: NamedSharding | None, *, stacked: bool) -> NamedSh
   return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
+@jax.jit
+def _all_finite(value: Array) -> Array:
+  return jnp.all(jnp.isfinite(value))
+
+
 @partial(jax.jit, donate_argnums=0)
-def _write_layer(parameter: Array, value: Array, repeat: Int[Array, ""] | None):
-  """Returns the parameter with a layer's value written into it, and whether all its numbers are finite."""
-  finite = jnp.all(jnp.isfinite(value))
-  value = value.astype(parameter.dtype)
-  if repeat is not None:
-    value = jax.lax.dynamic_update_index_in_dim(parameter, value, repeat, 0)
-  return value, finite
+def _write_layer(parameter: Array, value: Array, repeat: Int[Array, ""]) -> Array:
+  """Returns the parameter with a layer's value written into it."""
+  return jax.lax.dynamic_update_index_in_dim(parameter, value.astype(parameter.dtype), repeat, 0)
