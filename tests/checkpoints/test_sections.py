@@ -1,5 +1,6 @@
 """Tests the one rule for opening a model: a given field counts, or an error names it."""
 
+import argparse
 import dataclasses
 import warnings
 
@@ -11,9 +12,10 @@ from helpers import random_model
 from ttt_jax import UserError, load_pretrained, save_pretrained
 from ttt_jax.checkpoints.hf import open_checkpoint, resolve_sections
 from ttt_jax.checkpoints.open import open_model
-from ttt_jax.checkpoints.resolve import resolve, resolve_run
+from ttt_jax.checkpoints.resolve import resolve, resolve_run, run_sections
 from ttt_jax.checkpoints.sections import Sections, with_given_fields
 from ttt_jax.cli import main
+from ttt_jax.cli.shared import evaluated
 from ttt_jax.config import AttentionConfig, Config, ModelConfig, RopeScaling, TTTConfig
 from ttt_jax.config.yaml import dump_config, load_config, load_fields
 
@@ -48,31 +50,143 @@ TTT = TTTConfig(
   decay=0.9,
   clip_norm=2.0,
 )
+LEAST_SQUARES = TTTConfig(
+  layers=(0, 2),
+  chunk_size=8,
+  target="hidden_states",
+  conv_width=3,
+  init="next_token",
+  half_life=40.0,
+  learn_half_life=True,
+  rule="least_squares",
+  ridge=0.3,
+  read_scale=2.0,
+  learn_read_scale=False,
+  read_gate="key",
+  gate_threshold=0.5,
+  gate_sharpness=9.0,
+  learn_gate=False,
+  key_rank=6,
+)
+MEMORIES = {"sum": TTT, "least_squares": LEAST_SQUARES}
+# A legal value of every field, neither its default nor that of a model above.
 OTHER = {
-  "num_layers": 2,
-  "rope_scaling": {"kind": "llama3", "factor": 2.0, "original_max_positions": 32},
-  "state_dtype": "bfloat16",
-  "dtype": "bfloat16",
-  "param_dtype": "bfloat16",
-  "remat": "minimal",
-  "attention_bias": "qkv",
-  "mixer": "gla",
-  "mixer_layers": [0],
-  "implementation": "dual",
-  "collective": "ring",
-  "wire_dtype": "bfloat16",
-  "init": "next_token",
+  "model": {
+    "vocab_size": 23,
+    "num_layers": 2,
+    "d_model": 24,
+    "d_ff": 28,
+    "num_heads": 1,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "rope_theta": 3e4,
+    "rope_scaling": {"kind": "llama3", "factor": 2.0, "original_max_positions": 32},
+    "max_positions": 512,
+    "norm_eps": 3e-5,
+    "qk_norm": False,
+    "attention_bias": "qkv",
+    "tie_embeddings": True,
+    "bos_id": 4,
+    "eos_ids": [5],
+    "param_dtype": "bfloat16",
+    "dtype": "bfloat16",
+    "state_dtype": "float64",
+    "remat": "minimal",
+  },
+  "attention": {
+    "window": 7,
+    "full_layers": [0],
+    "implementation": "xla",
+    "balance": False,
+    "mixer": "gla",
+    "mixer_layers": [0],
+    "short_conv": 3,
+  },
+  "ttt": {
+    "layers": [1],
+    "chunk_size": 16,
+    "target": "input_embed",
+    "normalize_target": True,
+    "conv_width": 7,
+    "projection": False,
+    "init": "current_token",
+    "inner_lr": 0.7,
+    "inner_lr_scale": "fixed",
+    "learn_inner_lr": False,
+    "decay": 0.8,
+    "half_life": 80.0,
+    "learn_half_life": True,
+    "clip_norm": 3.0,
+    "implementation": "dual",
+    "merge": False,
+    "collective": "ring",
+    "wire_dtype": "bfloat16",
+    "ridge": 0.7,
+    "read_scale": 3.0,
+    "learn_read_scale": False,
+    "read_gate": "leverage",
+    "gate_threshold": 0.7,
+    "gate_sharpness": 5.0,
+    "learn_gate": False,
+    "key_rank": 4,
+    "rule": "least_squares",
+  },
+}
+# Fields that a checkpoint fixes: another value is an error.
+FIXED = {
+  "model": OTHER["model"].keys()
+  - {
+    "rope_theta",
+    "rope_scaling",
+    "max_positions",
+    "param_dtype",
+    "dtype",
+    "state_dtype",
+    "remat",
+  },
+  "attention": OTHER["attention"].keys() - {"implementation", "balance"},
+  "ttt": set(),
+}
+_LEAST_SQUARES_ONLY = {
+  "ridge",
+  "read_scale",
+  "learn_read_scale",
+  "read_gate",
+  "gate_threshold",
+  "gate_sharpness",
+  "learn_gate",
+  "key_rank",
+}
+# Given fields of `ttt` that contradict what the model has, by memory: the error names them.
+CONTRARY = {
+  "sum": {"init", "learn_half_life", *_LEAST_SQUARES_ONLY},
+  "least_squares": {"init", "inner_lr", "inner_lr_scale", "learn_inner_lr", "clip_norm", "merge"},
+}
+# Fields that end with a given value: they belong to what it replaces.
+ENDED = {
+  ("sum", "half_life", 80.0): {"decay"},
+  ("sum", "rule", "least_squares"): {"inner_lr", "inner_lr_scale", "clip_norm"},
+  ("least_squares", "decay", 0.8): {"half_life", "learn_half_life"},
+  ("least_squares", "half_life", None): {"learn_half_life"},
+  ("least_squares", "read_gate", "none"): {"gate_threshold", "gate_sharpness", "learn_gate"},
+  ("least_squares", "rule", "sum"): _LEAST_SQUARES_ONLY,
 }
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-  """Makes a Hugging Face directory whose model has fast weights."""
-  path = tmp_path_factory.mktemp("models") / "fast"
+def checkpoints(tmp_path_factory):
+  """Makes a Hugging Face directory for each memory, whose models have fast weights."""
+  root = tmp_path_factory.mktemp("models")
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the published keys cannot express all of it
-    save_pretrained(random_model(MODEL, ATTENTION, TTT), path)
-  return path
+    for name, ttt in MEMORIES.items():
+      save_pretrained(random_model(MODEL, ATTENTION, ttt), root / name)
+  return root
+
+
+@pytest.fixture
+def checkpoint(checkpoints):
+  return checkpoints / "sum"
 
 
 @pytest.fixture(scope="module")
@@ -85,30 +199,49 @@ def plain(tmp_path_factory):
 def _cases():
   """Yields (section, field, value): every field with its default and with another value."""
   for section, cls in (("model", ModelConfig), ("attention", AttentionConfig), ("ttt", TTTConfig)):
+    assert OTHER[section].keys() == {field.name for field in dataclasses.fields(cls)}
     for field in dataclasses.fields(cls):
-      yield section, field.name, field.default
-      yield section, field.name, OTHER.get(field.name, _other(field.default))
+      default = field.default
+      yield section, field.name, list(default) if isinstance(default, tuple) else default
+      yield section, field.name, OTHER[section][field.name]
 
 
-def _other(default):
-  if isinstance(default, bool) or default is None:
-    return not default
-  if isinstance(default, int | float):
-    return default * 3
-  return [1] if default == () else f"no {default}"
+CASES = list(_cases())
 
 
-CASES = [(s, f, list(v) if isinstance(v, tuple) else v) for s, f, v in _cases()]
+def _own(memory: str) -> Sections:
+  return Sections(MODEL, ATTENTION, MEMORIES[memory])
 
 
-def _counts(sections: Sections, section: str, field: str, value) -> bool:
-  """Tells whether the sections have the given value."""
-  got = getattr(getattr(sections, section), field)
-  if field == "rope_scaling" and got is not None and value is not None:
-    return all(getattr(got, name) == x for name, x in value.items())
+def _stored(memory: str, section: str, field: str):
+  value = getattr(getattr(_own(memory), section), field)
+  return list(value) if isinstance(value, tuple) else value
+
+
+def _contradicts(memory: str, section: str, field: str, value) -> bool:
+  """Tells whether a given value must be an error that names it."""
+  if section == "ttt":
+    default = type(MEMORIES[memory]).__dataclass_fields__[field].default
+    return field in CONTRARY[memory] and value != default
+  if field == "head_dim" and value is None:
+    return MODEL.d_model // MODEL.num_heads != MODEL.head_dim
+  return field in FIXED[section] and value != _stored(memory, section, field)
+
+
+def _check_counts(sections: Sections, memory: str, section: str, field: str, value) -> None:
+  """Checks that the given value is in the sections, and that all else is the model's own."""
+  own = {name: dataclasses.asdict(x) for name, x in _own(memory)._asdict().items()}
+  if field == "rope_scaling" and value is not None:
+    value = dataclasses.asdict(RopeScaling(**value))
   if field == "init" and value is None:
-    return got in (None, TTT.init)  # null leaves it to the kind of model
-  return (list(got) if isinstance(got, tuple) else got) == value
+    value = "identity"  # null leaves it to the kind of model
+  if value is None or isinstance(value, str | float):
+    for ended in ENDED.get((memory, field, value), ()):
+      own["ttt"][ended] = TTTConfig.__dataclass_fields__[ended].default
+  own[section][field] = tuple(value) if isinstance(value, list) else value
+  found = {name: dataclasses.asdict(x) for name, x in sections._asdict().items()}
+  for name in own:
+    assert found[name] == own[name]
 
 
 def _yaml(value) -> str:
@@ -117,53 +250,55 @@ def _yaml(value) -> str:
   return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _named(error: UserError, section: str, field: str) -> bool:
-  return f"{section}.{field}" in str(error)
-
-
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize(("section", "field", "value"), CASES)
-def test_a_given_field_counts_or_is_named(checkpoint, section, field, value):
-  """Checks `train` and `eval`, which resolve a config, and `generate`, `convert` and `eval ruler`."""
+def test_a_given_field_counts_or_is_named(checkpoints, memory, section, field, value):
+  """Checks `train`, `eval` and `plan`, which resolve a config, and `generate`, `convert`, `eval ruler`."""
   words = [f"--{section}.{field}", _yaml(value)]
-  row = ["--data.seq_len", "1536", "--init_from", str(checkpoint)]
-  opened = open_checkpoint(checkpoint)
+  row = ["--data.seq_len", "1536", "--init_from", str(checkpoints / memory)]
+  opened = open_checkpoint(checkpoints / memory)
   for read in (
     lambda: resolve(load_config(None, [*row, *words])),
     lambda: resolve_sections(opened, load_fields(None, words)),
   ):
+    if _contradicts(memory, section, field, value):
+      with pytest.raises(UserError, match=rf"{section}\.{field}"):
+        read()
+    else:
+      resolved = read()
+      sections = Sections(resolved.model, resolved.attention, resolved.ttt)
+      _check_counts(sections, memory, section, field, value)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(("section", "field", "value"), CASES)
+def test_a_run_is_a_checkpoint_like_others(tmp_path, memory, section, field, value):
+  recorded = Config(model=MODEL, attention=ATTENTION, ttt=MEMORIES[memory])
+  (tmp_path / "config.yaml").write_text(dump_config(recorded) + "# end of the config\n")
+  words = [f"--{section}.{field}", _yaml(value)]
+
+  def evaluated_config():
+    config, is_run = evaluated(
+      argparse.Namespace(config=str(tmp_path), overrides=[*words, "--data.seq_len", "1536"])
+    )
+    assert is_run
+    return resolve_run(config)
+
+  for read in (evaluated_config, lambda: run_sections(tmp_path, load_fields(None, words))):
     try:
       resolved = read()
     except UserError as error:
-      named = _named(error, section, field)
-      assert named
+      message = str(error)
+      assert f"{section}.{field}" in message
+      changes_parameters = "would change which parameters" in message
+      assert changes_parameters or _contradicts(memory, section, field, value)
     else:
+      assert not _contradicts(memory, section, field, value)
       sections = Sections(resolved.model, resolved.attention, resolved.ttt)
-      assert _counts(sections, section, field, value), (field, value)
-      # Nothing else of the model's own is lost.
-      own = Sections(MODEL, ATTENTION, TTT)
-      for name in ("model", "attention", "ttt"):
-        ours, theirs = (dataclasses.asdict(getattr(x, name)) for x in (sections, own))
-        if name == section:
-          del ours[field], theirs[field]
-        if field == "dtype":  # parameters follow it, unless they are given
-          ours.pop("param_dtype", None), theirs.pop("param_dtype", None)
-        assert ours == theirs
-
-
-@pytest.mark.parametrize(("section", "field", "value"), CASES)
-def test_a_run_is_a_checkpoint_like_others(tmp_path, section, field, value):
-  recorded = Config(model=MODEL, attention=ATTENTION, ttt=TTT)
-  (tmp_path / "config.yaml").write_text(dump_config(recorded) + "# end of the config\n")
-  words = ["--run_dir", str(tmp_path), f"--{section}.{field}", _yaml(value)]
-  try:
-    # What a YAML file does not say is the run's.
-    resolved = resolve_run(load_config(None, [*words, "--data.seq_len", "1536"]))
-  except UserError as error:
-    named = _named(error, section, field)
-    assert named
-  else:
-    sections = Sections(resolved.model, resolved.attention, resolved.ttt)
-    assert _counts(sections, section, field, value), (field, value)
+      if (section, field, value) == ("ttt", "init", None):
+        assert sections.ttt.init in (None, MEMORIES[memory].init)
+      else:
+        _check_counts(sections, memory, section, field, value)
 
 
 def test_a_dataclass_counts_by_what_it_was_given(checkpoint):

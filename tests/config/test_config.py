@@ -116,7 +116,6 @@ def of_two(*weights):
     (TTTConfig, {"decay": 1.5}, r"ttt\.decay=1\.5 must be in \(0, 1\]"),
     (TTTConfig, {"half_life": 0.0}, r"ttt\.half_life=0\.0 must be positive"),
     (TTTConfig, {"half_life": 9.0, "decay": 0.5}, r"ttt\.half_life=9\.0 and ttt\.decay=0\.5"),
-    (TTTConfig, {"learn_half_life": True}, r"ttt\.learn_half_life=true needs a ttt\.half_life"),
     (TTTConfig, {"clip_norm": 0.0}, r"ttt\.clip_norm=0\.0 must be positive"),
     (TTTConfig, {"conv_width": 4}, r"ttt\.conv_width=4 must be odd"),
     (TTTConfig, {"target": "logits"}, r"ttt\.target='logits' is not one of 'input_embed'"),

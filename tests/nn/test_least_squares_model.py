@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import ATTENTION, MODEL, mesh_of, random_model, random_rows, relative_error
 
 import ttt_jax
@@ -13,6 +14,7 @@ from ttt_jax.checkpoints.sections import Sections
 from ttt_jax.config import Config, TTTConfig, check_layers
 from ttt_jax.evaluation.perplexity import read_losses
 from ttt_jax.generation.decoder import Reader
+from ttt_jax.nn.fast_mlp import TttMlp
 from ttt_jax.nn.loss import model_losses
 from ttt_jax.parallel.mesh import sharding
 from ttt_jax.parallel.parameters import shardings
@@ -174,7 +176,14 @@ def test_statistics():
     ({"rule": "least_squares", "ridge": 0.0}, r"ttt\.ridge=0\.0 must be positive"),
     ({"rule": "least_squares", "clip_norm": 1.0}, r"ttt\.clip_norm=1\.0 does not belong to"),
     ({"rule": "least_squares", "inner_lr": 0.5}, r"ttt\.inner_lr=0\.5 does not belong to"),
-    ({"read_gate": "leverage"}, r"ttt\.read_gate='leverage' does not belong to ttt\.rule='sum'"),
+    (
+      {"rule": "sum", "read_gate": "leverage"},
+      r"ttt\.read_gate='leverage' does not belong to ttt\.rule='sum'",
+    ),
+    (
+      {"rule": "least_squares", "read_gate": "none", "learn_gate": False},
+      r"ttt\.learn_gate=False does not belong to ttt\.read_gate='none'",
+    ),
     ({"rule": "least_squares", "read_gate": "open"}, r"ttt\.read_gate='open' is not one of"),
     ({"rule": "least_squares", "gate_threshold": 1.0}, r"ttt\.gate_threshold=1\.0 must be in"),
   ],
@@ -182,6 +191,23 @@ def test_statistics():
 def test_bad_configs(fields, message):
   with pytest.raises(ttt_jax.UserError, match=message):
     TTTConfig(layers=(0,), **fields)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"read_gate": "leverage"}, r"ttt\.read_gate='leverage' does not belong to ttt\.rule='sum'"),
+    ({"gate_threshold": 0.5}, r"ttt\.gate_threshold=0\.5 does not belong to ttt\.rule='sum'"),
+    ({"learn_half_life": True}, r"ttt\.learn_half_life=true needs a ttt\.half_life"),
+  ],
+)
+def test_a_part_of_a_section_is_checked_when_it_is_complete(fields, message):
+  """Checks that fields may come without the rule, which a checkpoint may set, but not into a model."""
+  part = TTTConfig(layers=(0,), **fields)
+  with pytest.raises(ttt_jax.UserError, match=message):
+    Config(model=MODEL, ttt=part)
+  with pytest.raises(ttt_jax.UserError, match=message):
+    TttMlp(MODEL, part, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 
 def test_sums_need_float32():

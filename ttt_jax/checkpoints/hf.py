@@ -29,7 +29,7 @@ from ttt_jax.checkpoints.files import (
   read_json,
 )
 from ttt_jax.checkpoints.hf_config import need_integer, read_config
-from ttt_jax.checkpoints.sections import Fields, Sections, with_given_fields
+from ttt_jax.checkpoints.sections import Fields, Sections, check_init, with_given_fields
 from ttt_jax.checkpoints.tensors import (
   EMBEDDING,
   HEAD,
@@ -94,6 +94,8 @@ def load_pretrained(
       unknown field.
   """
   checkpoint = open_checkpoint(local_path(path))
+  if param_dtype is None:
+    param_dtype = dtype
   given: dict[str, Any] = {"model": {"dtype": dtype, "param_dtype": param_dtype}}
   section = ttt if isinstance(ttt, TTTConfig) else None
   if section is None and ttt is not None:
@@ -108,7 +110,8 @@ def resolve_sections(
   """Returns a checkpoint's sections with the given fields over them (`ttt_jax.checkpoints.sections`).
 
   Args:
-    given: fields by section; `dtype` and `param_dtype` of `model` may be None, as in `load_pretrained`.
+    given: fields by section; `dtype` and `param_dtype` of `model` are those of the stored tensors unless
+      they are given: the widest, so that nothing is lost (float32 for float16 and GGUF).
     source: the checkpoint in messages.
     ttt: replaces the checkpoint's own section.
 
@@ -118,14 +121,14 @@ def resolve_sections(
   """
   source = checkpoint.name if source is None else source
   model = dict(given.get("model", {}))
-  if model.get("dtype") is None:
-    model["dtype"] = _widest_dtype(
-      stored.dtype
-      for name, stored in checkpoint.tensors.items()
-      if not name.endswith(_ROTARY_CONSTANTS)
-    )
-  if model.get("param_dtype") is None:
-    model["param_dtype"] = model["dtype"]
+  stored = _widest_dtype(
+    tensor.dtype
+    for name, tensor in checkpoint.tensors.items()
+    if not name.endswith(_ROTARY_CONSTANTS)
+  )
+  for name in ("dtype", "param_dtype"):
+    if model.get(name) is None:
+      model[name] = stored
   for name in ("dtype", "param_dtype"):
     if model[name] not in DTYPES:
       raise UserError(f"{name}={model[name]!r} is not one of {', '.join(map(repr, DTYPES))}")
@@ -141,6 +144,8 @@ def resolve_sections(
   sections = Sections(architecture.model, architecture.attention, base)
   sections = with_given_fields(sections, {**given, "model": model}, source=source)
   check_layers(*sections)
+  if sections.ttt.layers and not _layers_without_tensors(checkpoint, sections.ttt.layers):
+    check_init(given, base, source)
   is_given = ttt is not None or bool(given.get("ttt"))
   if sections.ttt.layers and sections.ttt.init is None and is_given:
     sections = sections._replace(ttt=dataclasses.replace(sections.ttt, init="identity"))
@@ -256,6 +261,12 @@ def _ttt_or_default(checkpoint: Checkpoint) -> TTTConfig:
       "ttt=TTTConfig() to ignore them"
     )
   return TTTConfig() if ttt is None else ttt
+
+
+def _layers_without_tensors(checkpoint: Checkpoint, layers: Iterable[int]) -> list[int]:
+  """Returns the layers of which the checkpoint has no tensor of fast weights."""
+  stored = {int(name.split(".")[2]) for name in checkpoint.tensors if name.endswith(_TTT_TENSORS)}
+  return [layer for layer in layers if layer not in stored]
 
 
 def _check_tensors(

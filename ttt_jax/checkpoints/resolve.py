@@ -14,7 +14,13 @@ from jax.sharding import Mesh
 
 from ttt_jax.checkpoints.files import is_gguf, local_path
 from ttt_jax.checkpoints.hf import load_checkpoint, open_checkpoint, resolve_sections
-from ttt_jax.checkpoints.sections import Fields, Sections, given_sections, with_given_fields
+from ttt_jax.checkpoints.sections import (
+  Fields,
+  Sections,
+  check_init,
+  given_sections,
+  with_given_fields,
+)
 from ttt_jax.config import Config, check_attend, check_layers, check_mesh, check_trainable
 from ttt_jax.config.recorded import recorded_config
 from ttt_jax.errors import UserError
@@ -27,7 +33,8 @@ def resolve(config: Config, devices: int | None = None) -> Config:
   """Fills in the sections of the model that `init_from` names, and the -1 of the mesh.
 
   Given fields of `model`, `attention` and `ttt` count (`ttt_jax.checkpoints.sections`); all other fields
-  are the checkpoint's.
+  are the checkpoint's. So are the dtypes: a model that is stored in bfloat16 is trained and evaluated in
+  bfloat16, with the optimiser's master copy in `train.master_dtype`.
 
   Args:
     config: the config to complete.
@@ -49,9 +56,6 @@ def resolve(config: Config, devices: int | None = None) -> Config:
     )
   checkpoint = open_checkpoint(local_path(config.init_from))
   given = given_sections(config)
-  given["model"] = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype} | given[
-    "model"
-  ]
   source = f"the model of init_from={config.init_from!r}"
   return _with_sections(config, resolve_sections(checkpoint, given, source=source))
 
@@ -74,8 +78,10 @@ def run_sections(run_dir: str | Path, given: Fields) -> Sections:
   """
   recorded = recorded_config(run_dir)
   trained = Sections(recorded.model, recorded.attention, recorded.ttt)
-  sections = with_given_fields(trained, given, source=f"the run in {run_dir}")
+  source = f"the run in {run_dir}"
+  sections = with_given_fields(trained, given, source=source)
   check_layers(*sections)
+  check_init(given, trained.ttt, source)
   if _parameter_shapes(sections) != _parameter_shapes(trained):
     changed = [
       f"ttt.{name}={value!r}"

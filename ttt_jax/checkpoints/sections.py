@@ -1,8 +1,9 @@
 """Merges the fields that a user gives with the sections of an existing model.
 
-A checkpoint or a run sets the sections model, attention and ttt. One rule holds wherever a model is opened:
-a given field counts, whatever its value. A given field of `ttt` overrides the model's; a given field of
-`model` or `attention` sets how the model is computed, stretches its positions, or must equal the model's.
+A checkpoint or a run sets the sections model, attention and ttt. One rule holds where a model is opened: a
+given field counts, whatever its value, and a field that is not given is the model's own. A given field of
+`ttt` overrides the model's; with a given rule, gate or decay, the fields of another one end. A given field
+of `model` or `attention` sets how the model is computed, stretches its positions, or must equal the model's.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from ttt_jax.config import (
   check_ttt_fields,
 )
 from ttt_jax.config.given import given_fields
+from ttt_jax.config.model import defaults_implied
 from ttt_jax.errors import UserError
 
 SECTIONS = ("model", "attention", "ttt")
@@ -59,15 +61,32 @@ def with_given_fields(sections: Sections, given: Fields, *, source: str) -> Sect
     raise UserError(
       f"{', '.join(unknown)} cannot be given for {source}, only {', '.join(SECTIONS)}"
     )
-  ttt = dataclasses.replace(
-    sections.ttt, **_checked_values("ttt", sections.ttt, given.get("ttt", {}))
-  )
+  ttt = _merged(sections.ttt, _checked_values("ttt", sections.ttt, given.get("ttt", {})))
   check_ttt_fields(ttt, given.get("ttt", {}), source)
   return Sections(
     _checked_section("model", sections.model, given.get("model", {}), source),
     _checked_section("attention", sections.attention, given.get("attention", {}), source),
     ttt,
   )
+
+
+def ended_fields(given: Fields) -> Fields:
+  """Returns the defaults of fields that lose their meaning where the given fields override a model's."""
+  ended: dict[str, dict[str, Any]] = {"ttt": defaults_implied(TTTConfig(), given.get("ttt", {}))}
+  scaling = given.get("model", {}).get("rope_scaling")
+  if isinstance(scaling, Mapping):
+    ended["model"] = {"rope_scaling": defaults_implied(RopeScaling(), scaling)}
+  return ended
+
+
+def check_init(given: Fields, trained: TTTConfig, source: str) -> None:
+  """Raises UserError if a given `ttt.init` differs from that of a model that has all its parameters."""
+  init = given.get("ttt", {}).get("init")
+  if init not in (None, trained.init or "identity"):  # as `init` says of pretrained models
+    raise UserError(
+      f"ttt.init={init!r} sets how parameters start, but {source} has those of all its TTT layers: leave "
+      "ttt.init out"
+    )
 
 
 def _checked_section(name: str, section: Any, given: Mapping[str, Any], source: str) -> Any:
@@ -96,9 +115,14 @@ def _checked_values(name: str, section: Any, given: Mapping[str, Any]) -> dict[s
     if field == "rope_scaling" and value is not None:
       inner = value if isinstance(value, Mapping) else given_fields(value)
       base = RopeScaling() if section.rope_scaling is None else section.rope_scaling
-      value = dataclasses.replace(base, **_checked_values("model.rope_scaling", base, inner))
+      value = _merged(base, _checked_values("model.rope_scaling", base, inner))
     values[field] = tuple(value) if isinstance(value, list) else value
   return values
+
+
+def _merged(section: Any, given: Mapping[str, Any]) -> Any:
+  """Returns the section with the given fields; fields that these leave without a meaning are defaults."""
+  return dataclasses.replace(section, **{**defaults_implied(section, given), **given})
 
 
 def _equal(value: Any, stored: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ttt_jax.checkpoints.sections import SECTIONS
+from ttt_jax.checkpoints.sections import SECTIONS, ended_fields
 from ttt_jax.config import Config
 from ttt_jax.config.recorded import CONFIG_FILE
 from ttt_jax.config.yaml import flatten, load_config, load_fields, make_config, merged_fields
@@ -103,7 +103,8 @@ def evaluated(parsed: argparse.Namespace) -> tuple[Config, bool]:
         f"--{name} {overrides[name]} is given, but {parsed.config} is what is evaluated: leave one out"
       )
   if is_run:
-    return make_config(merged_fields(load_fields(path / CONFIG_FILE), overrides, source)), True
+    recorded = load_fields(path / CONFIG_FILE)
+    return make_config(merged_fields(recorded, ended_fields(overrides), overrides, source)), True
   return make_config(merged_fields({"name": path.stem}, overrides, source)), False
 
 

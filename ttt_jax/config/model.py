@@ -1,9 +1,11 @@
 """Defines the config sections of the model: sizes, token mixers, and the fast weights of its MLPs."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ttt_jax.config.checks import DTYPES, require, require_choice, require_positive
-from ttt_jax.config.given import records_given
+from ttt_jax.config.given import given_fields, records_given
 
 RULES = ("sum", "least_squares")
 # Fields of `TTTConfig` that belong to one rule only.
@@ -18,6 +20,19 @@ _OF_RULE = {
     "gate_sharpness",
     "learn_gate",
     "key_rank",
+  ),
+}
+_OF_GATE = ("gate_threshold", "gate_sharpness", "learn_gate")  # without a gate they mean nothing
+# Fields of `RopeScaling` that belong to one kind only.
+_OF_KIND = {
+  "llama3": ("low_freq_factor", "high_freq_factor"),
+  "yarn": (
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
   ),
 }
 IMPLEMENTATIONS = ("associative", "dual", "sequential")
@@ -61,29 +76,40 @@ class RopeScaling:
   channel numbers.
   """
 
-  def check(self) -> None:
-    """Raises UserError for a field out of range; `ModelConfig` calls this method."""
+  def check(self, given: Collection[str] | None = None) -> None:
+    """Raises UserError for a field out of range, or without effect on the kind.
+
+    Args:
+      given: the fields that are known, where the others may come from a checkpoint; None: all.
+    """
     section = "model.rope_scaling"
     require_choice(f"{section}.kind", self.kind, ("linear", "llama3", "yarn"))
-    require_positive(section, self, "factor")
-    if self.kind != "linear":
-      length = self.original_max_positions
+    require_positive(
+      section, self, "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"
+    )
+    if self.attention_factor is not None:
+      require_positive(section, self, "attention_factor")
+    length = self.original_max_positions
+    require(
+      length is None or length > 0, f"{section}.original_max_positions={length} must be positive"
+    )
+    if given is not None and "kind" not in given:
+      return
+    for kind, names in _OF_KIND.items():
+      if kind != self.kind:
+        _require_defaults(section, self, names, f"{section}.kind={self.kind!r}")
+    if given is None:
       require(
-        length is not None and length > 0,
+        self.kind == "linear" or length is not None,
         f"{section}.original_max_positions={length}: {section}.kind={self.kind!r} needs the trained "
         "length in tokens",
       )
     if self.kind == "llama3":
-      require_positive(section, self, "low_freq_factor", "high_freq_factor")
       require(
         self.high_freq_factor > self.low_freq_factor,
         f"{section}.high_freq_factor={self.high_freq_factor} must be above "
         f"{section}.low_freq_factor={self.low_freq_factor}",
       )
-    if self.kind == "yarn":
-      require_positive(section, self, "beta_fast", "beta_slow")
-      if self.attention_factor is not None:
-        require_positive(section, self, "attention_factor")
 
 
 @records_given
@@ -142,7 +168,7 @@ class ModelConfig:
     )
     require_positive("model", self, "rope_theta", "norm_eps")
     if self.rope_scaling is not None:
-      self.rope_scaling.check()
+      self.rope_scaling.check(given_fields(self.rope_scaling))
     if self.max_positions is not None:
       require_positive("model", self, "max_positions")
     require_choice("model.attention_bias", self.attention_bias, (None, "qkv", "qkvo"))
@@ -339,13 +365,6 @@ class TTTConfig:
     require(
       0 < self.gate_threshold < 1, f"ttt.gate_threshold={self.gate_threshold} must be in (0, 1)"
     )
-    others = _OF_RULE["sum" if self.rule == "least_squares" else "least_squares"]
-    for name in others:
-      value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-      require(
-        value == default,
-        f"ttt.{name}={value!r} does not belong to ttt.rule={self.rule!r}: leave it out, or change the rule",
-      )
     require(self.conv_width % 2 == 1, f"ttt.conv_width={self.conv_width} must be odd (centred)")
     require_choice("ttt.target", self.target, ("input_embed", "hidden_states"))
     require_choice("ttt.init", self.init, (None, "next_token", "identity", "current_token"))
@@ -357,27 +376,84 @@ class TTTConfig:
     require_choice("ttt.implementation", self.implementation, (None, *IMPLEMENTATIONS))
     require_choice("ttt.collective", self.collective, (None, *COLLECTIVES))
     require_choice("ttt.wire_dtype", self.wire_dtype, (None, *DTYPES))
+    if self.decay is not None:
+      require(0 < self.decay <= 1, f"ttt.decay={self.decay} must be in (0, 1]")
+    for name in ("half_life", "clip_norm"):
+      if getattr(self, name) is not None:
+        require_positive("ttt", self, name)
+    self.check(given_fields(self))
+
+  def check(self, given: Collection[str] | None = None) -> None:
+    """Raises UserError for a field that contradicts another one, or has no effect beside it.
+
+    Args:
+      given: the fields that are known, where the others may come from a checkpoint; None: all.
+    """
+
+    def known(name: str) -> bool:
+      return given is None or name in given
+
+    if known("rule"):
+      for rule, names in _OF_RULE.items():
+        if rule != self.rule:
+          _require_defaults("ttt", self, names, f"ttt.rule={self.rule!r}")
+    if known("read_gate") and self.read_gate == "none":
+      _require_defaults("ttt", self, _OF_GATE, "ttt.read_gate='none'")
     require(
       not (self.merge and self.implementation not in (None, "sequential")),
       f"ttt.merge=true needs ttt.implementation='sequential', got {self.implementation!r}",
     )
-    if self.decay is not None:
-      require(0 < self.decay <= 1, f"ttt.decay={self.decay} must be in (0, 1]")
-    if self.half_life is not None:
-      require_positive("ttt", self, "half_life")
-      require(
-        self.decay is None,
-        f"ttt.half_life={self.half_life} and ttt.decay={self.decay} both set the decay: leave one "
-        "out",
-      )
     require(
-      not (self.learn_half_life and self.half_life is None),
+      self.half_life is None or self.decay is None,
+      f"ttt.half_life={self.half_life} and ttt.decay={self.decay} both set the decay: leave one out",
+    )
+    require(
+      not (known("half_life") and self.learn_half_life and self.half_life is None),
       "ttt.learn_half_life=true needs a ttt.half_life to start from, in tokens",
     )
-    if self.clip_norm is not None:
-      require_positive("ttt", self, "clip_norm")
 
   @property
   def chunk_decay(self) -> float | None:
     """Returns the initial factor of the state per chunk; None means 1."""
     return self.decay if self.half_life is None else 0.5 ** (self.chunk_size / self.half_life)
+
+
+def defaults_implied(section: RopeScaling | TTTConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields that given values leave without a meaning, with their defaults.
+
+  Where one of these values overrides another section, that section's fields of the other rule, kind, gate
+  or decay end with it, unless they are given too.
+  """
+  names: list[str] = []
+  if isinstance(section, RopeScaling):
+    for kind, fields in _OF_KIND.items():
+      if given.get("kind", kind) != kind:
+        names += fields
+  else:
+    for rule, fields in _OF_RULE.items():
+      if given.get("rule", rule) != rule:
+        names += fields
+    if given.get("read_gate") == "none":
+      names += _OF_GATE
+    if given.get("decay") is not None:
+      names += ["half_life", "learn_half_life"]
+    if "half_life" in given:
+      names += ["learn_half_life"] if given["half_life"] is None else ["decay"]
+    if given.get("implementation") not in (None, "sequential"):
+      names.append("merge")
+  return {name: _default(section, name) for name in names}
+
+
+def _require_defaults(section: str, config, names: tuple[str, ...], other: str) -> None:
+  """Raises UserError for a field that has no effect beside the value `other` of another field."""
+  for name in names:
+    value = getattr(config, name)
+    require(
+      value == _default(config, name),
+      f"{section}.{name}={value!r} does not belong to {other}: leave it out, or change "
+      f"{other.partition('=')[0]}",
+    )
+
+
+def _default(config, name: str) -> Any:
+  return type(config).__dataclass_fields__[name].default

@@ -108,7 +108,14 @@ class Config:
 
 
 def check_layers(model: ModelConfig, attention: AttentionConfig, ttt: TTTConfig) -> None:
-  """Raises UserError if a layer does not exist or is named twice, or no layer has the baseline mixer."""
+  """Raises UserError if the fields of complete sections contradict each other.
+
+  So it is if a layer does not exist or is named twice, if no layer has the baseline mixer, and as
+  `TTTConfig.check` and `RopeScaling.check`.
+  """
+  ttt.check()
+  if model.rope_scaling is not None:
+    model.rope_scaling.check()
   for name, layers in (
     ("ttt.layers", ttt.layers),
     ("attention.full_layers", attention.full_layers),

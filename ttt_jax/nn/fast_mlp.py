@@ -130,6 +130,7 @@ class TttMlp(Mlp):
   """
 
   def __init__(self, model: ModelConfig, ttt: TTTConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    ttt.check()
     super().__init__(model, param_dtype=param_dtype, rngs=rngs)
     d, width = model.d_model, ttt.conv_width
     kernel = jnp.zeros((width, d), param_dtype)
