@@ -190,7 +190,7 @@ def _parsed(parse: Callable, fields: Any, where: str) -> jsonargparse.Namespace:
   """Parses fields with a method of jsonargparse, whose errors become UserErrors."""
   try:
     parsed = parse(fields, defaults=False)
-  except (argparse.ArgumentError, TypeError, KeyError) as error:
+  except argparse.ArgumentError as error:
     raise UserError(_problem(error, where)) from error
   for name, value in flatten(_plain(parsed)):
     if value is None and type(None) not in typing.get_args(_FIELDS.get(name, None | int)):
