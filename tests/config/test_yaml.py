@@ -236,3 +236,19 @@ def test_every_field_has_a_meaning_in_the_help():
   part = fields_help(["ttt"])
   assert "--ttt.chunk_size" in part
   assert "--train.steps" not in part
+
+
+def test_the_help_lists_the_fields_of_sections_within_sections():
+  """By default such a section is null or a word, so that no default config holds its fields."""
+  names = ["model.rope_scaling.factor", "model.rope_scaling.truncate", "data.attend.block"]
+  for text in (fields_help(), fields_help(["model"]) + fields_help(["data"])):
+    for name in names:
+      entry = re.search(rf"--{re.escape(name)}(?: \S+)?\s+(.*?)type: ", text, re.S)
+      assert entry, name
+      assert len(entry.group(1).split()) >= 2, name
+    assert text.count("--data.attend ") == text.count("--model.rope_scaling ") == 1
+    assert ".help" not in text  # jsonargparse has such options, our commands do not
+  assert "rope_scaling" not in fields_help(["ttt"])
+  words = ["--model.rope_scaling.factor", "2", "--data.attend.block", "[512, 1024]"]
+  config = load_config(None, words)
+  assert (config.model.rope_scaling.factor, config.data.attend.block) == (2.0, (512, 1024))
