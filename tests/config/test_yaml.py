@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from ttt_jax.config.yaml import (
   load_fields,
   make_config,
 )
+from ttt_jax.errors import UserError
 
 CONFIGS = [
   path
@@ -176,6 +178,41 @@ def test_numbers_of_a_file(load):
 def test_mistakes_are_named(load, text, overrides, message):
   with pytest.raises(ValueError, match=message):
     load(text, *overrides)
+
+
+def _float_fields(cls: type, path: tuple = ()):
+  """Yields the path of every float field of all sections; 0 stands for an item of a list."""
+  for name, hint in typing.get_type_hints(cls).items():
+    kinds = {hint, *typing.get_args(hint)}
+    here = (*path, name, 0) if typing.get_origin(hint) is tuple else (*path, name)
+    if float in kinds:
+      yield here
+    for kind in filter(dataclasses.is_dataclass, kinds):
+      yield from _float_fields(kind, here)
+
+
+FLOAT_FIELDS = list(_float_fields(Config))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("path", FLOAT_FIELDS, ids=lambda path: ".".join(map(str, path)))
+def test_no_number_is_infinite_or_nan(path, value):
+  """Refuses it in a section made in Python, and in a config."""
+  fields, section = value, typing.get_type_hints(Config)[path[0]]
+  for key in reversed(path):
+    fields = [{"path": "a"} | fields] if key == 0 else {key: fields}
+  message = re.escape(".".join(map(str, path)).replace(".0", "[0]") + f"={value} is not finite")
+  with pytest.raises(UserError, match=f"^{message}"):
+    make_config(fields)
+  if len(path) == 2:
+    with pytest.raises(UserError, match=f"^{message}"):
+      section(**{path[1]: value})
+
+
+def test_the_float_fields_of_all_sections_are_found():
+  assert len(FLOAT_FIELDS) > 25
+  paths = [("train", "learning_rate"), ("model", "rope_scaling", "factor")]
+  assert {*paths, ("data", "mixture", 0, "weight"), ("ttt", "half_life")} <= set(FLOAT_FIELDS)
 
 
 def test_missing_file_lists_its_neighbours(tmp_path):

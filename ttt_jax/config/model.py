@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ttt_jax.config.checks import DTYPES, require, require_choice, require_positive
-from ttt_jax.config.given import records_given
+from ttt_jax.config.given import section
 
 RULES = ("sum", "least_squares")
 # Fields of `TTTConfig` that belong to one rule only.
@@ -26,7 +26,7 @@ MIXERS = ("attention", "gla", "delta_net")
 COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
 
-@records_given
+@section()
 @dataclass(frozen=True)
 class RopeScaling:
   """Stretches rotary frequencies so that a model reads beyond its trained length (`ttt_jax.nn.rope`).
@@ -86,7 +86,7 @@ class RopeScaling:
         require_positive(section, self, "attention_factor")
 
 
-@records_given
+@section("model")
 @dataclass(frozen=True)
 class ModelConfig:
   """Sets the sizes and dtypes of a decoder of the Llama / Qwen3 kind."""
@@ -176,7 +176,7 @@ class ModelConfig:
     return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
 
-@records_given
+@section("attention")
 @dataclass(frozen=True)
 class AttentionConfig:
   """Sets how layers mix tokens: attention to the last `window` or all earlier tokens, or a baseline."""
@@ -240,7 +240,7 @@ class AttentionConfig:
     return self.mixer if layer in self.mixer_layers else "attention"
 
 
-@records_given
+@section("ttt")
 @dataclass(frozen=True)
 class TTTConfig:
   """Sets which MLPs have fast weights, and how these learn (docs of `ttt_jax.inplace_ttt`)."""
