@@ -10,7 +10,7 @@ from helpers import random_model
 from safetensors.numpy import load_file, save_file
 
 from ttt_jax import load_pretrained, load_tokenizer, save_pretrained
-from ttt_jax.checkpoints import files
+from ttt_jax.checkpoints import files, gguf
 from ttt_jax.checkpoints.tokenizer import byte_tokenizer
 from ttt_jax.checkpoints.ttt_config import PUBLISHED_KEYS
 
@@ -69,6 +69,21 @@ def test_truncated_safetensors(path, keep):
   file.write_bytes(file.read_bytes()[:keep])
   with pytest.raises(ValueError, match=r"model\.safetensors is cut short or damaged"):
     load_pretrained(path)
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(path, tmp_path, monkeypatch):
+  """Nobody should download a model again for want of a permission."""
+
+  def refuse(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(files, "safe_open", refuse)
+  with pytest.raises(ValueError, match=r"model\.safetensors cannot be read: .*Permission denied$"):
+    load_pretrained(path)
+  monkeypatch.setattr(gguf, "GGUFReader", refuse)
+  (tmp_path / "x.gguf").touch()
+  with pytest.raises(ValueError, match=r"x\.gguf cannot be read: .*Permission denied$"):
+    load_pretrained(tmp_path / "x.gguf")
 
 
 def test_integers_are_refused(path):

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from ttt_jax.checkpoints import orbax as checkpoint
 from ttt_jax.checkpoints.orbax import Checkpoints
 from ttt_jax.config import CheckpointConfig
+from ttt_jax.errors import UserError
 
 
 class Layer(nnx.Module):
@@ -330,6 +331,54 @@ def test_damage_to_any_file_is_found(copy_with_checksums, how, verify):
     (copy / "2" / file).write_bytes(intact)
   everything = {str(file) for file in contents(copy / "2")}
   assert everything - found <= {"_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+@pytest.mark.parametrize(
+  "file", ["manifest.ocdbt", "_METADATA", "array_metadatas/process_0", "d/*"]
+)
+def test_changed_bits_without_checksums_are_damage(copy, file):
+  """Orbax and TensorStore find them, and raise a class and a text of their own for each kind of file."""
+  (file,) = (copy / "2" / "arrays").glob(file)
+  intact = file.read_bytes()
+  for changed in (bytes(len(intact)), bytes([intact[0] ^ 255]) + intact[1:]):
+    file.write_bytes(changed)
+    named = pytest.raises(UserError, match=f"2 .* is damaged .*: delete {copy / '2'} to go on")
+    with Checkpoints(copy, keep=2) as checkpoints, named:
+      checkpoints.restore(make_state(0))
+
+
+# Orbax leaves the other arrays' reads unfinished.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+@pytest.mark.parametrize(
+  "error",
+  [
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    MemoryError(),
+    ValueError("RESOURCE_EXHAUSTED: Error opening a file: Too many open files"),
+    PermissionError(13, "Permission denied"),
+    TypeError("a bug"),
+    KeyError("a bug"),
+  ],
+  ids=lambda error: type(error).__name__,
+)
+def test_what_is_no_damage_tells_nobody_to_delete_a_checkpoint(saved, error, monkeypatch):
+  def fail(*_, **__):
+    raise error
+
+  monkeypatch.setattr(jax, "make_array_from_single_device_arrays", fail)
+  with Checkpoints(saved, keep=2) as checkpoints, pytest.raises(type(error)) as raised:
+    checkpoints.restore(make_state(0))
+  assert raised.value is error
+  assert error.__notes__ == [f"while checkpoint 2 in {saved} was restored"]
+
+
+def test_a_mesh_that_does_not_divide_an_array_is_no_damage(saved):
+  like = abstract_on(mesh_of((3,), ("data",)), P("data"), make_state(0))
+  refused = pytest.raises(ValueError, match="partitioned 3 times")
+  with Checkpoints(saved, keep=2) as checkpoints, refused as raised:
+    checkpoints.restore(like)
+  assert not isinstance(raised.value, UserError)
 
 
 def test_sizes_read_no_file_and_checksums_every_file(tmp_path, monkeypatch):

@@ -213,6 +213,37 @@ def test_misspelled_options_are_named(words, message, capsys):
   )
 
 
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (["data", "prepare", "a", "b", "--tokeniser", "x"], "--tokeniser: did you mean --tokenizer?"),
+    (
+      ["data", "prepare", "--max_bad_records=3"],
+      "--max_bad_records: did you mean --max-bad-records",
+    ),
+    (["data", "prepare", "a", "b", "--sequence_length", "3"], "--sequence_length: there are --"),
+    (["data", "facts", "x", "--charakters", "3"], "did you mean --characters?"),
+    (["data", "--foo"], "unknown option --foo: there are --help"),
+    (["calibrate", "x", "--chunk_size", "3"], "did you mean --chunk-size?"),
+    (["calibrate", "x", "--train.steps", "3"], "unknown option --train.steps: "),
+    (["bench", "fast-weights", "--d_model", "3"], "did you mean --d-model?"),
+    (["eval", "compare", "a", "b", "--off", "facts"], "unknown option --off: did you mean --of?"),
+    (["eval", "compare", "a", "b", "--of", "facts --rosw 3"], "did you mean --rows?"),
+  ],
+)
+def test_misspelled_options_of_commands_without_fields_are_named(words, message, capsys):
+  assert main(words) == 2
+  error = capsys.readouterr().err
+  assert message in error
+  assert error.startswith(f"ttt-jax {words[0]}")
+
+
+def test_a_value_may_look_like_an_option():
+  parsed = parse(["data", "facts", "out", "--text=--x", "--facts", "1", "2", "--seed", "-3"])
+  assert (str(parsed.text), parsed.facts, parsed.seed) == ("--x", [1, 2], -3)
+  assert parse(["data", "facts", "--", "--out"]).destination == "--out"
+
+
 def test_a_bug_keeps_its_traceback(config, tmp_path, monkeypatch):
   """A ValueError that ttt_jax did not raise as a user's mistake is a bug, wherever it comes from."""
   code = compile("def broken(*_): a, b = 1, 2, 3", cli.__file__, "exec")

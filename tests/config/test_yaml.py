@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from ttt_jax.config.yaml import (
   load_fields,
   make_config,
 )
+from ttt_jax.errors import UserError
 
 CONFIGS = [
   path
@@ -178,6 +180,41 @@ def test_mistakes_are_named(load, text, overrides, message):
     load(text, *overrides)
 
 
+def _float_fields(cls: type, path: tuple = ()):
+  """Yields the path of every float field of all sections; 0 stands for an item of a list."""
+  for name, hint in typing.get_type_hints(cls).items():
+    kinds = {hint, *typing.get_args(hint)}
+    here = (*path, name, 0) if typing.get_origin(hint) is tuple else (*path, name)
+    if float in kinds:
+      yield here
+    for kind in filter(dataclasses.is_dataclass, kinds):
+      yield from _float_fields(kind, here)
+
+
+FLOAT_FIELDS = list(_float_fields(Config))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("path", FLOAT_FIELDS, ids=lambda path: ".".join(map(str, path)))
+def test_no_number_is_infinite_or_nan(path, value):
+  """Refuses it in a section made in Python, and in a config."""
+  fields, section = value, typing.get_type_hints(Config)[path[0]]
+  for key in reversed(path):
+    fields = [{"path": "a"} | fields] if key == 0 else {key: fields}
+  message = re.escape(".".join(map(str, path)).replace(".0", "[0]") + f"={value} is not finite")
+  with pytest.raises(UserError, match=f"^{message}"):
+    make_config(fields)
+  if len(path) == 2:
+    with pytest.raises(UserError, match=f"^{message}"):
+      section(**{path[1]: value})
+
+
+def test_the_float_fields_of_all_sections_are_found():
+  assert len(FLOAT_FIELDS) > 25
+  paths = [("train", "learning_rate"), ("model", "rope_scaling", "factor")]
+  assert {*paths, ("data", "mixture", 0, "weight"), ("ttt", "half_life")} <= set(FLOAT_FIELDS)
+
+
 def test_missing_file_lists_its_neighbours(tmp_path):
   (tmp_path / "small.yaml").write_text("")
   with pytest.raises(ValueError, match=r"no config file .*nope.yaml: there are .*small.yaml"):
@@ -236,3 +273,19 @@ def test_every_field_has_a_meaning_in_the_help():
   part = fields_help(["ttt"])
   assert "--ttt.chunk_size" in part
   assert "--train.steps" not in part
+
+
+def test_the_help_lists_the_fields_of_sections_within_sections():
+  """By default such a section is null or a word, so that no default config holds its fields."""
+  names = ["model.rope_scaling.factor", "model.rope_scaling.truncate", "data.attend.block"]
+  for text in (fields_help(), fields_help(["model"]) + fields_help(["data"])):
+    for name in names:
+      entry = re.search(rf"--{re.escape(name)}(?: \S+)?\s+(.*?)type: ", text, re.S)
+      assert entry, name
+      assert len(entry.group(1).split()) >= 2, name
+    assert text.count("--data.attend ") == text.count("--model.rope_scaling ") == 1
+    assert ".help" not in text  # jsonargparse has such options, our commands do not
+  assert "rope_scaling" not in fields_help(["ttt"])
+  words = ["--model.rope_scaling.factor", "2", "--data.attend.block", "[512, 1024]"]
+  config = load_config(None, words)
+  assert (config.model.rope_scaling.factor, config.data.attend.block) == (2.0, (512, 1024))

@@ -147,7 +147,7 @@ def test_continuations(model):
     return byte_tokenizer().decode(made.tolist())
 
   assert texts[:3] == [alone("to read", 12), alone("a text", 7), alone(requests[2][0], 12)]
-  assert texts[3] == alone("to read", 12, temperature=1.0, seed=3)
+  assert texts[3] == alone("to read", 12, temperature=1.0, top_k=50, seed=3)
   assert texts[3] != texts[0]
   # It ends where a stop text begins, and no sooner.
   stop = texts[0][5:7]
@@ -168,7 +168,14 @@ ARGUMENTS = [
   ({"max_gen_toks": 5, "num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}, {}),
   ({"max_gen_toks": 5, "do_sample": False, "temperature": 3.0, "top_k": 2, "min_p": 0.5}, {}),
   ({"max_gen_toks": 5, "temperature": 0.0, "top_k": 0}, {}),
-  ({"max_gen_toks": 5, "temperature": 3.0, "seed": 2}, {"temperature": 3.0, "seed": 2}),
+  (
+    {"max_gen_toks": 5, "temperature": 3.0, "seed": 2},
+    {"temperature": 3.0, "top_k": 50, "seed": 2},
+  ),
+  (
+    {"max_gen_toks": 5, "do_sample": True, "temperature": 3.0, "top_k": None, "seed": 2},
+    {"temperature": 3.0, "seed": 2},
+  ),
   (
     {"max_gen_toks": 5, "temperature": 3.0, "top_k": 0, "top_p": 1, "seed": 2},
     {"temperature": 3.0, "seed": 2},
@@ -181,14 +188,17 @@ ARGUMENTS = [
     {"max_gen_toks": 5, "temperature": 3.0, "top_k": 40, "min_p": 0.3, "seed": 2},
     {"temperature": 3.0, "top_k": 40, "min_p": 0.3, "seed": 2},
   ),
-  ({"max_gen_toks": 5, "do_sample": True, "seed": 2}, {"temperature": 1.0, "seed": 2}),
+  (
+    {"max_gen_toks": 5, "do_sample": True, "seed": 2},
+    {"temperature": 1.0, "top_k": 50, "seed": 2},
+  ),
   ({"max_gen_toks": 5, "do_sample": True, "temperature": 9.0, "top_p": 0}, {}),
 ]
 
 
 @pytest.mark.parametrize(("options", "how"), ARGUMENTS)
 def test_arguments_of_the_harness(model, options, how):
-  """As the Hugging Face model of lm_eval 0.4.13 takes them."""
+  """As the Hugging Face model of lm_eval 0.4.13 takes them, with transformers 4.57 or 5.24."""
   (text,) = Scorer(model, byte_tokenizer()).generate([("to read", options | {"until": []})])
   (made,) = generate(model, [list(b"to read")], max_new_tokens=5, **how).new_tokens
   assert text == byte_tokenizer().decode(made.tolist())

@@ -89,6 +89,21 @@ def test_attention(kind, where, bad, monkeypatch):
   )
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_to_earlier_tokens(kind, name, monkeypatch):
+  """In one document a NaN reaches just the tokens that see it: not earlier ones, none beyond the window."""
+  monkeypatch.setattr("ttt_jax.ops.attention.blockwise.BLOCK", 8)
+  if kind == "blockwise, window":
+    monkeypatch.setattr("ttt_jax.ops.attention.api._LOCAL_WINDOW", 0)
+  arrays = dict(zip("qkv", _draw((4, 6), (2, 6), (2, 6))))
+  arrays[name] = arrays[name].at[1, 13, 1, 2].set(jnp.nan)
+  o = attention(**arrays, implementation="xla", **KINDS[kind])
+  end = 14 if name == "q" else 13 + (KINDS[kind]["window"] or T)
+  sees = (np.arange(T) >= 13) & (np.arange(T) < end)
+  assert np.array_equal(np.isnan(o).any(axis=(2, 3)), np.stack([np.zeros(T, bool), sees]))
+
+
 @pytest.mark.parametrize("kind", ["local", "blockwise"])
 def test_attention_on_shards(kind):
   arrays = dict(zip("qkv", _draw((4, 6), (2, 6), (2, 6))))

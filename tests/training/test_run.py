@@ -21,6 +21,7 @@ from ttt_jax.config import (
   TrainConfig,
 )
 from ttt_jax.data import Corpus
+from ttt_jax.errors import UnsupportedError
 from ttt_jax.evaluation import heldout as evaluation
 from ttt_jax.evaluation.progress import TrainingProgress
 from ttt_jax.generation.decoder import Reader
@@ -98,6 +99,26 @@ def test_longer_documents_are_traced_before(config, monkeypatch):
   monkeypatch.setattr(run, "train", lambda *args, **kwargs: pytest.fail("was trained"))
   with pytest.raises(NotImplementedError, match="not in rows of 64"):
     run_training(with_fields(config, eval={"seq_len": 64}), QUIET)
+
+
+@pytest.mark.parametrize("refused", ["model, updates on", "model, updates off", "twin"])
+def test_a_model_that_cannot_be_evaluated_is_not_trained(config, tmp_path, refused, monkeypatch):
+  """The model with its updates on and off and the twin are traced, each before the first step."""
+  losses, traced = evaluation.model_losses, []
+
+  def refuse(model, tokens, *args, update, **kwargs):
+    name = f"model, updates {'on' if update else 'off'}" if model.ttt.layers else "twin"
+    traced.append(name)
+    if name == refused:
+      raise UnsupportedError(f"no {name}")
+    return losses(model, tokens, *args, update=update, **kwargs)
+
+  monkeypatch.setattr(evaluation, "model_losses", refuse)
+  monkeypatch.setattr(run, "train", lambda *args, **kwargs: pytest.fail("was trained"))
+  with pytest.raises(UnsupportedError, match=f"no {refused}"):
+    run_training(with_fields(config, eval={"baseline": True}), QUIET)
+  assert traced[-1] == refused
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_directory_that_cannot_be_written_to(config, monkeypatch):

@@ -139,11 +139,13 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def check_safetensors(path: Path) -> None:
-  """Raises UserError if the library finds the file cut short or damaged."""
+  """Raises UserError if the library finds the file cut short or damaged, or cannot read it."""
   try:
     with safe_open(path, framework="numpy"):
       pass
-  except (SafetensorError, OSError) as error:
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {error}") from error
+  except SafetensorError as error:
     raise UserError(
       f"{path} is cut short or damaged ({error}): download or write it again"
     ) from error

@@ -78,7 +78,9 @@ def _read_part(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
   try:
     reader = GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-  except (ValueError, IndexError, KeyError, OSError) as error:
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {error}") from error
+  except (ValueError, IndexError, KeyError) as error:
     raise UserError(
       f"{path} is cut short, damaged or no GGUF file ({error}): download it again"
     ) from error

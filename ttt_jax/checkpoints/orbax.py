@@ -6,8 +6,8 @@ no Python class and can be restored onto any mesh. The trainer decides when to s
 A restore first verifies the files. It always compares sizes, which costs nothing and finds files that are
 missing, cut short or of another save. With `verify="checksums"` it also finds changed bits;
 for that, every process loads the files that it wrote again after each save, and its share of all files
-before each restore. Without checksums most changed bits are still found, because TensorStore stores
-checksums with its index and its chunks.
+before each restore. Without checksums changed bits are found in the index and in arrays small enough to be
+stored in it, whose checksums TensorStore compares; larger arrays come back changed.
 """
 
 import base64
@@ -37,6 +37,7 @@ _RECORD = "ttt_jax.json"
 _CHECKSUMS = "ttt_jax.checksums.{}.json"  # written by each process except the first
 _WRITER = re.compile(r"ocdbt\.process_(\d+)/")  # in a file's path: the process that wrote it
 _TMP_SUFFIX = ".orbax-checkpoint-tmp"
+_DAMAGE = re.compile(r"(?:DATA_LOSS|NOT_FOUND|OUT_OF_RANGE): |Error (?:opening|reading|decoding) ")
 _MAX_NAMED = 10  # mismatches that an error lists
 
 
@@ -178,10 +179,13 @@ class Checkpoints:
     }
     try:
       arrays = ocp.load_checkpointables(path, {_ARRAYS: targets})[_ARRAYS]
-    except (jax.errors.JaxRuntimeError, MemoryError):
-      raise  # for example out of memory: not the checkpoint's fault
     except Exception as error:
-      raise self._damaged(step, steps, error) from error
+      cause = _cause(error)
+      if _is_damage(cause):
+        raise self._damaged(step, steps, cause) from error
+      # For example a lack of memory or another mesh: nothing to delete.
+      cause.add_note(f"while checkpoint {step} in {self._shown_path} was restored")
+      raise cause from None
     restored = jax.tree.unflatten(
       jax.tree.structure(abstract_arrays), [arrays[name] for name in wanted]
     )
@@ -279,7 +283,7 @@ class Checkpoints:
       except OSError as error:
         raise UserError(f"{name} cannot be read: {_reason(error)}") from error
 
-  def _damaged(self, step: int, steps: list[int], error: Exception) -> ValueError:
+  def _damaged(self, step: int, steps: list[int], error: BaseException) -> UserError:
     earlier = [s for s in steps if s < step]
     consequence = f"to go on from step {earlier[-1]}" if earlier else "to start from step 0"
     return UserError(
@@ -295,7 +299,27 @@ def open_checkpoints(config: CheckpointConfig, run_dir: Path) -> Checkpoints:
   )
 
 
-def _reason(error: Exception) -> str:
+def _cause(error: BaseException) -> BaseException:
+  """Returns what happened: Orbax wraps all that a handler raises, even a lack of memory or Ctrl-C."""
+  while type(error) is Exception or isinstance(error, KeyError):
+    if error.__cause__ is None:
+      break
+    error = error.__cause__
+  return error
+
+
+def _is_damage(error: BaseException) -> bool:
+  """Tells whether a restore raises this for files that are missing, cut short or changed.
+
+  TensorStore has one class for all of its errors, whose text begins with the status; it has none for
+  contents that cannot be decoded.
+  """
+  if type(error) is ValueError:
+    return _DAMAGE.match(str(error)) is not None
+  return isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError)
+
+
+def _reason(error: BaseException) -> str:
   """Returns the first line of a message; messages of Orbax and TensorStore fill pages."""
   return (str(error) or type(error).__name__).splitlines()[0][:300]
 

@@ -2,8 +2,8 @@
 
 A checkpoint or a run sets the sections model, attention and ttt. One rule holds where a model is opened: a
 given field counts, whatever its value, and a field that is not given is the model's own. A given field of
-`ttt` overrides the model's; with a given rule, gate or decay, the fields of another one end. A given field
-of `model` or `attention` sets how the model is computed, stretches its positions, or must equal the model's.
+`ttt` overrides the model's; fields of another rule, gate or decay than the given one end. A given field of
+`model` or `attention` sets how the model is computed, stretches its positions, or must equal the model's.
 """
 
 import dataclasses

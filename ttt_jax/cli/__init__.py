@@ -35,15 +35,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
   """Parses the command and its options; `overrides` has the words that set fields of the config.
 
   Raises:
-    UserError: an option is probably misspelled.
+    UserError: an option is unknown, or is probably misspelled.
     SystemExit: argparse refuses the words, or prints a help text.
   """
   parser, commands = _parser()
   first, words = _command_name(arguments), list(arguments)
   words[: len(first)] = [" ".join(first)] if first else []
-  overrides = []
-  if words and words[0] in commands and commands[words[0]].takes_fields:
-    words[1:], overrides = _split(words[1:], commands[words[0]])
+  overrides, own, parts = [], 0, commands
+  while own < len(words) and words[own] in parts:
+    command = parts[words[own]]
+    own, parts = own + 1, command.parts
+  if own:
+    words[own:], overrides = _split(words[own:], command)
   parsed = parser.parse_args(words)
   parsed.overrides = overrides
   return parsed
@@ -77,7 +80,9 @@ def _split(words: Sequence[str], command: Command) -> tuple[list[str], list[str]
   while rest:
     word = rest.pop(0)
     flag, equals, _ = word.partition("=")
-    if not word.startswith("--") or word == "--" or flag in command.flags:
+    if word == "--":
+      return [*command_words, word, *rest], overrides
+    if not word.startswith("--") or flag in command.flags:
       command_words.append(word)
       continue
     _check_flag(flag, command)
@@ -88,12 +93,16 @@ def _split(words: Sequence[str], command: Command) -> tuple[list[str], list[str]
 
 
 def _check_flag(flag: str, command: Command) -> None:
-  """Raises UserError if a flag is probably a misspelled flag of the command."""
+  """Raises UserError if a flag is none of the command and cannot be a field of the config."""
   from ttt_jax.config.yaml import is_field
 
-  close = difflib.get_close_matches(flag, command.flags, n=1, cutoff=0.8)
-  if close and not is_field(flag):
-    raise UserError(f"unknown option {flag}: did you mean {close[0]}?")
+  cutoff = 0.8 if command.takes_fields else 0.6  # a misspelled field is no misspelled flag
+  close = difflib.get_close_matches(flag, command.flags, n=1, cutoff=cutoff)
+  if command.takes_fields and (not close or is_field(flag)):
+    return
+  options = sorted(option for option in command.flags if option.startswith("--"))
+  remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(options)}"
+  raise UserError(f"unknown option {flag}: {remedy}")
 
 
 def _show_warning(

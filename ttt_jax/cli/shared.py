@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,16 @@ class Command(argparse.ArgumentParser):
     """
     super().__init__(*args, **{"allow_abbrev": False, **options})
     self._fields = fields
+    self._parts: argparse._SubParsersAction | None = None
+
+  def add_subparsers(self, **options: Any) -> argparse._SubParsersAction:
+    self._parts = super().add_subparsers(**options)
+    return self._parts
+
+  @property
+  def parts(self) -> Mapping[str, "Command"]:
+    """Returns the commands that this one consists of, by the word that follows, as `data prepare`."""
+    return {} if self._parts is None else self._parts.choices
 
   @property
   def takes_fields(self) -> bool:

@@ -4,10 +4,10 @@ import dataclasses
 from dataclasses import dataclass
 
 from ttt_jax.config.checks import require, require_choice, require_positive
-from ttt_jax.config.given import records_given
+from ttt_jax.config.given import section
 
 
-@records_given
+@section("runtime")
 @dataclass(frozen=True)
 class RuntimeConfig:
   """Holds the settings that JAX needs before it starts."""
@@ -51,7 +51,7 @@ class RuntimeConfig:
       )
 
 
-@records_given
+@section("mesh")
 @dataclass(frozen=True)
 class MeshConfig:
   """Sets the number of devices along each mesh axis; the product is the number of all devices.
@@ -107,7 +107,7 @@ class MeshConfig:
     return self.data * self.fsdp * self.context * self.tensor
 
 
-@records_given
+@section("plan")
 @dataclass(frozen=True)
 class PlanConfig:
   """Sets the defaults of `ttt-jax plan`."""

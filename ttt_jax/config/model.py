@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ttt_jax.config.checks import DTYPES, require, require_choice, require_positive
-from ttt_jax.config.given import given_fields, records_given
+from ttt_jax.config.given import given_fields, section
 
 RULES = ("sum", "least_squares")
 # Fields of `TTTConfig` that belong to one rule only.
@@ -41,7 +41,7 @@ MIXERS = ("attention", "gla", "delta_net")
 COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
 
-@records_given
+@section()
 @dataclass(frozen=True)
 class RopeScaling:
   """Stretches rotary frequencies so that a model reads beyond its trained length (`ttt_jax.nn.rope`).
@@ -112,7 +112,7 @@ class RopeScaling:
       )
 
 
-@records_given
+@section("model")
 @dataclass(frozen=True)
 class ModelConfig:
   """Sets the sizes and dtypes of a decoder of the Llama / Qwen3 kind."""
@@ -202,7 +202,7 @@ class ModelConfig:
     return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
 
-@records_given
+@section("attention")
 @dataclass(frozen=True)
 class AttentionConfig:
   """Sets how layers mix tokens: attention to the last `window` or all earlier tokens, or a baseline."""
@@ -266,7 +266,7 @@ class AttentionConfig:
     return self.mixer if layer in self.mixer_layers else "attention"
 
 
-@records_given
+@section("ttt")
 @dataclass(frozen=True)
 class TTTConfig:
   """Sets which MLPs have fast weights, and how these learn (docs of `ttt_jax.inplace_ttt`)."""

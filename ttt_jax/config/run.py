@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ttt_jax.config.checks import require
-from ttt_jax.config.given import given_fields, records_given
+from ttt_jax.config.given import given_fields, section
 from ttt_jax.config.machine import MeshConfig, PlanConfig, RuntimeConfig
 from ttt_jax.config.model import AttentionConfig, ModelConfig, TTTConfig
 from ttt_jax.config.training import CheckpointConfig, DataConfig, EvalConfig, TrainConfig
 from ttt_jax.errors import UserError
 
 
-@records_given
+@section()
 @dataclass(frozen=True)
 class Config:
   """Holds all settings of a run; `ttt-jax train FILE` loads one."""

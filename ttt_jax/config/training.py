@@ -1,17 +1,16 @@
 """Defines the config sections of data, training, checkpoints and evaluation."""
 
-import math
 from dataclasses import dataclass
 
 from ttt_jax.config.checks import DTYPES, require, require_choice, require_positive
-from ttt_jax.config.given import records_given
+from ttt_jax.config.given import section
 
 TRAINABLE = ("all", "ttt", "ttt+down", "ttt+above")
 WRITERS = ("tensorboard", "wandb")
 VERIFY = ("sizes", "checksums")
 
 
-@records_given
+@section()
 @dataclass(frozen=True)
 class WeightedSource:
   """Names one source of a mixture and its weight."""
@@ -22,7 +21,7 @@ class WeightedSource:
   """Share of the tokens, relative to the weights of the other sources; 0 leaves the source out."""
 
 
-@records_given
+@section()
 @dataclass(frozen=True)
 class AttendBlocks:
   """Lets attention start again within a row while fast weights carry on."""
@@ -33,7 +32,7 @@ class AttendBlocks:
   """
 
 
-@records_given
+@section("data")
 @dataclass(frozen=True)
 class DataConfig:
   """Sets the sources of text, packed into rows of `seq_len` tokens of one or more documents."""
@@ -131,8 +130,8 @@ class DataConfig:
     )
     for i, source in enumerate(self.mixture):
       require(
-        source.weight >= 0 and math.isfinite(source.weight),
-        f"data.mixture[{i}].weight={source.weight} must be finite and not negative",
+        source.weight >= 0,
+        f"data.mixture[{i}].weight={source.weight} must be at least 0",
       )
     require(
       len(self.sources) > 0,
@@ -144,7 +143,7 @@ class DataConfig:
     )
 
 
-@records_given
+@section("train")
 @dataclass(frozen=True)
 class TrainConfig:
   """Trains with AdamW, linear warm-up and cosine decay to `learning_rate * final_lr_ratio`."""
@@ -224,7 +223,7 @@ class TrainConfig:
     )
 
 
-@records_given
+@section("checkpoint")
 @dataclass(frozen=True)
 class CheckpointConfig:
   """Sets when checkpoints are saved, which are kept, and how a restore verifies them."""
@@ -252,7 +251,7 @@ class CheckpointConfig:
       )
 
 
-@records_given
+@section("eval")
 @dataclass(frozen=True)
 class EvalConfig:
   """Measures the loss by position on held-out documents of at least `seq_len` tokens."""

@@ -157,13 +157,25 @@ def is_field(word: str) -> bool:
 
 
 def fields_help(sections: Sequence[str] = ()) -> str:
-  """Lists the fields of these sections, or of all, with their meaning, type and default."""
-  parser = _new_parser(usage=argparse.SUPPRESS, add_help=False)
+  """Lists the fields of these sections, or of all, with their meaning, type and default.
+
+  Sections within a section, as `model.rope_scaling`, come last.
+  """
+  outer, inner = (_new_parser(usage=argparse.SUPPRESS, add_help=False) for _ in range(2))
   if not sections:
-    parser.add_class_arguments(Config)
+    outer.add_class_arguments(Config)
   for section in sections:
-    parser.add_class_arguments(_section(_FIELDS[section]), section)
-  return parser.format_help()
+    outer.add_class_arguments(_section(_FIELDS[section]), section)
+  for name, hint in _FIELDS.items():
+    if "." in name and _section(hint) and (not sections or name.partition(".")[0] in sections):
+      inner.add_class_arguments(_section(hint), name)
+  for action in outer._actions + inner._actions:
+    # An option of jsonargparse that our commands do not have, and a section that `outer` lists.
+    if action.dest.endswith(".help") or (
+      action in inner._actions and _section(_FIELDS[action.dest])
+    ):
+      action.help = argparse.SUPPRESS
+  return "\n".join(filter(None, (outer.format_help(), inner.format_help())))
 
 
 @cache
@@ -190,7 +202,7 @@ def _parsed(parse: Callable, fields: Any, where: str) -> jsonargparse.Namespace:
   """Parses fields with a method of jsonargparse, whose errors become UserErrors."""
   try:
     parsed = parse(fields, defaults=False)
-  except (argparse.ArgumentError, TypeError, KeyError) as error:
+  except argparse.ArgumentError as error:
     raise UserError(_problem(error, where)) from error
   for name, value in flatten(_plain(parsed)):
     if value is None and type(None) not in typing.get_args(_FIELDS.get(name, None | int)):

@@ -24,6 +24,7 @@ _SMALLEST_ROW = 64
 # Names of the largest number of new tokens; the first one that is set counts.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _GENERATION = ("until", *_LENGTHS, "do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
+_TOP_K = 50  # what `transformers` 4 and 5 draw from where neither request nor model has a `top_k`
 # Options of `transformers` that are not supported, and their values without effect.
 _NEUTRAL = {
   "num_beams": (1,),
@@ -170,9 +171,10 @@ class Scorer:
 
     Args:
       requests: contexts, each with options that mean the same as for the harness's `transformers` model:
-        `until`; `max_gen_toks` or a synonym; `temperature`, which samples where it is above
-        0 unless `do_sample` is false; `top_k`, `top_p`, `min_p`. Without a `top_k`, or with one of 0 or -1,
-        all tokens are drawn from. Options of `transformers` pass with values that change nothing.
+        `until`; `max_gen_toks` or a synonym; `temperature`, which samples where it is above 0 unless
+        `do_sample` is false (with `do_sample` alone it is 1); `top_k`, 50 where a request has none, and 0,
+        -1 or None to draw from all tokens; `top_p`, `min_p`. Options of `transformers` pass with values
+        that change nothing. No generation_config.json is read.
 
     Raises:
       UserError: an option is unknown, or a value is out of range.
@@ -296,7 +298,8 @@ def _sampling(options: dict[str, Any]) -> dict[str, Any]:
     samples = float(temperature or 0) > 0
   if not samples:
     return {"temperature": 0.0}
-  top_k, top_p, min_p = (options.get(name) for name in ("top_k", "top_p", "min_p"))
+  top_k = options.get("top_k", _TOP_K)
+  top_p, min_p = options.get("top_p"), options.get("min_p")
   return {
     "temperature": 1.0 if temperature is None else float(temperature),
     "top_k": 1 if top_p == 0 else None if top_k in (None, 0, -1) else int(top_k),

@@ -40,8 +40,9 @@ def attention(
   Token t sees s if `t - window < s <= t` and both are in one segment, so it always sees itself.
   Grouped-query: H is a multiple of G. Softmax in float32 or wider; returns q's dtype.
 
-  NaN and infinities too reach only the outputs and gradients of the tokens that see them. The libraries'
-  kernels, `"splash"` and `"cudnn"`, do not guarantee that.
+  With `"xla"` NaN and infinities too reach only the outputs and gradients of the tokens that see them. The
+  libraries' kernels, `"splash"` and `"cudnn"`, multiply values that a token does not see by 0: a NaN in a
+  value can reach all tokens of its block.
 
   Memory is `O(T)`; scores are recomputed in the backward pass. With `context_axis`, T is this device's
   contiguous shard. A window fetches the `window - 1` keys and values before the shard from its left
