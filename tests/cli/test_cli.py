@@ -173,7 +173,7 @@ def test_help(words, shown, capsys):
   assert stop.value.code == 0
   output = capsys.readouterr().out
   assert [text for text in shown if text not in output] == []
-  assert ("--train.steps" in output) == (words[0] in ("train", "eval") and words[1] != "ruler")
+  assert ("--train.steps" in output) == (words[0] == "train")
 
 
 def test_options_stand_where_they_like():
@@ -211,6 +211,28 @@ def test_misspelled_options_are_named(words, message, capsys):
   assert error.startswith(
     "ttt-jax eval ruler: " if words[1] == "ruler" else f"ttt-jax {words[0]}: "
   )
+
+
+@pytest.mark.parametrize(
+  ("command", "field"),
+  [
+    (["train", "configs/test_tiny.yaml"], "plan.topology"),
+    (["eval", "x"], "train.steps"),
+    (["eval", "x"], "data.attend.block"),
+    (["eval", "x"], "eval.every"),
+    (["eval", "perplexity", "x"], "eval.documents"),
+    (["eval", "recall", "x"], "eval.temperature"),
+  ],
+)
+def test_a_field_without_effect_on_the_command_is_refused(command, field, capsys):
+  for words in ([f"--{field}", "3"], [f"--{field}=3"]):
+    assert main([*command, *words]) == 2
+    assert f"--{field} has no effect on this command: leave it out" in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    main([*command[:-1], "--help"])
+  text = capsys.readouterr().out
+  assert f"--{field} " not in text
+  assert "--data.heldout_fraction " in text
 
 
 @pytest.mark.parametrize(

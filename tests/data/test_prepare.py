@@ -14,9 +14,10 @@ import pytest
 from ttt_jax import data
 from ttt_jax.checkpoints.tokenizer import byte_tokenizer, load_tokenizer
 from ttt_jax.cli import main
-from ttt_jax.config import DataConfig
+from ttt_jax.config import DataConfig, WeightedSource
 from ttt_jax.data import preparation, prepared
 from ttt_jax.data.tokens import token_dtype
+from ttt_jax.errors import UserError
 
 METADATA = "ttt_jax_data.json"
 
@@ -40,7 +41,8 @@ def text(tmp_path):
 
 
 def load(path, tokenizer=None, **options):
-  return data.load_corpus(DataConfig(path=str(path), **options), seed=0, tokenizer=tokenizer)
+  path = None if path is None else str(path)
+  return data.load_corpus(DataConfig(path=path, **options), seed=0, tokenizer=tokenizer)
 
 
 def documents(part):
@@ -269,3 +271,28 @@ def test_progress_where_there_is_no_terminal(text, tmp_path, monkeypatch, capsys
   lines = capsys.readouterr().err.splitlines()
   assert "29/30 files  30 documents" in " ".join(lines)
   assert lines[-1].endswith("skipped: nothing")
+
+
+def test_a_text_field_that_no_source_has_is_refused(text, tmp_path):
+  records = tmp_path / "records"
+  records.mkdir()
+  lines = [json.dumps({"body": f"text {i}", "text": f"other {i}"}) for i in range(4)]
+  (records / "a.jsonl").write_text("\n".join(lines))
+  for source, out in ((records, "body"), (text, "plain")):
+    data.prepare(str(source), tmp_path / out, text_field="body")
+  for field in (None, "body"):
+    (source,) = load(tmp_path / "body", text_field=field).sources
+    assert data.decode(source.train.read(0, 0, 4)) == "text"
+  with pytest.raises(
+    UserError, match=r"data\.text_field='text', but .* from the field body: leave"
+  ):
+    load(tmp_path / "body", text_field="text")
+  for path in (text, tmp_path / "plain"):
+    load(path)
+    with pytest.raises(UserError, match=r"data\.text_field='body' has no effect: no source"):
+      load(path, text_field="body")
+  # A prepared source keeps its field beside one that needs another.
+  mixture = tuple(WeightedSource(str(path)) for path in (tmp_path / "body", records))
+  first, second = load(None, mixture=mixture, text_field="text").sources
+  read = [data.decode(source.train.read(0, 0, 5)) for source in (first, second)]
+  assert read == ["text ", "other"]

@@ -1,6 +1,7 @@
 """Adds the commands that evaluate: `eval`, `eval perplexity`, `eval recall`, `eval ruler`, `eval facts`."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from ttt_jax.cli.shared import (
@@ -13,7 +14,7 @@ from ttt_jax.cli.shared import (
   from_flags,
   given_model_fields,
 )
-from ttt_jax.config import DTYPES
+from ttt_jax.config import DTYPES, TrainConfig
 from ttt_jax.files import load_text
 
 _EVAL_EPILOG = """For example:
@@ -37,6 +38,28 @@ _RULER_EPILOG = """The same command resumes. For example:
   ttt-jax eval ruler models/mine --lengths 8192 --tasks niah_single_1 niah_single_2 --strict
 """
 
+# Fields of the config that no evaluation of held-out documents reads. The mesh must fit the batch.
+_BATCH = ("batch_size", "accumulate")
+_UNUSED = (
+  *(f"train.{x.name}" for x in dataclasses.fields(TrainConfig) if x.name not in _BATCH),
+  "plan",
+  "checkpoint.every",
+  "checkpoint.keep",
+  "checkpoint.keep_every",
+  "data.align_documents",
+  "data.attend",
+  "data.attend_fraction",
+  "eval.every",
+)
+_UNUSED_BY_RECALL = (
+  *_UNUSED,
+  "eval.before",
+  "eval.buckets",
+  "eval.prompt_tokens",
+  "eval.sample_tokens",
+  "eval.temperature",
+)
+
 
 def add(commands: argparse._SubParsersAction) -> None:
   _add_eval(commands)
@@ -48,7 +71,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
   text = "evaluate the newest checkpoint of a run, or a pretrained model"
-  command = add_command(commands, "eval", text, _EVAL_EPILOG, fields=ALL_FIELDS)
+  command = add_command(commands, "eval", text, _EVAL_EPILOG, fields=ALL_FIELDS, unused=_UNUSED)
   command.add_argument("config", metavar="run_or_model", help=EVALUATED)
   command.set_defaults(run=_run_eval)
 
@@ -66,7 +89,14 @@ def _add_perplexity(commands: argparse._SubParsersAction) -> None:
   text = (
     "measure the loss on a fixed last block as the context before it grows, fast weights on and off"
   )
-  command = add_command(commands, "eval perplexity", text, _PERPLEXITY_EPILOG, fields=ALL_FIELDS)
+  command = add_command(
+    commands,
+    "eval perplexity",
+    text,
+    _PERPLEXITY_EPILOG,
+    fields=ALL_FIELDS,
+    unused=(*_UNUSED, "eval"),
+  )
   command.add_argument("config", help=EVALUATED)
   command.add_argument(
     "--lengths",
@@ -108,7 +138,7 @@ def _run_perplexity(parsed: argparse.Namespace) -> None:
 
 def _add_recall(commands: argparse._SubParsersAction) -> None:
   text = "measure a run's recall accuracy by the distance to the last occurrence (see data recall)"
-  command = add_command(commands, "eval recall", text, fields=ALL_FIELDS)
+  command = add_command(commands, "eval recall", text, fields=ALL_FIELDS, unused=_UNUSED_BY_RECALL)
   command.add_argument("config", help="a run's YAML file or directory")
   command.add_argument(
     "--window", type=int, help="group distances by so many tokens (default: attention.window)"

@@ -22,7 +22,7 @@ _ABLATE_EPILOG = """The same command resumes unfinished runs. For example:
 
 def add(commands: argparse._SubParsersAction) -> None:
   text = "train a model, evaluate it, draw the result; the same command resumes"
-  train = add_command(commands, "train", text, _TRAIN_EPILOG, fields=ALL_FIELDS)
+  train = add_command(commands, "train", text, _TRAIN_EPILOG, fields=ALL_FIELDS, unused=("plan",))
   train.add_argument("config", help="a YAML file, see configs/")
   train.set_defaults(run=_run_train)
   _add_plan(commands)

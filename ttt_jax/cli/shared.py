@@ -20,15 +20,22 @@ MODEL_FIELDS = SECTIONS
 class Command(argparse.ArgumentParser):
   """Parses one command; its help also lists the fields of the config that the command takes."""
 
-  def __init__(self, *args: Any, fields: str | Sequence[str] = (), **options: Any):
+  def __init__(
+    self,
+    *args: Any,
+    fields: str | Sequence[str] = (),
+    unused: Sequence[str] = (),
+    **options: Any,
+  ):
     """Makes the parser.
 
     Args:
       fields: sections of the config whose fields the command takes, or `ALL_FIELDS`.
+      unused: fields among them, or sections, that have no effect on the command: it refuses them.
       options: as `argparse.ArgumentParser`; flags are never abbreviated, since fields may look alike.
     """
     super().__init__(*args, **{"allow_abbrev": False, **options})
-    self._fields = fields
+    self._fields, self._unused = fields, unused
     self._parts: argparse._SubParsersAction | None = None
 
   def add_subparsers(self, **options: Any) -> argparse._SubParsersAction:
@@ -50,13 +57,18 @@ class Command(argparse.ArgumentParser):
     """Returns the command's own options."""
     return frozenset(self._option_string_actions)
 
+  def check_used(self, field: str) -> None:
+    """Raises UserError if a field has no effect on the command."""
+    if any(field == name or field.startswith(f"{name}.") for name in self._unused):
+      raise UserError(f"--{field} has no effect on this command: leave it out")
+
   def format_help(self) -> str:
     text = super().format_help()
     if not self.takes_fields:
       return text
     from ttt_jax.config.yaml import fields_help
 
-    fields = fields_help(() if self._fields == ALL_FIELDS else self._fields)
+    fields = fields_help(() if self._fields == ALL_FIELDS else self._fields, without=self._unused)
     text = text.replace("\n\n", " [--section.field value ...]\n\n", 1)  # after the usage line
     return f"{text}\nFields of the config; a YAML file has them under their section:\n\n{fields}"
 

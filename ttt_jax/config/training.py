@@ -45,9 +45,10 @@ class DataConfig:
   """
   mixture: tuple[WeightedSource, ...] = ()
   """Several sources in place of path, as [{path: a, weight: 0.7}, {path: b, weight: 0.3}]."""
-  text_field: str = "text"
+  text_field: str | None = None
   """Field that holds the text in JSON, parquet and JSON in ArrayRecord files; `meta.text` names the
-  field `text` inside the field `meta`.
+  field `text` inside the field `meta`. None means "text", and in a prepared corpus the field that
+  it was prepared from.
   """
   tokenizer: str | None = None
   """Path or hub name of a tokenizer for ttt_jax.load_tokenizer, or "bytes"; None means the tokenizer

@@ -156,10 +156,10 @@ def is_field(word: str) -> bool:
   return word.startswith("--") and (name in _FIELDS or "." in name)
 
 
-def fields_help(sections: Sequence[str] = ()) -> str:
+def fields_help(sections: Sequence[str] = (), *, without: Sequence[str] = ()) -> str:
   """Lists the fields of these sections, or of all, with their meaning, type and default.
 
-  Sections within a section, as `model.rope_scaling`, come last.
+  Those of `without` are left out. Sections within a section, as `model.rope_scaling`, come last.
   """
   outer, inner = (_new_parser(usage=argparse.SUPPRESS, add_help=False) for _ in range(2))
   if not sections:
@@ -171,8 +171,11 @@ def fields_help(sections: Sequence[str] = ()) -> str:
       inner.add_class_arguments(_section(hint), name)
   for action in outer._actions + inner._actions:
     # An option of jsonargparse that our commands do not have, and a section that `outer` lists.
-    if action.dest.endswith(".help") or (
-      action in inner._actions and _section(_FIELDS[action.dest])
+    left_out = any(action.dest == name or action.dest.startswith(f"{name}.") for name in without)
+    if (
+      left_out
+      or action.dest.endswith(".help")
+      or (action in inner._actions and _section(_FIELDS[action.dest]))
     ):
       action.help = argparse.SUPPRESS
   return "\n".join(filter(None, (outer.format_help(), inner.format_help())))

@@ -16,7 +16,7 @@ from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.config import DataConfig
 from ttt_jax.data.boundaries import boundaries, special_ids
 from ttt_jax.data.files import FORMATS, METADATA, find_files, real_paths
-from ttt_jax.data.formats import read_texts
+from ttt_jax.data.formats import has_text_field, read_texts
 from ttt_jax.data.interleave import Interleave
 from ttt_jax.data.prepared import PreparedCorpus, PreparedDocuments
 from ttt_jax.data.skipped import Skipped, stable_hash
@@ -130,12 +130,15 @@ def load_corpus(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None = 
 
   Raises:
     UserError: a source does not exist, holds fewer than two readable documents, or was prepared with
-      another tokenizer, other document boundaries or incompletely; two sources hold the same file; there
-      are too many corrupt records; the tokenizer has no token for a requested boundary.
+      another tokenizer, from another text field, with other document boundaries or incompletely; two
+      sources hold the same file; there are too many corrupt records; the tokenizer has no token for a
+      requested boundary; no source has the requested text field.
   """
   skipped = Skipped(config.max_bad_records)
   sources: list[Source] = []
   owners: dict[str, str] = {}
+  text_fields: set[str] = set()  # that a prepared source was made from
+  has_fields = False
   for name, path, weight in config.sources:
     if path and (Path(path).expanduser() / METADATA).is_file():
       _check_unshared([Path(path).expanduser()], f"{name}={path!r}", owners)
@@ -147,24 +150,48 @@ def load_corpus(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None = 
         start_of_text=config.start_of_text,
         end_of_text=config.end_of_text,
       )
+      text_fields |= {corpus.text_field} - {None}
       is_heldout = _heldout_mask(corpus.name_hashes, config.heldout_fraction)
       train, heldout = (
         PreparedDocuments(corpus, np.flatnonzero(x)) for x in (~is_heldout, is_heldout)
       )
       sources.append(Source(path, train, heldout, weight, corpus.end_of_text))
     else:
-      sources.append(_load_source(config, path, weight, name, seed, tokenizer, skipped, owners))
+      files = find_files(path, skipped, field=name)
+      has_fields |= any(has_text_field(file) for file in files.paths)
+      sources.append(
+        _load_source(config, path, weight, files, name, seed, tokenizer, skipped, owners)
+      )
+  if not has_fields:
+    _check_text_field(config.text_field, text_fields)
   return Corpus(tuple(sources), skipped, tokenizer)
 
 
-def _load_source(config, path, weight, name, seed, tokenizer, skipped, owners) -> Source:
+def _check_text_field(given: str | None, prepared: set[str]) -> None:
+  """Raises UserError for a field that no source has: prepared ones were made from others, if from any."""
+  if given is None or given in prepared:
+    return
+  if prepared:
+    fields = ", ".join(sorted(prepared))
+    raise UserError(
+      f"data.text_field={given!r}, but the corpus was prepared from the field {fields}: leave it out, or "
+      f"prepare the corpus again with --text-field {given}"
+    )
+  if given != "text":
+    raise UserError(
+      f"data.text_field={given!r} has no effect: no source has records with fields, or was prepared from "
+      "such records; leave it out"
+    )
+
+
+def _load_source(config, path, weight, files, name, seed, tokenizer, skipped, owners) -> Source:
   """Loads a source into memory."""
-  files = find_files(path, skipped, field=name)
   _check_unshared(files.paths, f"{name}={path!r}", owners)
+  text_field = "text" if config.text_field is None else config.text_field
   texts = (
     text
     for file in files.paths
-    for text in read_texts(file, files.name_of(file), text_field=config.text_field, skipped=skipped)
+    for text in read_texts(file, files.name_of(file), text_field=text_field, skipped=skipped)
   )
   ends = boundaries(
     tokenizer,

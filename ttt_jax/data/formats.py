@@ -15,7 +15,7 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,19 +60,30 @@ def read_texts(
   if not path.is_file():  # a broken link; or a pipe, which would block
     skipped.add("unreadable")
     return
-  readers = {
-    ".parquet": _parquet,
-    ".array_record": _array_record,
-    ".jsonl": _jsonl,
-    ".json": _json,
-  }
-  reader = readers.get(format_of(path), _plain_text)
+  reader = _readers().get(format_of(path), _plain_text)
   for record, text in reader(path, text_field, skipped):
     place = name if record is None else f"{name}:{record}"
     if isinstance(text, _Skip):
       skipped.add(text.reason, note=None if text.note is None else f"{place} {text.note}")
     else:
       yield place, text
+
+
+def has_text_field(path: Path) -> bool:
+  """Tells whether a file holds records, whose text is in a field."""
+  return format_of(path) in _readers()
+
+
+def _readers() -> dict[
+  str | None, Callable[[Path, str, Skipped], Iterator[tuple[int, bytes | _Skip]]]
+]:
+  """Returns the readers of files that hold records, by format."""
+  return {
+    ".parquet": _parquet,
+    ".array_record": _array_record,
+    ".jsonl": _jsonl,
+    ".json": _json,
+  }
 
 
 def _open(path: Path) -> io.BufferedIOBase:

@@ -20,7 +20,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from ttt_jax.checkpoints.tokenizer import BYTES, load_tokenizer
 from ttt_jax.data.boundaries import boundaries
 from ttt_jax.data.files import METADATA, find_files
-from ttt_jax.data.formats import read_texts
+from ttt_jax.data.formats import has_text_field, read_texts
 from ttt_jax.data.prepared import (
   FORMAT,
   INDEX,
@@ -81,6 +81,7 @@ def prepare(
     "source": files.source,
     "tokenizer": tokenizer,
     "fingerprint": fingerprint(loaded),
+    "text_field": text_field if any(map(has_text_field, files.paths)) else None,
     "start_of_text": added.start is not None,
     "start_of_text_id": added.start,
     "end_of_text": added.end is not None,
