@@ -29,19 +29,23 @@ def read_sum(
   implementation, merge = _choose_sum(
     implementation, merge, sizes, chunks.z.dtype, rule.state_dtype, exchange
   )
-  y, s, samples = _read_full_chunks(
-    chunks,
-    rule,
-    exchange,
-    w,
-    implementation=implementation,
-    merge=merge,
-    sample_places=sample_places,
-  )
+  b, n, c, d = sizes.b, sizes.n, sizes.c, sizes.d
+  y, s, samples = jnp.zeros((b, 0, d), tail.dtype), chunks.s_in, None
+  if n and merge:
+    with jax.named_scope("fast_weight"):
+      y, s, samples = sequential(chunks, rule, exchange, w, sample_places=sample_places)
+    y = y.reshape(b, n * c, d)
+  elif n:
+    with jax.named_scope("fast_weight"):
+      fast, s, *_ = implementation(chunks, rule, exchange)
+    with jax.named_scope("slow_weight"):
+      slow = _slow_product(chunks.z.reshape(b, n * c, -1), w, masked=chunks.reads is not None)
+    samples = None if sample_places is None else fast[:, :, sample_places]
+    y = (slow + fast.reshape(b, n * c, d)).astype(tail.dtype)
   if sizes.tail:
     y = jnp.concatenate([y, _read_tail(tail, w, s, masks)], axis=1)
   if s is None:
-    s = varying_zeros((sizes.b, sizes.f, sizes.d), rule.state_dtype, tail)
+    s = varying_zeros((b, sizes.f, d), rule.state_dtype, tail)
   stats = None
   if sample_places is not None:
     stats = measure(chunks, rule, w, s, sample_places=sample_places, fast_part=samples)
@@ -67,27 +71,6 @@ def read_least_squares(
   if sample_places is not None:
     stats = measure_least_squares(chunks, fast, settings, rule, w, sample_places=sample_places)
   return y, fast.sums, stats
-
-
-def _read_full_chunks(chunks, rule, exchange, w, *, implementation, merge, sample_places):
-  """Reads the full chunks.
-
-  Returns:
-    y `[B, N C, D]`, the state after the last chunk, and R of the tokens at `sample_places`.
-  """
-  b, n, c, _ = chunks.z.shape
-  dtype, d = chunks.z.dtype, chunks.v.shape[-1]
-  if not n:
-    return jnp.zeros((b, 0, d), dtype), chunks.s_in, None
-  with jax.named_scope("fast_weight"):
-    if merge:
-      y, s, samples = sequential(chunks, rule, exchange, w, sample_places=sample_places)
-      return y.reshape(b, n * c, d), s, samples
-    fast, s, *_ = implementation(chunks, rule, exchange)
-  with jax.named_scope("slow_weight"):
-    slow = _slow_product(chunks.z.reshape(b, n * c, -1), w, masked=chunks.reads is not None)
-  samples = None if sample_places is None else fast[:, :, sample_places]
-  return (slow + fast.reshape(b, n * c, d)).astype(dtype), s, samples
 
 
 def _read_tail(tail, w, s, masks):
