@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from ttt_jax.config.checks import DTYPES, require, require_choice, require_positive
 from ttt_jax.config.given import records_given
+from ttt_jax.names import ATTENTION_IMPLEMENTATIONS, COLLECTIVES, IMPLEMENTATIONS, RULES
 
-RULES = ("sum", "least_squares")
 # Fields of `TTTConfig` that belong to one rule only.
 _OF_RULE = {
   "sum": ("inner_lr", "inner_lr_scale", "learn_inner_lr", "clip_norm", "merge"),
@@ -20,10 +20,8 @@ _OF_RULE = {
     "key_rank",
   ),
 }
-IMPLEMENTATIONS = ("associative", "dual", "sequential")
 REMAT = ("none", "layer", "minimal")
 MIXERS = ("attention", "gla", "delta_net")
-COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
 
 @records_given
@@ -230,7 +228,7 @@ class AttentionConfig:
         "attention; remove it from one list",
       )
     require_choice(
-      "attention.implementation", self.implementation, (None, "xla", "splash", "cudnn")
+      "attention.implementation", self.implementation, (None, *ATTENTION_IMPLEMENTATIONS)
     )
 
   def mixer_of(self, layer: int) -> str:

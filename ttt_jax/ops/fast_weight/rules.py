@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.errors import UnsupportedError, UserError
+from ttt_jax.names import IMPLEMENTATIONS
 from ttt_jax.ops import linear
 from ttt_jax.ops.fast_weight import cost
 from ttt_jax.ops.fast_weight.associative import associative
 from ttt_jax.ops.fast_weight.dual import dual
-from ttt_jax.ops.fast_weight.least_squares.api import (
-  IMPLEMENTATIONS as LEAST_SQUARES_IMPLEMENTATIONS,
-)
+from ttt_jax.ops.fast_weight.least_squares.api import IMPLEMENTATIONS as OF_LEAST_SQUARES
 from ttt_jax.ops.fast_weight.least_squares.api import least_squares
 from ttt_jax.ops.fast_weight.least_squares.api import measure as measure_least_squares
 from ttt_jax.ops.fast_weight.sequential import sequential
@@ -19,7 +18,7 @@ from ttt_jax.ops.hardware import find_device
 from ttt_jax.ops.manual import shard_count, varying_zeros
 from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
 
-IMPLEMENTATIONS = {"associative": associative, "dual": dual, "sequential": sequential}
+_OF_SUM = {"associative": associative, "dual": dual, "sequential": sequential}
 
 
 def read_sum(
@@ -90,7 +89,7 @@ def _slow_product(z, w, *, masked: bool):
 
 def _choose_sum(implementation, merge, sizes, dtype, state_dtype, exchange):
   """Returns the implementation's function, and whether it reads `W + S` in one product."""
-  _check_implementation(implementation, IMPLEMENTATIONS)
+  _check_implementation(implementation)
   if merge and implementation not in (None, "sequential"):
     raise UnsupportedError(
       f"merge=True: implementation={implementation!r} reads no W + S, use 'sequential' or merge=None"
@@ -113,20 +112,20 @@ def _choose_sum(implementation, merge, sizes, dtype, state_dtype, exchange):
     implementation = cost.choose_implementation(workload, find_device())
   if merge is None:
     merge = lossless and implementation == "sequential"
-  return IMPLEMENTATIONS[implementation], merge
+  return _OF_SUM[implementation], merge
 
 
 def _choose_least_squares(implementation, sizes, rank, exchange, *, has_state):
   """Returns the implementation's function, for keys of `rank` dimensions."""
-  _check_implementation(implementation, LEAST_SQUARES_IMPLEMENTATIONS)
+  _check_implementation(implementation)
   if implementation is None:
     implementation = cost.choose_least_squares(
       sizes.n, sizes.c, rank, sizes.d, is_closed=exchange is None and not has_state
     )
-  return LEAST_SQUARES_IMPLEMENTATIONS[implementation]
+  return OF_LEAST_SQUARES[implementation]
 
 
-def _check_implementation(implementation, known):
-  if implementation not in (None, *known):
-    names = ", ".join(map(repr, known))
+def _check_implementation(implementation):
+  if implementation not in (None, *IMPLEMENTATIONS):
+    names = ", ".join(map(repr, IMPLEMENTATIONS))
     raise UserError(f"implementation={implementation!r} is not one of {names}")
