@@ -17,6 +17,7 @@ ORDER = (
   "config",
   "ops",
   "parallel",
+  "progress",
   "nn",
   "checkpoints",
   "data",

@@ -18,12 +18,12 @@ from ttt_jax.evaluation.perplexity import (
   tokens_to_read,
 )
 from ttt_jax.evaluation.plots import plot_perplexity
-from ttt_jax.evaluation.progress import EvaluationProgress
 from ttt_jax.evaluation.result_file import CELLS, ResultFile
 from ttt_jax.files import write_json
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.processes import is_main, on_every_process, on_main
+from ttt_jax.progress import Progress
 
 
 def run_perplexity(
@@ -66,7 +66,7 @@ def run_perplexity(
     )
   model = Reader.of(evaluated_model(config, make_mesh(config.mesh), is_run=is_run), donate=True)
   results = ResultFile(out / CELLS, settings(model, rows, evaluation))
-  with EvaluationProgress("reading", tokens_to_read(model, len(rows), evaluation)) as progress:
+  with Progress("reading", tokens_to_read(model, len(rows), evaluation)) as progress:
     report = evaluate_perplexity(model, rows, evaluation, results, on_read=progress.advance)
   report = {"name": config.name, "layers": list(model.ttt.layers), **report}
   on_main(lambda: _write(report, out, console))

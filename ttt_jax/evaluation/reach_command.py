@@ -12,8 +12,8 @@ from ttt_jax.data.reach import ReachConfig, Sample, bits, sample
 from ttt_jax.data.skipped import Skipped
 from ttt_jax.evaluation.paired import bootstrap
 from ttt_jax.evaluation.plots import plot_reach
-from ttt_jax.evaluation.progress import EvaluationProgress
 from ttt_jax.files import write_json
+from ttt_jax.progress import Progress
 
 _LEVEL = 0.95
 _RESAMPLES = 2000
@@ -46,7 +46,7 @@ def run_reach(
     highlight=False,
   )
   coded = len(drawn.documents) * config.blocks * len(config.contexts)
-  with EvaluationProgress("coding", coded) as progress:
+  with Progress("coding", coded) as progress:
     measured = bits(drawn.documents, config, on_coded=lambda: progress.advance(1))
   report = {"path": path, **summary(measured, config), **_counts(drawn, skipped)}
   _print(report, console)

@@ -19,11 +19,11 @@ from ttt_jax.config import Config
 from ttt_jax.data import Corpus, merge_states, training_rows
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.heldout import evaluation_rows, losses_by_token
-from ttt_jax.evaluation.progress import TrainingProgress
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.ops.hardware import device_in_table
 from ttt_jax.parallel.mesh import local_rows
 from ttt_jax.parallel.processes import gather, is_main, stop_requests
+from ttt_jax.progress import TrainingProgress
 from ttt_jax.training.flops import training_flops
 from ttt_jax.training.log import Profile, open_log
 from ttt_jax.training.step import TrainState, abstract_state, init_state, jit_train_step, put_batch
@@ -250,10 +250,10 @@ def train(
             clock.restart()
           if logs:
             log.write(record)
-          progress.update(done, record)
+          progress.show(done, record)
           _check_bad(config, done, int(metrics["bad_in_a_row"]))
           if metrics["bad_in_a_row"]:
-            progress.warn(f"step {done} was skipped: its loss or gradient is not finite")
+            progress.note(f"step {done} was skipped: its loss or gradient is not finite", "yellow")
         if done % config.checkpoint.every == 0:
           save()
       if checkpoints.latest_step != done:
