@@ -133,13 +133,7 @@ def _add_facts(commands: argparse._SubParsersAction) -> None:
 def _run_facts(parsed: argparse.Namespace) -> None:
   from ttt_jax.data.facts import FactDocuments, write_documents
 
-  config = FactDocuments(
-    documents=parsed.documents,
-    facts=tuple(parsed.facts),
-    parts=parsed.parts,
-    characters=parsed.characters,
-    seed=parsed.seed,
-  )
+  config = from_flags(FactDocuments, parsed)
   prose = "" if parsed.text is None else load_text(parsed.text)
   print(f"written: {write_documents(parsed.destination, config, prose=prose)}")
 

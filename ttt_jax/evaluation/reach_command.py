@@ -10,13 +10,13 @@ from rich.table import Table
 
 from ttt_jax.data.reach import ReachConfig, Sample, bits, sample
 from ttt_jax.data.skipped import Skipped
-from ttt_jax.evaluation.paired import bootstrap
+from ttt_jax.evaluation.paired import bootstrap, interval, resampled_means
 from ttt_jax.evaluation.plots import plot_reach
 from ttt_jax.files import write_json
 from ttt_jax.progress import Progress
 
 _LEVEL = 0.95
-_RESAMPLES = 2000
+_RESAMPLES = 2000  # of a ratio
 
 
 def run_reach(
@@ -94,13 +94,11 @@ def _ratio(
   ratio = float(above.mean() / below.mean())
   if len(above) < 2:
     return ratio, None, None
-  draws = np.random.default_rng(config.seed).integers(len(above), size=(_RESAMPLES, len(above)))
-  denominators = below[draws].mean(axis=1)
+  rng = np.random.default_rng(config.seed)
+  numerators, denominators = resampled_means(above, below, rng=rng, resamples=_RESAMPLES)
   if denominators.min() <= 0:
     return ratio, None, None
-  ends = [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]
-  low, high = np.quantile(above[draws].mean(axis=1) / denominators, ends)
-  return ratio, float(low), float(high)
+  return ratio, *interval(numerators / denominators, _LEVEL)
 
 
 def _counts(drawn: Sample, skipped: Skipped) -> dict[str, Any]:
