@@ -89,7 +89,7 @@ def run_bench(config: BenchConfig, name: str, out: Path) -> dict[str, Any]:
   console.print(f"\n[bold]Cost model[/bold]\n{explanation}", highlight=False)
   out.mkdir(parents=True, exist_ok=True)
   write_json(out / f"{name}.json", report)
-  from ttt_jax.evaluation.plots import plot_bench
+  from ttt_jax.extras.bench.picture import plot_bench
 
   plot_bench(report, out / f"{name}.png")
   console.print(f"\nwritten: {out / name}.json, {out / name}.png", highlight=False)

@@ -19,10 +19,10 @@ import numpy as np
 from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.paired import bootstrap
-from ttt_jax.evaluation.plots import plot_ruler
 from ttt_jax.evaluation.result_file import CELLS, ResultFile
 from ttt_jax.extras.ruler.config import SamplesConfig
 from ttt_jax.extras.ruler.generate import Ruler
+from ttt_jax.extras.ruler.picture import plot_ruler
 from ttt_jax.extras.ruler.sample import Sample
 from ttt_jax.extras.ruler.tasks import TASKS, Task
 from ttt_jax.files import write_json

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
-from ttt_jax.data.reach import ReachConfig, Sample, bits, sample
 from ttt_jax.data.skipped import Skipped
 from ttt_jax.evaluation.paired import bootstrap, interval, resampled_means
-from ttt_jax.evaluation.plots import plot_reach
+from ttt_jax.evaluation.plots import new_axes, tokens_label
+from ttt_jax.extras.reach.measure import ReachConfig, Sample, bits, sample
 from ttt_jax.files import write_json
 from ttt_jax.progress import Progress
 
@@ -142,3 +142,23 @@ def _interval(row: dict[str, Any], name: str, ends: tuple[str, str], digits: int
   low, high = (row[end] for end in ends)
   interval = "" if low is None else f" ({low:.{digits}f} - {high:.{digits}f})"
   return f"{row[name]:.{digits}f}{interval}"
+
+
+def plot_reach(report: dict[str, Any], path: Path) -> None:
+  """Plots the bits saved in a block against the bytes of its document before it."""
+  settings, rows = report["settings"], report["by_context"][1:]
+  contexts = [row["context"] for row in rows]
+  figure, axes = new_axes(
+    f"What the past of a document saves ({len(report['measured'])} documents, "
+    f"{settings['compressor']})",
+    "bytes of the document before the block",
+    f"bits saved of {settings['block']:,} bytes, over {settings['contexts'][0]:,} bytes before",
+  )
+  axes.plot(contexts, [row["saved_bits"] for row in rows], color="#0b4f9e", marker="o")
+  if rows[0]["low"] is not None:
+    low, high = ([row[end] for row in rows] for end in ("low", "high"))
+    axes.fill_between(contexts, low, high, color="#0b4f9e", alpha=0.12)
+  axes.set_ylim(min(0, *axes.get_ylim()), None)
+  axes.set_xscale("log", base=2)
+  axes.set_xticks(contexts, [tokens_label(context) for context in contexts], minor=False)
+  figure.savefig(path)

@@ -11,8 +11,8 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ttt_jax.data.fact_sets import Fact, fact_set
 from ttt_jax.errors import UserError
+from ttt_jax.extras.facts.sets import Fact, fact_set
 from ttt_jax.files import write_text
 
 _FILE = "facts.jsonl"
@@ -104,7 +104,7 @@ def make_rows(
   """Makes rows with facts of a set, each with its own facts and, if there is prose, its own part of it.
 
   Args:
-    name: a set of `ttt_jax.data.fact_sets`.
+    name: a set of `ttt_jax.extras.facts.sets`.
     rows, facts: rows, and facts in each.
     seed: of facts, their order and the places in the prose.
     kinds: names of kinds; None for all.
