@@ -8,7 +8,9 @@ from ttt_jax.errors import UserError
 
 
 def load_data(config: Config) -> Corpus:
-  """Loads the documents of a resolved config; for a run that exists, one of `with_recorded_boundaries`.
+  """Loads the documents of a resolved config.
+
+  The config of a run that exists has passed `with_recorded_boundaries`, so that its documents stay the same.
 
   Raises:
     UserError: the model's vocabulary is smaller than the tokenizer's; as `load_tokenizer` and

@@ -23,11 +23,6 @@ def subplots(rows: int, columns: int, width: float, height: float) -> tuple[Figu
   return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def shares(table: list[dict[str, Any]]) -> list[float]:
-  """Returns the recall accuracy by distance; NaN, which is not drawn, where there were no queries."""
-  return [float("nan") if row["right"] is None else row["right"] for row in table]
-
-
 def new_axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
   """Returns a figure of one plot, and its axes with a title and labels."""
   figure, ((axes,),) = subplots(1, 1, 7.2, 4.4)

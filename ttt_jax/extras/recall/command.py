@@ -12,8 +12,8 @@ from ttt_jax.config import Config
 from ttt_jax.data import heldout_rows
 from ttt_jax.data.load import load_data
 from ttt_jax.errors import UserError
-from ttt_jax.evaluation.plots import new_axes, shares
-from ttt_jax.extras.recall.task import CHANCE, by_distance, recalled
+from ttt_jax.evaluation.plots import new_axes
+from ttt_jax.extras.recall.task import CHANCE, by_distance, recalled, shares
 from ttt_jax.files import write_json
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.processes import is_main, on_every_process, on_main
