@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 import ttt_jax
+from ttt_jax.names import COLLECTIVES as COLLECTIVES
 from ttt_jax.ops.fast_weight.reference import inplace_ttt_reference
 
 # All variants of the computation, as arguments of the op.
@@ -19,7 +20,6 @@ OP_VARIANTS = {
   "sequential, one product": {"implementation": "sequential", "merge": True},
   "sequential, two products": {"implementation": "sequential", "merge": False},
 }
-COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
 # max|a - b| / max|b|. bfloat16 rounds every input of a product and the output to 8 bits: a few times 2^-8.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2.5e-2}

@@ -12,10 +12,12 @@ ROOT = Path(ttt_jax.__file__).parent
 # From the bottom up: a package imports those before it.
 ORDER = (
   "errors",
+  "names",
   "files",
   "config",
   "ops",
   "parallel",
+  "progress",
   "nn",
   "checkpoints",
   "data",

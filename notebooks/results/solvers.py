@@ -20,8 +20,8 @@ import numpy as np
 import ttt_jax
 import ttt_jax.ops.fast_weight.least_squares.sequential as sequential
 from ttt_jax.config import TTTConfig
-from ttt_jax.data.facts import help_topics, make_rows
-from ttt_jax.evaluation.facts import score_facts
+from ttt_jax.extras.facts.evaluate import score_facts
+from ttt_jax.extras.facts.make import help_topics, make_rows
 from ttt_jax.ops.fast_weight.least_squares.sums import Read, ridge_share
 
 LAYER, CHUNK, SCALE, RIDGE, TOKENS, RUNS = 24, 256, 10.0, 0.01, 2048, 5

@@ -16,7 +16,6 @@ from helpers import write_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ttt_jax.nn.loss
 from ttt_jax import data
 from ttt_jax.config import DataConfig
 from ttt_jax.data import rows as rows_module
@@ -75,10 +74,6 @@ def test_decode_replaces_what_is_not_utf8_and_refuses_what_is_no_byte():
     data.decode([1, 256])
   with pytest.raises(ValueError, match="token -1 is not a byte"):
     data.decode(np.array([-1]))
-
-
-def test_ignore_is_that_of_the_loss():
-  assert data.IGNORE == ttt_jax.nn.loss.IGNORE
 
 
 # Files to documents.

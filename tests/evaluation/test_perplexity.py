@@ -23,7 +23,8 @@ from ttt_jax.evaluation.result_file import ResultFile
 from ttt_jax.generation import pieces
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
-from ttt_jax.nn.loss import IGNORE, model_losses
+from ttt_jax.names import IGNORE
+from ttt_jax.nn.loss import model_losses
 from ttt_jax.parallel.parameters import shardings
 
 LEARNS = dataclasses.replace(TTT, inner_lr=3.0)  # so that updates change the losses

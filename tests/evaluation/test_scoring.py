@@ -12,7 +12,7 @@ from ttt_jax.checkpoints.tokenizer import byte_tokenizer
 from ttt_jax.config import AttentionConfig
 from ttt_jax.evaluation.scoring import Score, Scorer, rolling_windows, token_scores
 from ttt_jax.generation.generate import generate
-from ttt_jax.nn.loss import IGNORE
+from ttt_jax.names import IGNORE
 
 LEARNS = dataclasses.replace(TTT, layers=(0,), inner_lr=3.0, target="hidden_states")
 SMALL = dataclasses.replace(MODEL, vocab_size=256, num_layers=1)

@@ -10,7 +10,8 @@ from helpers import MODEL, mesh_of, random_model, random_rows, relative_error
 
 from ttt_jax import UserError
 from ttt_jax.config import AttentionConfig, TTTConfig
-from ttt_jax.nn.loss import IGNORE, model_losses, token_losses
+from ttt_jax.names import IGNORE
+from ttt_jax.nn.loss import model_losses, token_losses
 from ttt_jax.parallel.mesh import sharding
 from ttt_jax.parallel.parameters import shardings
 

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec
 
 import ttt_jax
 from ttt_jax.extras.baselines.ops import delta_rule, gated_linear_attention, short_convolution
-from ttt_jax.nn.loss import IGNORE, token_losses
+from ttt_jax.names import IGNORE
+from ttt_jax.nn.loss import token_losses
 from ttt_jax.ops.attention.api import attention
 
 # The third is bad: documents before and behind it, and padding.

@@ -19,7 +19,8 @@ from ttt_jax.config import (
 from ttt_jax.config.yaml import dump_config, load_config
 from ttt_jax.data import Corpus, Document, InMemory, Source, training_rows
 from ttt_jax.extras.plan.programs import trace_training
-from ttt_jax.nn.loss import IGNORE, model_losses
+from ttt_jax.names import IGNORE
+from ttt_jax.nn.loss import model_losses
 from ttt_jax.training.loop import train
 from ttt_jax.training.run import check_ready
 from ttt_jax.training.rundir import read_metrics

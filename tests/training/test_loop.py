@@ -24,9 +24,9 @@ from rich.console import Console
 from ttt_jax.checkpoints.orbax import Checkpoints
 from ttt_jax.config import AttentionConfig, CheckpointConfig, Config, DataConfig, TrainConfig
 from ttt_jax.data import Corpus, Document, InMemory, Source, training_rows
-from ttt_jax.evaluation.progress import TrainingProgress
 from ttt_jax.extras.plan.hlo import count_collectives
 from ttt_jax.ops.hardware import find_device
+from ttt_jax.progress import TrainingProgress
 from ttt_jax.training import loop as training
 from ttt_jax.training.flops import training_flops
 from ttt_jax.training.log import Profile
@@ -163,7 +163,7 @@ def test_stopped_and_resumed_equals_undisturbed(tmp_path, monkeypatch, undisturb
   corpus, mesh, (whole, path) = _corpus(), mesh_of(2, 2), undisturbed
   assert whole.finished
 
-  update = TrainingProgress.update
+  update = TrainingProgress.show
 
   def interrupt(self, done, record):
     update(self, done, record)
@@ -171,7 +171,7 @@ def test_stopped_and_resumed_equals_undisturbed(tmp_path, monkeypatch, undisturb
       signal.raise_signal(signal.SIGINT)
 
   with monkeypatch.context() as patch:
-    patch.setattr(TrainingProgress, "update", interrupt)
+    patch.setattr(TrainingProgress, "show", interrupt)
     stopped = train(CONFIG, corpus, mesh, tmp_path / "parts")
   assert not stopped.finished
   assert len(_losses(tmp_path / "parts")) == 5
@@ -186,7 +186,7 @@ def test_stopped_and_resumed_equals_undisturbed(tmp_path, monkeypatch, undisturb
 def test_steps_after_the_last_checkpoint_are_logged_once(tmp_path, monkeypatch, undisturbed):
   """A run that dies without saving goes on from its last checkpoint, and the log follows."""
   corpus, mesh = _corpus(), mesh_of(2, 2)
-  update = TrainingProgress.update
+  update = TrainingProgress.show
 
   def die(self, done, record):
     update(self, done, record)
@@ -194,7 +194,7 @@ def test_steps_after_the_last_checkpoint_are_logged_once(tmp_path, monkeypatch, 
       raise RuntimeError("power failure")
 
   with monkeypatch.context() as patch:
-    patch.setattr(TrainingProgress, "update", die)
+    patch.setattr(TrainingProgress, "show", die)
     with pytest.raises(RuntimeError, match="power failure"):
       train(CONFIG, corpus, mesh, tmp_path)
   assert [step for step, *_ in _losses(tmp_path)] == [1, 2, 3, 4, 5]

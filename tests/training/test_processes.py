@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.data import prepare
-from ttt_jax.evaluation.recall import write_documents
+from ttt_jax.extras.recall.task import write_documents
 from ttt_jax.training.rundir import read_metrics
 
 CONFIG = """

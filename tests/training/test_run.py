@@ -23,8 +23,8 @@ from ttt_jax.config import (
 from ttt_jax.data import Corpus
 from ttt_jax.errors import UnsupportedError
 from ttt_jax.evaluation import heldout as evaluation
-from ttt_jax.evaluation.progress import TrainingProgress
 from ttt_jax.generation.decoder import Reader
+from ttt_jax.progress import TrainingProgress
 from ttt_jax.training import run
 from ttt_jax.training.loop import Clock
 from ttt_jax.training.run import run_evaluation, run_training
@@ -218,7 +218,7 @@ def test_heldout_loss_during_training(config, tmp_path, monkeypatch):
     assert records[-1]["heldout_loss"] == pytest.approx(summary[name], rel=1e-5)
     assert len({r.get("heldout_loss") for r in records}) == 4
 
-  update = TrainingProgress.update
+  update = TrainingProgress.show
 
   def die(self, done, record):
     update(self, done, record)
@@ -227,7 +227,7 @@ def test_heldout_loss_during_training(config, tmp_path, monkeypatch):
 
   other = dataclasses.replace(asked, run_dir=str(tmp_path / "other"))
   with monkeypatch.context() as patch:
-    patch.setattr(TrainingProgress, "update", die)
+    patch.setattr(TrainingProgress, "show", die)
     with pytest.raises(RuntimeError, match="power failure"):
       run_training(other, QUIET)
   run_training(other, QUIET)

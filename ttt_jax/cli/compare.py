@@ -41,7 +41,7 @@ def add(commands: argparse._SubParsersAction, parse: Parse) -> None:
 
 
 def _run(parse: Parse, parsed: argparse.Namespace) -> int:
-  from ttt_jax.evaluation.compare import compare, is_results
+  from ttt_jax.extras.compare import compare, is_results
 
   sources = {"a": parsed.a, "b": parsed.b}
   out = parsed.out or Path("runs") / f"compare_{Path(parsed.a).stem}_{Path(parsed.b).stem}"
@@ -92,7 +92,7 @@ def _evaluation(parse: Parse, source: str, of: str | None, out: Path) -> argpars
 
 def _check_tokenizers(a: argparse.Namespace, b: argparse.Namespace) -> None:
   """Raises UserError if two models encode a text differently, before hours of work."""
-  from ttt_jax.data.facts import help_topics
+  from ttt_jax.extras.facts.make import help_topics
 
   text = help_topics()
   if _tokenizer(a).encode(text) != _tokenizer(b).encode(text):

@@ -131,15 +131,9 @@ def _add_facts(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_facts(parsed: argparse.Namespace) -> None:
-  from ttt_jax.data.facts import FactDocuments, write_documents
+  from ttt_jax.extras.facts.make import FactDocuments, write_documents
 
-  config = FactDocuments(
-    documents=parsed.documents,
-    facts=tuple(parsed.facts),
-    parts=parsed.parts,
-    characters=parsed.characters,
-    seed=parsed.seed,
-  )
+  config = from_flags(FactDocuments, parsed)
   prose = "" if parsed.text is None else load_text(parsed.text)
   print(f"written: {write_documents(parsed.destination, config, prose=prose)}")
 
@@ -157,8 +151,8 @@ def _add_join(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_join(parsed: argparse.Namespace) -> None:
-  from ttt_jax.data.join import join
   from ttt_jax.data.skipped import Skipped
+  from ttt_jax.extras.join import join
 
   skipped = Skipped()
   joined = join(parsed.source, parsed.destination, skipped=skipped)
@@ -205,8 +199,8 @@ def _add_reach(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_reach(parsed: argparse.Namespace) -> None:
-  from ttt_jax.data.reach import ReachConfig
-  from ttt_jax.evaluation.reach_command import run_reach
+  from ttt_jax.extras.reach.command import run_reach
+  from ttt_jax.extras.reach.measure import ReachConfig
 
   run_reach(parsed.path, from_flags(ReachConfig, parsed), out=parsed.out)
 
@@ -221,7 +215,7 @@ def _add_recall(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_recall(parsed: argparse.Namespace) -> None:
-  from ttt_jax.evaluation.recall import write_documents
+  from ttt_jax.extras.recall.task import write_documents
 
   path = write_documents(
     parsed.destination, documents=parsed.documents, tokens=parsed.tokens, seed=parsed.seed

@@ -149,7 +149,7 @@ def _add_recall(commands: argparse._SubParsersAction) -> None:
 
 def _run_recall(parsed: argparse.Namespace) -> None:
   config, is_run = evaluated(parsed)
-  from ttt_jax.evaluation.recall_command import run_recall
+  from ttt_jax.extras.recall.command import run_recall
   from ttt_jax.parallel import processes as distributed
 
   distributed.start(config.runtime)
@@ -213,7 +213,7 @@ def _add_facts(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_facts(parsed: argparse.Namespace) -> None:
-  from ttt_jax.evaluation.facts import FactsConfig, run_facts
+  from ttt_jax.extras.facts.evaluate import FactsConfig, run_facts
 
   run_facts(
     parsed.model,

@@ -1,10 +1,12 @@
 """Adds the commands that take any model: `convert`, `generate`."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from ttt_jax.cli.shared import MODEL_FIELDS, add_command, from_flags, given_model_fields
 from ttt_jax.config import DTYPES
+from ttt_jax.errors import UserError
 from ttt_jax.files import load_text
 
 SOURCE = "a Hugging Face directory, a .gguf file (any part of a split one), or a run directory"
@@ -89,9 +91,35 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_generate(parsed: argparse.Namespace) -> None:
-  from ttt_jax.generation import command
+  from ttt_jax.generation.command import Sampling, run
 
-  command.run(parsed, given_model_fields(parsed))
+  fields = given_model_fields(parsed)
+  run(
+    parsed.model,
+    _prompts(parsed),
+    from_flags(Sampling, parsed),
+    fields=fields,
+    dtype=parsed.dtype,
+    update=not parsed.no_update,
+    learn=parsed.learn,
+    load_state=parsed.load_state,
+    save_state=parsed.save_state,
+  )
+
+
+def _prompts(parsed: argparse.Namespace) -> list[str]:
+  """Returns the texts of the flags, or else the one on the standard input."""
+  prompts = [*parsed.prompt, *(load_text(path) for path in parsed.prompt_file)]
+  if not prompts and not sys.stdin.isatty():
+    try:
+      prompts = [sys.stdin.read().removeprefix("\ufeff")]
+    except UnicodeDecodeError as error:
+      raise UserError(f"the piped text is not valid {sys.stdin.encoding}: {error}") from error
+  if not prompts:
+    raise UserError(
+      "there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in"
+    )
+  return prompts
 
 
 def _add_calibrate(commands: argparse._SubParsersAction) -> None:

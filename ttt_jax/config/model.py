@@ -6,8 +6,8 @@ from typing import Any
 
 from ttt_jax.config.checks import DTYPES, require, require_choice, require_positive
 from ttt_jax.config.given import given_fields, section
+from ttt_jax.names import ATTENTION_IMPLEMENTATIONS, COLLECTIVES, IMPLEMENTATIONS, RULES
 
-RULES = ("sum", "least_squares")
 # Fields of `TTTConfig` that belong to one rule only.
 _OF_RULE = {
   "sum": ("inner_lr", "inner_lr_scale", "learn_inner_lr", "clip_norm", "merge"),
@@ -35,10 +35,8 @@ _OF_KIND = {
     "truncate",
   ),
 }
-IMPLEMENTATIONS = ("associative", "dual", "sequential")
 REMAT = ("none", "layer", "minimal")
 MIXERS = ("attention", "gla", "delta_net")
-COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
 
 
 @section()
@@ -256,7 +254,7 @@ class AttentionConfig:
         "attention; remove it from one list",
       )
     require_choice(
-      "attention.implementation", self.implementation, (None, "xla", "splash", "cudnn")
+      "attention.implementation", self.implementation, (None, *ATTENTION_IMPLEMENTATIONS)
     )
 
   def mixer_of(self, layer: int) -> str:

@@ -19,8 +19,7 @@ _BOUNDARY_FIELDS = {"start_of_text": None, "end_of_text": False}
 
 
 def record_config(run_dir: str | Path, config: Config) -> None:
-  """Writes `config.yaml`; null document boundaries keep the values that the run recorded before."""
-  config = with_boundaries(config, recorded_boundaries(run_dir))
+  """Writes `config.yaml`."""
   write_text(Path(run_dir) / CONFIG_FILE, dump_config(config) + _END)
 
 
@@ -40,7 +39,7 @@ def recorded_config(run_dir: str | Path) -> Config:
       "line if the file is complete otherwise"
     )
   config = load_config(file)
-  return with_boundaries(config, _boundaries(config))
+  return with_boundaries(config, boundaries_of(config))
 
 
 def recorded_boundaries(run_dir: str | Path) -> dict[str, Any]:
@@ -48,10 +47,11 @@ def recorded_boundaries(run_dir: str | Path) -> dict[str, Any]:
   file = Path(run_dir) / CONFIG_FILE
   if not file.is_file() or not _is_complete(file):
     return {}
-  return _boundaries(load_config(file))
+  return boundaries_of(load_config(file))
 
 
-def _boundaries(recorded: Config) -> dict[str, Any]:
+def boundaries_of(recorded: Config) -> dict[str, Any]:
+  """Returns the fields of `data` for document boundaries of a config that a run recorded."""
   given = given_fields(recorded.data)
   return {name: given.get(name, older) for name, older in _BOUNDARY_FIELDS.items()}
 

@@ -18,7 +18,8 @@ from ttt_jax.data.corpus import (
 )
 from ttt_jax.data.preparation import prepare
 from ttt_jax.data.rows import Rows, merge_states, training_rows
-from ttt_jax.data.tokens import IGNORE, VOCAB_SIZE, decode, encode
+from ttt_jax.data.tokens import VOCAB_SIZE, decode, encode
+from ttt_jax.names import IGNORE
 
 __all__ = [
   "IGNORE",

@@ -1,6 +1,5 @@
 """Loads the documents of a run, tokenised for its model."""
 
-from ttt_jax.checkpoints.runs import with_recorded_boundaries
 from ttt_jax.checkpoints.tokenizer import load_tokenizer
 from ttt_jax.config import Config
 from ttt_jax.data.corpus import Corpus, load_corpus
@@ -9,13 +8,14 @@ from ttt_jax.errors import UserError
 
 
 def load_data(config: Config) -> Corpus:
-  """Loads the documents of a resolved config; a run that exists keeps its recorded document boundaries.
+  """Loads the documents of a resolved config.
+
+  That of a run that exists has passed `with_recorded_boundaries`, so that its documents stay the same.
 
   Raises:
     UserError: the model's vocabulary is smaller than the tokenizer's; as `load_tokenizer` and
       `load_corpus`.
   """
-  config = with_recorded_boundaries(config)
   tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
   tokens = VOCAB_SIZE if tokenizer is None else tokenizer.vocab_size
   if tokens > config.model.vocab_size:

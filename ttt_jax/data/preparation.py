@@ -15,7 +15,6 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Integer
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from ttt_jax.checkpoints.tokenizer import BYTES, load_tokenizer
 from ttt_jax.data.boundaries import boundaries
@@ -33,6 +32,7 @@ from ttt_jax.data.skipped import Skipped, stable_hash
 from ttt_jax.data.tokens import fingerprint, token_dtype, tokenized
 from ttt_jax.errors import UserError
 from ttt_jax.files import unfinished_path, write_json
+from ttt_jax.progress import Progress
 
 _LINE_SECONDS = 10  # between two progress lines without a terminal
 
@@ -100,7 +100,7 @@ def prepare(
   ):
     for name, tokens in tokenized(texts(), loaded, added):
       writer.add(name, tokens)
-      progress.update(writer.documents, writer.tokens)
+      progress.show(writer.documents, writer.tokens)
   if writer.documents < 2:
     raise UserError(
       f"source={source!r} holds {writer.documents} readable documents (skipped: {skipped}): give two or "
@@ -214,38 +214,22 @@ def _sync(file) -> None:
   os.fsync(file.fileno())
 
 
-class _Progress:
-  """Shows progress: a changing line on a terminal, elsewhere a line every few seconds."""
+class _Progress(Progress):
+  """Shows files, documents and tokens: a bar on a terminal, elsewhere a line every few seconds."""
 
   def __init__(self, console: Console, files: int):
-    self._console = console
+    super().__init__("reading", files, console=console)
     self._files, self._done = files, 0
     self._start = self._last = time.monotonic()
-    self._progress = Progress(
-      TextColumn("{task.description}"),
-      TimeElapsedColumn(),
-      console=console,
-      disable=not console.is_terminal,
-    )
-    self._task = self._progress.add_task("reading", total=None)
-
-  def __enter__(self) -> "_Progress":
-    self._progress.start()
-    return self
-
-  def __exit__(self, *exception) -> None:
-    self._progress.stop()
 
   def file_done(self) -> None:
     self._done += 1
 
-  def update(self, documents: int, tokens: int) -> None:
+  def show(self, documents: int, tokens: int) -> None:
     now = time.monotonic()
-    line = (
-      f"{self._done:,}/{self._files:,} files  {documents:,} documents  {tokens:,} tokens  "
-      f"{tokens / max(now - self._start, 1e-3):,.0f} tokens/s"
-    )
-    self._progress.update(self._task, description=line)
-    if not self._console.is_terminal and now - self._last >= _LINE_SECONDS:
+    speed = tokens / max(now - self._start, 1e-3)
+    status = f"files  {documents:,} documents  {tokens:,} tokens  {speed:,.0f} tokens/s"
+    self.update(self._done, status)
+    if not self.draws_bar and now - self._last >= _LINE_SECONDS:
       self._last = now
-      self._console.print(line, highlight=False)
+      self.note(f"{self._done:,}/{self._files:,} {status}")

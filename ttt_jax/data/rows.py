@@ -29,8 +29,8 @@ from ttt_jax.data.corpus import Documents, Source
 from ttt_jax.data.interleave import Interleave
 from ttt_jax.data.prepared import PreparedDocuments
 from ttt_jax.data.skipped import stable_hash
-from ttt_jax.data.tokens import IGNORE
 from ttt_jax.errors import UserError
+from ttt_jax.names import IGNORE
 
 _PREFETCHED = 8  # batches that a thread makes ahead
 _MAX_BINS, _MIN_BINS = 64, 8

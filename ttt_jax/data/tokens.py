@@ -16,7 +16,6 @@ from ttt_jax.data.boundaries import Boundaries
 from ttt_jax.errors import UserError
 
 VOCAB_SIZE = 256  # one token per byte
-IGNORE = -1  # the label of a token that has no successor in its row; the same as in ttt_jax.nn.loss
 
 _BATCH_BYTES = 1 << 22  # of text that a tokenizer gets at a time, for all its threads
 _PROBE = (

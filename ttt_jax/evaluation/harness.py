@@ -12,9 +12,9 @@ from typing import Any
 from ttt_jax.checkpoints.open import open_model, open_tokenizer
 from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.errors import UserError
-from ttt_jax.evaluation.progress import EvaluationProgress
 from ttt_jax.evaluation.scoring import Scorer
 from ttt_jax.nn.transformer import Transformer
+from ttt_jax.progress import Progress
 
 try:
   from lm_eval.api.instance import Instance
@@ -95,7 +95,7 @@ class TTTHarness(LM):
   def _ask(self, kind: str, requests: Sequence[Instance], answer: Callable) -> list[Any]:
     """Answers all requests, and adds the answers to the harness's cache."""
     arguments = [request.args for request in requests]
-    with EvaluationProgress(kind, len(requests)) as progress:
+    with Progress(kind, len(requests)) as progress:
       results = answer(arguments, lambda done: progress.update(done, ""))
     for request, result in zip(arguments, results):
       self.cache_hook.add_partial(kind, request, result)

@@ -24,7 +24,8 @@ from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
 from ttt_jax.generation.pieces import row_shards
 from ttt_jax.generation.sampling import stop_tokens
-from ttt_jax.nn.loss import IGNORE, model_losses
+from ttt_jax.names import IGNORE
+from ttt_jax.nn.loss import model_losses
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.parallel.mesh import to_mesh
 from ttt_jax.parallel.trees import delete

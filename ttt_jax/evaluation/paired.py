@@ -28,11 +28,24 @@ def bootstrap(
   """
   if min(map(len, groups)) < 2:
     return None, None
-  rng, means = np.random.default_rng(seed), np.zeros(_RESAMPLES)
-  for values in groups:
-    draws = rng.integers(len(values), size=(_RESAMPLES, len(values)))
-    means += values[draws].mean(axis=1) / len(groups)
-  low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+  rng = np.random.default_rng(seed)
+  return interval(
+    sum(resampled_means(values, rng=rng)[0] for values in groups) / len(groups), level
+  )
+
+
+def resampled_means(
+  *columns: Float[np.ndarray, "samples"], rng: np.random.Generator, resamples: int = _RESAMPLES
+) -> list[Float[np.ndarray, "resamples"]]:
+  """Returns the means of each column over resamples, which draw the same samples for all columns."""
+  count = len(columns[0])
+  draws = rng.integers(count, size=(resamples, count))
+  return [values[draws].mean(axis=1) for values in columns]
+
+
+def interval(values: Float[np.ndarray, "resamples"], level: float) -> tuple[float, float]:
+  """Returns the lower and the upper end of the middle share `level` of values."""
+  low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
   return float(low), float(high)
 
 

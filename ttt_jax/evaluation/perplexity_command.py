@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.checkpoints.resolve import resolve, resolve_run
-from ttt_jax.checkpoints.runs import evaluated_model
+from ttt_jax.checkpoints.runs import evaluated_model, with_recorded_boundaries
 from ttt_jax.config import Config
 from ttt_jax.data import heldout_rows
 from ttt_jax.data.load import load_data
@@ -18,12 +18,12 @@ from ttt_jax.evaluation.perplexity import (
   tokens_to_read,
 )
 from ttt_jax.evaluation.plots import plot_perplexity
-from ttt_jax.evaluation.progress import EvaluationProgress
 from ttt_jax.evaluation.result_file import CELLS, ResultFile
 from ttt_jax.files import write_json
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.processes import is_main, on_every_process, on_main
+from ttt_jax.progress import Progress
 
 
 def run_perplexity(
@@ -48,7 +48,7 @@ def run_perplexity(
   Raises:
     UserError: no document is long enough; `out` holds results of other settings.
   """
-  config = resolve_run(config) if is_run else resolve(config)
+  config = with_recorded_boundaries(resolve_run(config) if is_run else resolve(config))
   out = Path("runs") / f"perplexity_{config.name}" if out is None else out
   console = Console(quiet=not is_main()) if console is None else console
   corpus = on_every_process(lambda: load_data(config))
@@ -66,7 +66,7 @@ def run_perplexity(
     )
   model = Reader.of(evaluated_model(config, make_mesh(config.mesh), is_run=is_run), donate=True)
   results = ResultFile(out / CELLS, settings(model, rows, evaluation))
-  with EvaluationProgress("reading", tokens_to_read(model, len(rows), evaluation)) as progress:
+  with Progress("reading", tokens_to_read(model, len(rows), evaluation)) as progress:
     report = evaluate_perplexity(model, rows, evaluation, results, on_read=progress.advance)
   report = {"name": config.name, "layers": list(model.ttt.layers), **report}
   on_main(lambda: _write(report, out, console))

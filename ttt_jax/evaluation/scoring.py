@@ -17,7 +17,8 @@ from ttt_jax.errors import UserError
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import Stream
 from ttt_jax.generation.sampling import stop_tokens
-from ttt_jax.nn.loss import IGNORE, LOGITS_AT_ONCE, in_pieces, token_losses
+from ttt_jax.names import IGNORE
+from ttt_jax.nn.loss import LOGITS_AT_ONCE, in_pieces, token_losses
 from ttt_jax.nn.transformer import Transformer, next_token_logits
 
 _SMALLEST_ROW = 64

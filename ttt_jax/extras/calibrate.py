@@ -25,10 +25,10 @@ from ttt_jax.checkpoints.hf import load_pretrained
 from ttt_jax.checkpoints.open import open_tokenizer
 from ttt_jax.checkpoints.save import save_pretrained
 from ttt_jax.config import TTTConfig
-from ttt_jax.data.facts import FactRow, help_topics, make_rows
 from ttt_jax.errors import UserError
-from ttt_jax.evaluation.facts import score_facts
-from ttt_jax.evaluation.plots import plot_calibration
+from ttt_jax.evaluation.plots import subplots
+from ttt_jax.extras.facts.evaluate import score_facts
+from ttt_jax.extras.facts.make import FactRow, help_topics, make_rows
 from ttt_jax.files import check_new, write_json
 from ttt_jax.nn.fast_mlp import LOG_SCALE
 from ttt_jax.nn.transformer import Transformer
@@ -346,3 +346,41 @@ def _print(report: dict[str, Any], results: Sequence[dict[str, Any]], console: C
     )
   console.print(table)
   console.print(f"{len(report['tried'])} evaluations, {report['seconds']:.0f} s", highlight=False)
+
+
+def plot_calibration(report: dict[str, Any], path: Path) -> None:
+  """Plots what each setting of `calibration.json` remembers against what it costs, and the frontier."""
+  none, chosen = report["without_memory"], report["chosen"]
+  settings = [result for result in report["tried"] if "loss" in result]
+  figure, ((alone, prose),) = subplots(1, 2, 10.4, 4.4)
+  layers = sorted({result["layer"] for result in settings})
+  colors = dict(zip(layers, ("#0b4f9e", "#d1620b", "#3f8f4f", "#a05fa8", "#5c5c5c"), strict=False))
+  for axes, kind, title in ((alone, "facts", "facts alone"), (prose, "prose", "facts in prose")):
+    points = [(r["loss"] - none["loss"], r[kind]["answers"], r["layer"]) for r in settings]
+    for layer in layers:
+      x, y = zip(*[(rise, right) for rise, right, of in points if of == layer], strict=True)
+      axes.scatter(x, y, s=22, color=colors.get(layer, "#5c5c5c"), label=f"layer {layer}")
+    frontier, best = [(0.0, none[kind]["answers"])], none[kind]["answers"]
+    for rise, right, _ in sorted(points):
+      if right > best:
+        frontier.append((max(rise, 0.0), right))
+        best = right
+    axes.step(
+      *zip(*frontier, strict=True), where="post", color="#5c5c5c", linewidth=1, label="frontier"
+    )
+    axes.axhline(none[kind]["answers"], color="#5c5c5c", linestyle=":", label="without a memory")
+    axes.axvline(
+      report["config"]["max_loss_rise"], color="#b02a2a", linestyle="--", label="allowed"
+    )
+    if chosen is not None:
+      at = chosen["loss"] - none["loss"], chosen[kind]["answers"]
+      axes.scatter(*at, s=90, facecolor="none", edgecolor="black", label="chosen")
+    axes.set_xscale("symlog", linthresh=0.01)
+    axes.set_ylim(0, 1)
+    axes.set_title(f"{title}, behind a cut of attention", loc="left", fontsize=11)
+    axes.set_xlabel("rise of the ordinary loss (nats per token)")
+    axes.set_ylabel("right answers")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+  alone.legend(frameon=False, fontsize=8)
+  figure.savefig(path)

@@ -16,7 +16,7 @@ from ttt_jax.nn.fast_mlp import PARAM_DIMS, TttMlp
 from ttt_jax.nn.layers import project
 from ttt_jax.nn.transformer import Block, split_tokens
 from ttt_jax.ops.attention.cached import KeyValueCache
-from ttt_jax.ops.fast_weight.api import FastWeightState
+from ttt_jax.ops.fast_weight.api import FastWeightState, inplace_ttt
 from ttt_jax.ops.fast_weight.least_squares.api import before_unit_rows, gated
 from ttt_jax.ops.fast_weight.least_squares.sums import Factored, factor, read, unit_rows
 from ttt_jax.ops.numerics import accumulation_dtype, matmul
@@ -163,8 +163,13 @@ def _from_state(mlp: TttMlp, state: FastWeightState):
 def learn_pending(mlp: TttMlp, cache: FastCache, row: Int[Array, ""]) -> FastCache:
   """Learns one row's full chunk and returns the cache with its new state."""
   of_row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), cache)
-  _, state = mlp.fast_weight(
-    of_row.z, of_row.source, mlp.params(cache.z.dtype), state=_to_state(of_row.s)
+  params = mlp.params(cache.z.dtype)
+  _, state = inplace_ttt(
+    of_row.z,
+    mlp.targets(of_row.source, params),
+    params.w_down,
+    state=_to_state(of_row.s),
+    **mlp.options(params),
   )
   s = jax.tree.map(
     lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), row, 0),
@@ -224,14 +229,15 @@ def read_tokens(
 
 def _read_on_shard(mlp: TttMlp, z, source, params, state, lengths, *, axes: Axes):
   """Returns this shard's outputs, the state, and z and the source of each row's unfinished chunk."""
-  y, state = mlp.fast_weight(
+  y, state = inplace_ttt(
     z,
-    source,
-    params,
+    mlp.targets(source, params),
+    params.w_down,
     state=state,
     lengths=lengths,
     context_axis=axes.context,
     tensor_axis=axes.tensor,
+    **mlp.options(params),
   )
   c = mlp.ttt.chunk_size
   start = lengths // c * c

@@ -1,7 +1,8 @@
 """`ttt-jax generate`: continues prompts and prints the text as it is generated."""
 
-import argparse
-import sys
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -14,34 +15,65 @@ from ttt_jax.files import load_text
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import Generation, Stream, generate
 from ttt_jax.generation.sampling import stop_tokens
-from ttt_jax.generation.state import GenerationState, load_state
+from ttt_jax.generation.state import GenerationState
+from ttt_jax.generation.state import load_state as read_state
 
 
-def run(parsed: argparse.Namespace, fields: Fields) -> None:
-  """Prefills the prompts, then generates; prints text on stdout, everything else on stderr."""
+@dataclass(frozen=True)
+class Sampling:
+  """Says how many tokens are drawn and how, as the arguments of `generate` of these names."""
+
+  max_new_tokens: int
+  temperature: float
+  top_k: int | None
+  top_p: float | None
+  min_p: float | None
+  seed: int
+
+
+def run(
+  source: str,
+  prompts: list[str],
+  sampling: Sampling,
+  *,
+  fields: Fields,
+  dtype: str | None,
+  update: bool,
+  learn: Path | None,
+  load_state: Path | None,
+  save_state: Path | None,
+) -> None:
+  """Prefills the prompts, then generates; prints text on stdout, everything else on stderr.
+
+  Args:
+    source: the model, as `open_model` takes it with `fields` and `dtype`.
+    update: whether fast weights learn.
+    learn: a text to read first, of which only what the fast weights learned is kept.
+    load_state, save_state: files of the states before the prompts and after the last token.
+  """
   console = Console(stderr=True)
-  prompts = _prompts(parsed)
-  if parsed.save_state is not None and not parsed.save_state.absolute().parent.is_dir():
+  if save_state is not None and not save_state.absolute().parent.is_dir():
     raise UserError(
-      f"--save-state {parsed.save_state}: the directory {parsed.save_state.parent} does not exist, make it"
+      f"--save-state {save_state}: the directory {save_state.parent} does not exist, make it"
     )
-  tokenizer = open_tokenizer(parsed.model)
-  model = Reader.of(open_model(parsed.model, dtype=parsed.dtype, fields=fields), donate=True)
+  tokenizer = open_tokenizer(source)
+  model = Reader.of(open_model(source, dtype=dtype, fields=fields), donate=True)
   tokenizer.check_vocabulary(model.model.vocab_size)
   _say(console, _describe(model))
-  state = _start(parsed, model, tokenizer, len(prompts), console)
+  state = None
+  if load_state is not None:
+    state = read_state(load_state, model)
+  elif learn is not None:
+    if not model.ttt.layers:
+      raise UserError(f"--learn: {source} has no fast weights to learn with; see --ttt.layers")
+    state = _learned(learn, model, tokenizer, len(prompts), console)
   stream = Stream(
     model,
     [_encode(tokenizer, prompt) for prompt in prompts],
-    max_new_tokens=parsed.max_new_tokens,
-    temperature=parsed.temperature,
-    top_k=parsed.top_k,
-    top_p=parsed.top_p,
-    min_p=parsed.min_p,
-    seed=parsed.seed,
+    **dataclasses.asdict(sampling),
     stop=stop_tokens(model.model, tokenizer),
     state=state,
-    update=not parsed.no_update,
+    update=update,
   )
   if len(prompts) == 1:
     _print_stream(stream, tokenizer)
@@ -53,46 +85,18 @@ def run(parsed: argparse.Namespace, fields: Fields) -> None:
     for index, new in enumerate(result.new_tokens):
       print(f"=== {index + 1} of {len(prompts)}\n{_text(tokenizer, new)}")
   _say(console, _speed(result))
-  if parsed.save_state is not None:
-    result.state.save(parsed.save_state)
-    _say(console, f"state written: {parsed.save_state}")
+  if save_state is not None:
+    result.state.save(save_state)
+    _say(console, f"state written: {save_state}")
 
 
-def _prompts(parsed: argparse.Namespace) -> list[str]:
-  prompts = [*parsed.prompt, *(load_text(path) for path in parsed.prompt_file)]
-  if not prompts and not sys.stdin.isatty():
-    prompts = [_stdin_text()]
-  if not prompts:
-    raise UserError(
-      "there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in"
-    )
-  return prompts
-
-
-def _stdin_text() -> str:
-  try:
-    return sys.stdin.read().removeprefix("\ufeff")
-  except UnicodeDecodeError as error:
-    raise UserError(f"the piped text is not valid {sys.stdin.encoding}: {error}") from error
-
-
-def _start(
-  parsed: argparse.Namespace,
-  model: Reader,
-  tokenizer: Tokenizer,
-  rows: int,
-  console: Console,
-) -> GenerationState | None:
-  """Returns the state before the prompts: that of --load-state, or the fast weights after --learn."""
-  if parsed.load_state is not None:
-    return load_state(parsed.load_state, model)
-  if parsed.learn is None:
-    return None
-  if not model.ttt.layers:
-    raise UserError(f"--learn: {parsed.model} has no fast weights to learn with; see --ttt.layers")
-  text = _encode(tokenizer, load_text(parsed.learn))
+def _learned(
+  path: Path, model: Reader, tokenizer: Tokenizer, rows: int, console: Console
+) -> GenerationState:
+  """Returns the fast weights of every row after it has read the text of a file."""
+  text = _encode(tokenizer, load_text(path))
   result = generate(model, [text] * rows, max_new_tokens=0)
-  _say(console, f"learned {parsed.learn}: {len(text)} tokens in {result.read_seconds:.1f} s")
+  _say(console, f"learned {path}: {len(text)} tokens in {result.read_seconds:.1f} s")
   return result.state.fast_weights_only()
 
 

@@ -216,19 +216,40 @@ class TttMlp(Mlp):
       source: the input of the targets' convolution.
       segment_ids: documents of the packed rows, 0 for padding.
     """
-    wide = accumulation_dtype(h.dtype)
     params = self.params(h.dtype)
     rows = ("batch", "sequence")
+
+    def on_shard(z, source, params, segment_ids, *, axes: Axes):
+      y, _, stats = inplace_ttt(
+        z,
+        self.targets(source, params, segment_ids),
+        params.w_down,
+        segment_ids=segment_ids,
+        context_axis=axes.context,
+        tensor_axis=axes.tensor,
+        return_stats=True,
+        **self.options(params),
+      )
+      return y, jax.tree.map(lambda x: x[:, None], stats)  # one entry per row and shard
+
+    stats_type = FastWeightStats if self.ttt.rule == "sum" else LeastSquaresStats
     y, stats = over_shards(
-      self._learn,
+      on_shard,
       self.hidden(h),
       source,
       params,
       segment_ids,
       dims=((*rows, "mlp"), (*rows, None), PARAM_DIMS, None if segment_ids is None else rows),
-      out_dims=((*rows, None), self._stats_type(*(rows,) * len(self._stats_type._fields))),
+      out_dims=((*rows, None), stats_type(*(rows,) * len(stats_type._fields))),
     )
-    stats = jax.tree.map(lambda x: x.astype(wide), stats)
+    wide = accumulation_dtype(h.dtype)
+    return y, self._relative(jax.tree.map(lambda x: x.astype(wide), stats), params)
+
+  def _relative(
+    self, stats: FastWeightStats | LeastSquaresStats, params: FastWeightParams
+  ) -> MlpStats | LeastSquaresMlpStats:
+    """Returns the statistics of all shards relative to the slow weight."""
+    wide = stats.update.dtype
     norm = jnp.linalg.norm(jax.lax.stop_gradient(self.down[...].astype(wide)))
     decay = params.decay
     if decay is None:
@@ -240,61 +261,48 @@ class TttMlp(Mlp):
       "decay": jax.lax.stop_gradient(decay),
     }
     if self.ttt.rule == "sum":
-      return y, MlpStats(**ratios, inner_lr=jax.lax.stop_gradient(params.inner_lr))
-    return y, LeastSquaresMlpStats(
+      return MlpStats(**ratios, inner_lr=jax.lax.stop_gradient(params.inner_lr))
+    return LeastSquaresMlpStats(
       **ratios,
       read_scale=jax.lax.stop_gradient(params.read_scale),
       leverage=jnp.mean(stats.leverage),
       condition=jnp.max(stats.condition),
     )
 
-  @property
-  def _stats_type(self) -> type[FastWeightStats | LeastSquaresStats]:
-    return FastWeightStats if self.ttt.rule == "sum" else LeastSquaresStats
-
-  def _learn(self, z, source, params, segment_ids, *, axes: Axes):
-    y, _, stats = self.fast_weight(
-      z,
-      source,
-      params,
-      segment_ids=segment_ids,
-      context_axis=axes.context,
-      tensor_axis=axes.tensor,
-      return_stats=True,
-    )
-    return y, jax.tree.map(lambda x: x[:, None], stats)  # one entry per row and shard
-
-  def fast_weight(self, z, source, params: FastWeightParams, *, segment_ids=None, **options):
-    """Calls `inplace_ttt` with the config's options; `options` are further arguments."""
-    ttt = self.ttt
-    v = ntp_targets(
+  def targets(
+    self,
+    source: Float[Array, "B T D"],
+    params: FastWeightParams,
+    segment_ids: Int[Array, "B T"] | None = None,
+  ) -> Float[Array, "B T D"]:
+    """Returns the values that updates store."""
+    return ntp_targets(
       source,
       params.conv,
       params.projection,
-      chunk_size=ttt.chunk_size,
+      chunk_size=self.ttt.chunk_size,
       segment_ids=segment_ids,
     )
-    return inplace_ttt(
-      z,
-      v,
-      params.w_down,
-      chunk_size=ttt.chunk_size,
-      inner_lr=params.inner_lr,
-      segment_ids=segment_ids,
-      decay=ttt.chunk_decay if params.decay is None else params.decay,
-      clip_norm=ttt.clip_norm,
-      rule=ttt.rule,
-      ridge=ttt.ridge,
-      read_scale=1.0 if params.read_scale is None else params.read_scale,
-      read_gate=params.read_gate,
-      key_projection=params.key_projection,
-      implementation=ttt.implementation,
-      merge=ttt.merge,
-      wire_dtype=ttt.wire_dtype,
-      collective=ttt.collective,
-      state_dtype=self.state_dtype,
-      **options,
-    )
+
+  def options(self, params: FastWeightParams) -> dict[str, Any]:
+    """Returns the arguments of `inplace_ttt` that the config and the parameters determine."""
+    ttt = self.ttt
+    return {
+      "chunk_size": ttt.chunk_size,
+      "inner_lr": params.inner_lr,
+      "decay": ttt.chunk_decay if params.decay is None else params.decay,
+      "clip_norm": ttt.clip_norm,
+      "rule": ttt.rule,
+      "ridge": ttt.ridge,
+      "read_scale": 1.0 if params.read_scale is None else params.read_scale,
+      "read_gate": params.read_gate,
+      "key_projection": params.key_projection,
+      "implementation": ttt.implementation,
+      "merge": ttt.merge,
+      "wire_dtype": ttt.wire_dtype,
+      "collective": ttt.collective,
+      "state_dtype": self.state_dtype,
+    }
 
   def params(self, dtype: DTypeLike) -> FastWeightParams:
     """Returns the parameters of the fast weight, in float32 or wider although the op computes in `dtype`.

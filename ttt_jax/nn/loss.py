@@ -10,13 +10,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
+from ttt_jax.names import IGNORE
 from ttt_jax.nn.layers import Embed, RMSNorm, check_ids, in_vocabulary, project
 from ttt_jax.nn.transformer import HEAD_EINSUM, Transformer
 from ttt_jax.ops.numerics import accumulation_dtype, where
 from ttt_jax.parallel.mesh import Axes, over_shards
 from ttt_jax.parallel.parameters import gather_in_dtype
-
-IGNORE = -1  # the label of a token that has no successor in its document
 
 LOGITS_AT_ONCE = 2**25  # per device: 128 MB in float32
 

@@ -10,6 +10,7 @@ import jax
 
 from ttt_jax.config import Config
 from ttt_jax.errors import UserError
+from ttt_jax.files import write_text
 from ttt_jax.parallel.processes import is_main
 from ttt_jax.training.rundir import METRICS_FILE, MetricsLog
 
@@ -85,7 +86,7 @@ class _Wandb:
     file = run_dir / "wandb_id"
     wandb = _import_package(*_PACKAGES["wandb"])
     if not file.exists():
-      file.write_text(wandb.util.generate_id())
+      write_text(file, wandb.util.generate_id())
     self._run = wandb.init(
       project="ttt_jax", name=config.name, id=file.read_text(), resume="allow", dir=str(run_dir)
     )

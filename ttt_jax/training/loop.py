@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int32
 from rich.console import Console
 
 from ttt_jax.checkpoints.orbax import open_checkpoints
@@ -18,11 +19,11 @@ from ttt_jax.config import Config
 from ttt_jax.data import Corpus, merge_states, training_rows
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.heldout import evaluation_rows, losses_by_token
-from ttt_jax.evaluation.progress import TrainingProgress
 from ttt_jax.nn.transformer import Transformer, count_parameters
 from ttt_jax.ops.hardware import device_in_table
 from ttt_jax.parallel.mesh import local_rows
 from ttt_jax.parallel.processes import gather, is_main, stop_requests
+from ttt_jax.progress import TrainingProgress
 from ttt_jax.training.flops import training_flops
 from ttt_jax.training.log import Profile, open_log
 from ttt_jax.training.step import TrainState, abstract_state, init_state, jit_train_step, put_batch
@@ -169,6 +170,7 @@ def train(
   mesh: Mesh,
   run_dir: Path,
   *,
+  heldout: Int32[np.ndarray, "B T"] | None = None,
   title: str = "training",
   console: Console | None = None,
 ) -> TrainResult:
@@ -176,7 +178,8 @@ def train(
 
   Writes `metrics.jsonl` and `checkpoints/` into `run_dir`. Ctrl-C and SIGTERM finish the running step,
   save and return; the same call resumes, and the metrics have every logged step once. With `eval.every`
-  the records of these steps have the `heldout_loss`, the mean over `evaluation_rows`.
+  the records of these steps have the `heldout_loss`, the mean over `evaluation_rows`, which the caller
+  may pass as `heldout`.
 
   Raises:
     UserError: a checkpoint cannot be loaded or belongs to another model, and nothing is overwritten; or
@@ -216,7 +219,8 @@ def train(
       )
 
     step = jit_train_step(config, mesh)
-    heldout = None if config.eval.every is None else evaluation_rows(config, corpus)
+    if config.eval.every is not None and heldout is None:
+      heldout = evaluation_rows(config, corpus)
     clock = Clock(config, mesh.size)
     with (
       jax.set_mesh(mesh),
@@ -234,7 +238,7 @@ def train(
         state, metrics = step(state, batch)
         done += 1
         profile.after(done, state)
-        evaluates = heldout is not None and done % config.eval.every == 0
+        evaluates = config.eval.every is not None and done % config.eval.every == 0
         logs = evaluates or done % config.train.log_every == 0 or done == steps
         if logs or not clock.started:
           # Nothing else is transferred from the devices between two checkpoints.
@@ -246,10 +250,10 @@ def train(
             clock.restart()
           if logs:
             log.write(record)
-          progress.update(done, record)
+          progress.show(done, record)
           _check_bad(config, done, int(metrics["bad_in_a_row"]))
           if metrics["bad_in_a_row"]:
-            progress.warn(f"step {done} was skipped: its loss or gradient is not finite")
+            progress.note(f"step {done} was skipped: its loss or gradient is not finite", "yellow")
         if done % config.checkpoint.every == 0:
           save()
       if checkpoints.latest_step != done:

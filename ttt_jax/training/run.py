@@ -116,14 +116,13 @@ def _train_and_report(config, corpus, mesh, run_dir, rows, console) -> dict[str,
   console.print(f"{_devices(mesh)}; run directory {run_dir}", highlight=False)
 
   twin = config.eval.baseline
-  finished, step, model = _train(
-    config, corpus, mesh, run_dir, console=console, keep_model=not twin
-  )
+  shown = {"heldout": rows, "console": console}
+  finished, step, model = _train(config, corpus, mesh, run_dir, keep_model=not twin, **shown)
   baseline = None
   if finished and twin:
     # The twin trains alone in memory; then the models are loaded from their checkpoints, one at a time.
     plain, plain_dir = config.without_ttt(), run_dir / BASELINE
-    shown = {"title": "twin without TTT", "console": console}
+    shown["title"] = "twin without TTT"
     finished, step, _ = _train(plain, corpus, mesh, plain_dir, keep_model=False, **shown)
     model = partial(load_model, config, mesh, run_dir)
     baseline = partial(load_model, plain, mesh, plain_dir)

@@ -15,8 +15,8 @@ from typing import Any
 from ttt_jax.config import Config
 from ttt_jax.config.recorded import (
   CONFIG_FILE,
+  boundaries_of,
   record_config,
-  recorded_boundaries,
   recorded_config,
   with_boundaries,
 )
@@ -56,8 +56,8 @@ def open_run(path: str | Path, config: Config, *, may_change: tuple[str, ...] = 
   path = Path(path)
   changed = _check_run(path, config, may_change)
   _make_directory(path)
-  if changed:
-    record_config(path, config)
+  if changed is not None:
+    record_config(path, changed)
   return path
 
 
@@ -149,8 +149,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
   return records
 
 
-def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> bool:
-  """Refuses a directory of another config; returns whether the config has to be recorded."""
+def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> Config | None:
+  """Refuses a directory of another config; returns the config to record, or None if it is recorded.
+
+  In it, null document boundaries keep the values that the run recorded before.
+  """
   file = path / CONFIG_FILE
   if path.exists() and not path.is_dir():
     raise UserError(f"run_dir={str(path)!r} is a file: give another --run_dir")
@@ -164,9 +167,10 @@ def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> bool:
         f"run_dir={str(path)!r} is not empty and not a run of ttt_jax (it has no {CONFIG_FILE}): "
         "give another --run_dir"
       )
-    return True
-  config = with_boundaries(config, recorded_boundaries(path))
-  recorded, current = dataclasses.asdict(recorded_config(path)), dataclasses.asdict(config)
+    return config
+  recorded = recorded_config(path)
+  config = with_boundaries(config, boundaries_of(recorded))
+  recorded, current = dataclasses.asdict(recorded), dataclasses.asdict(config)
   refused = config_difference(_without(recorded, may_change), _without(current, may_change))
   if refused:
     raise UserError(
@@ -174,7 +178,7 @@ def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> bool:
       + "\n  ".join(refused)
       + f"\nto resume it use its own config, {file}; to start this one give another --run_dir"
     )
-  return bool(config_difference(_without(recorded, ()), _without(current, ())))
+  return config if config_difference(_without(recorded, ()), _without(current, ())) else None
 
 
 def _make_directory(path: Path) -> None:

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from ttt_jax.checkpoints.resolve import initial_model, make_model
 from ttt_jax.config import Config, TrainConfig
+from ttt_jax.names import IGNORE
 from ttt_jax.nn.fast_mlp import merge_stats
-from ttt_jax.nn.loss import IGNORE, mean_loss, model_losses
+from ttt_jax.nn.loss import mean_loss, model_losses
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.ops.numerics import accumulation_dtype
 from ttt_jax.parallel.mesh import constrain, rows_to_mesh, sharding

@@ -7,8 +7,8 @@ from ttt_jax.config import Config
 from ttt_jax.data import Corpus, heldout_rows, load_corpus
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.heldout import evaluation_rows
-from ttt_jax.evaluation.recall import distances
 from ttt_jax.extras.ablation.grid import Ablation, Variant
+from ttt_jax.extras.recall.task import distances
 
 
 def check_questions(ablation: Ablation, runs: Iterable[tuple[Variant, Config]]) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ttt_jax.evaluation.plots import shares, subplots
+from ttt_jax.evaluation.plots import subplots
+from ttt_jax.extras.recall.task import shares
 
 # Rows of the report that have a loss, each with matplotlib's arguments for its line.
 _Drawn = list[tuple[dict[str, Any], dict[str, Any]]]

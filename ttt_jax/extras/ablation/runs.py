@@ -25,9 +25,6 @@ _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_DEVICES
 # The reports of the evaluations after training, in the run directory.
 _PROBE = Path("probe", "perplexity.json")
 _RECALL = Path("recall", "recall.json")
-# On a CPU, XLA solves DeltaNet's small triangular systems with scipy's library. Several processes whose
-# threads wait for one another in it take ten times as long.
-_SIDE_BY_SIDE = {"OPENBLAS_NUM_THREADS": "1"}
 # The runs of a grid share their compiled programs: runs of one variant differ in their seed alone.
 _COMPILED = "JAX_COMPILATION_CACHE_DIR"
 _WORTH_KEEPING = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
@@ -186,7 +183,7 @@ def _run(
   status = 0
   try:
     if group is not None:
-      environment = _SIDE_BY_SIDE | environment | dict.fromkeys(_VISIBLE, group)
+      environment = environment | dict.fromkeys(_VISIBLE, group)
     path = Path(config.resolved_run_dir)
     others = "a second ttt-jax ablate from this run"
     held = lock(path.with_suffix(".lock"), shown=str(path), others=others, wait=wait)

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ttt_jax.errors import UserError
 from ttt_jax.extras.plan.hlo import sent_bytes
-from ttt_jax.ops.exchange.collectives import COLLECTIVES
+from ttt_jax.names import COLLECTIVES
 from ttt_jax.ops.exchange.cost import collective_seconds
 from ttt_jax.ops.exchange.prefix import exclusive_prefix
 from ttt_jax.ops.fast_weight.api import inplace_ttt

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ttt_jax.errors import UserError
@@ -28,6 +27,7 @@ from ttt_jax.extras.bench.cases import (
 from ttt_jax.extras.bench.machine import machine, wide_console
 from ttt_jax.files import write_json
 from ttt_jax.ops.fast_weight import cost
+from ttt_jax.progress import Progress
 
 
 def time_in_turns(cases: list[Case], repeats: int, progress: Callable[[], None]) -> None:
@@ -50,18 +50,17 @@ def run_bench(config: BenchConfig, name: str, out: Path) -> dict[str, Any]:
   console = wide_console()
   here = machine()
   console.print(f"{here['device']} ({here['processor']}), jax {here['jax']}", highlight=False)
-  with Progress(console=console) as progress:
-    task = progress.add_task("compiling", total=None)
+  with Progress("compiling", None, console=console):
     cases = mlp_cases(config)
     chunks = memory_by_chunks(config)
     exchanges, sent, sharded = [], [], []
     if config.shards > 1:
       exchanges, sent = exchange_cases(config)
       sharded = sharded_cases(config)
-    groups = (cases, exchanges, sharded)
-    progress.update(task, description="timing", total=config.repeats * sum(map(len, groups)))
+  groups = (cases, exchanges, sharded)
+  with Progress("timing", config.repeats * sum(map(len, groups)), console=console) as progress:
     for group in groups:
-      time_in_turns(group, config.repeats, lambda: progress.advance(task))
+      time_in_turns(group, config.repeats, progress.advance)
   explanation = cost.explain(
     tokens=config.tokens,
     chunk_size=config.chunk_size,
@@ -90,7 +89,7 @@ def run_bench(config: BenchConfig, name: str, out: Path) -> dict[str, Any]:
   console.print(f"\n[bold]Cost model[/bold]\n{explanation}", highlight=False)
   out.mkdir(parents=True, exist_ok=True)
   write_json(out / f"{name}.json", report)
-  from ttt_jax.evaluation.plots import plot_bench
+  from ttt_jax.extras.bench.picture import plot_bench
 
   plot_bench(report, out / f"{name}.png")
   console.print(f"\nwritten: {out / name}.json, {out / name}.png", highlight=False)

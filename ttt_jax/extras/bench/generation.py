@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from flax import nnx
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig
@@ -22,6 +21,7 @@ from ttt_jax.files import write_json
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
 from ttt_jax.nn.transformer import Transformer, count_parameters
+from ttt_jax.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +82,14 @@ def run_generation_bench(config: GenerationBenchConfig, name: str, out: Path) ->
   }
   seconds: dict[str, list[float]] = {case: [] for case in cases}
   no_prompt = [[]] * config.batch
-  for turn in track(range(config.repeats + 1), "writing", console=console):
-    for case, (reader, _) in cases.items():
-      options = {"max_new_tokens": config.chunk_size, "state": states[case], "stop": ()}
-      result = generate(reader, no_prompt, **options)
-      if turn:  # the first turn compiles
-        seconds[case].append(result.write_seconds / config.chunk_size)
+  with Progress("writing", config.repeats + 1, console=console) as progress:
+    for turn in range(config.repeats + 1):
+      for case, (reader, _) in cases.items():
+        options = {"max_new_tokens": config.chunk_size, "state": states[case], "stop": ()}
+        result = generate(reader, no_prompt, **options)
+        if turn:  # the first turn compiles
+          seconds[case].append(result.write_seconds / config.chunk_size)
+      progress.advance()
   report = {
     "machine": here,
     "config": dataclasses.asdict(config),

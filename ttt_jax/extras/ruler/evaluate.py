@@ -19,11 +19,10 @@ import numpy as np
 from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.paired import bootstrap
-from ttt_jax.evaluation.plots import plot_ruler
-from ttt_jax.evaluation.progress import EvaluationProgress
 from ttt_jax.evaluation.result_file import CELLS, ResultFile
 from ttt_jax.extras.ruler.config import SamplesConfig
 from ttt_jax.extras.ruler.generate import Ruler
+from ttt_jax.extras.ruler.picture import plot_ruler
 from ttt_jax.extras.ruler.sample import Sample
 from ttt_jax.extras.ruler.tasks import TASKS, Task
 from ttt_jax.files import write_json
@@ -31,6 +30,7 @@ from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
 from ttt_jax.generation.sampling import stop_tokens
 from ttt_jax.nn.transformer import Transformer
+from ttt_jax.progress import Progress
 
 RESULTS, PICTURE, ANSWERS = "ruler.json", "ruler.png", "answers"
 
@@ -88,7 +88,7 @@ def evaluate_ruler(
   todo = [pair for pair in config.pairs if (*pair, questions[pair[0]]) not in cells]
   _check_positions(reader, todo)
   (out / ANSWERS).mkdir(parents=True, exist_ok=True)
-  with EvaluationProgress("RULER", len(todo) * config.samples) as progress:
+  with Progress("RULER", len(todo) * config.samples) as progress:
     for done, (task, length) in enumerate(todo):
 
       def show(samples, done=done, task=task, length=length):

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.checkpoints.tokenizer import load_tokenizer
-from ttt_jax.evaluation.progress import EvaluationProgress
 from ttt_jax.extras.bench.machine import processor, wide_console
 from ttt_jax.extras.ruler.config import SamplesConfig
 from ttt_jax.extras.ruler.generate import Ruler
 from ttt_jax.extras.ruler.tasks import TASKS
 from ttt_jax.files import new_directory, write_json
+from ttt_jax.progress import Progress
 
 REPORT = "ruler_generation.json"
 
@@ -47,7 +47,7 @@ def write_samples(
     ruler = config.ruler(loaded)  # a new one, so that the measurement starts without cached counts
     if left_out := config.left_out():
       console.print(left_out)
-    with EvaluationProgress("making", len(config.pairs)) as progress:
+    with Progress("making", len(config.pairs)) as progress:
       for task, length in config.pairs:
         progress.update(len(rows), f"{task} {length}")
         wall, cpu = time.perf_counter(), time.process_time()

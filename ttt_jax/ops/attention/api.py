@@ -11,12 +11,12 @@ from types import ModuleType
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UnsupportedError, UserError
+from ttt_jax.names import ATTENTION_IMPLEMENTATIONS
 from ttt_jax.ops.attention import blockwise, cudnn, local, sharded, splash
 from ttt_jax.ops.documents import check_segment_ids
 from ttt_jax.ops.hardware import target_platform
 from ttt_jax.ops.manual import shard_count
 
-IMPLEMENTATIONS = ("xla", "splash", "cudnn")
 _PREFERRED = {"tpu": ("splash", "xla"), "gpu": ("cudnn", "xla")}
 # Kernels whose `attend` takes blocks of queries at any positions of the row.
 _BLOCK_KERNELS = {"xla": blockwise, "splash": splash}
@@ -121,6 +121,6 @@ def _check(q, k, v, window, segment_ids, implementation):
     raise UserError(f"window={window} must be at least 1: a token sees itself")
   if segment_ids is not None:
     check_segment_ids(segment_ids, q.shape[:2])
-  if implementation not in (None, *IMPLEMENTATIONS):
-    names = ", ".join(map(repr, IMPLEMENTATIONS))
+  if implementation not in (None, *ATTENTION_IMPLEMENTATIONS):
+    names = ", ".join(map(repr, ATTENTION_IMPLEMENTATIONS))
     raise UserError(f"attention implementation={implementation!r} is not one of {names}")

@@ -28,8 +28,6 @@ from jaxtyping import Array, Float
 from ttt_jax.ops.manual import entry_of_this_shard, vary_over, varying_axes
 from ttt_jax.ops.update import prefix_weights, scale
 
-COLLECTIVES = ("all_gather", "doubling", "all_to_all", "ring")
-
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
@@ -37,7 +35,7 @@ class Exchange:
 
   Attributes:
     axis: the mesh axis along which the sequence is split.
-    collective: one of `COLLECTIVES`.
+    collective: one of `ttt_jax.names.COLLECTIVES`.
     slices: K of `ring`; at most F, the rows of a delta.
     wire_dtype: the dtype to which deltas are rounded for sending, not for sums; None sends them unrounded.
   """

@@ -6,6 +6,7 @@ not the seconds.
 
 import math
 
+from ttt_jax.names import COLLECTIVES
 from ttt_jax.ops.hardware import Device
 
 _MOST_SLICES = 64  # of the ring, whose program has P + K - 2 messages one after another
@@ -34,7 +35,7 @@ def collective_seconds(
   messages = {"all_gather": 1, "doubling": steps, "all_to_all": 2, "ring": p + k - 2}
   return {
     name: messages[name] * device.latency + states_on_link[name] * s / device.link
-    for name in ("all_gather", "doubling", "all_to_all", "ring")
+    for name in COLLECTIVES
   }
 
 

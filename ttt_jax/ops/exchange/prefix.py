@@ -14,13 +14,9 @@ from jax.interpreters import ad
 from jaxtyping import Array, Float
 
 from ttt_jax.errors import UserError
+from ttt_jax.names import COLLECTIVES
 from ttt_jax.ops.exchange import cost
-from ttt_jax.ops.exchange.collectives import (
-  COLLECTIVES,
-  Exchange,
-  exchange_deltas,
-  gather_keeps,
-)
+from ttt_jax.ops.exchange.collectives import Exchange, exchange_deltas, gather_keeps
 from ttt_jax.ops.hardware import find_device
 from ttt_jax.ops.linear import define
 from ttt_jax.ops.manual import (

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.errors import UnsupportedError, UserError
+from ttt_jax.names import RULES
 from ttt_jax.ops.documents import check_segment_ids
 from ttt_jax.ops.manual import shard_count, varying_axes
 
-RULES = ("sum", "least_squares")
 RIDGE = 0.01  # the default of the least-squares rule
 
 

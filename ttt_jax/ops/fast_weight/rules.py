@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.errors import UnsupportedError, UserError
+from ttt_jax.names import IMPLEMENTATIONS
 from ttt_jax.ops import linear
 from ttt_jax.ops.fast_weight import cost
 from ttt_jax.ops.fast_weight.associative import associative
 from ttt_jax.ops.fast_weight.dual import dual
-from ttt_jax.ops.fast_weight.least_squares.api import (
-  IMPLEMENTATIONS as LEAST_SQUARES_IMPLEMENTATIONS,
-)
+from ttt_jax.ops.fast_weight.least_squares.api import IMPLEMENTATIONS as OF_LEAST_SQUARES
 from ttt_jax.ops.fast_weight.least_squares.api import least_squares
 from ttt_jax.ops.fast_weight.least_squares.api import measure as measure_least_squares
 from ttt_jax.ops.fast_weight.sequential import sequential
@@ -19,7 +18,7 @@ from ttt_jax.ops.hardware import find_device
 from ttt_jax.ops.manual import shard_count, varying_zeros
 from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
 
-IMPLEMENTATIONS = {"associative": associative, "dual": dual, "sequential": sequential}
+_OF_SUM = {"associative": associative, "dual": dual, "sequential": sequential}
 
 
 def read_sum(
@@ -29,19 +28,23 @@ def read_sum(
   implementation, merge = _choose_sum(
     implementation, merge, sizes, chunks.z.dtype, rule.state_dtype, exchange
   )
-  y, s, samples = _read_full_chunks(
-    chunks,
-    rule,
-    exchange,
-    w,
-    implementation=implementation,
-    merge=merge,
-    sample_places=sample_places,
-  )
+  b, n, c, d = sizes.b, sizes.n, sizes.c, sizes.d
+  y, s, samples = jnp.zeros((b, 0, d), tail.dtype), chunks.s_in, None
+  if n and merge:
+    with jax.named_scope("fast_weight"):
+      y, s, samples = sequential(chunks, rule, exchange, w, sample_places=sample_places)
+    y = y.reshape(b, n * c, d)
+  elif n:
+    with jax.named_scope("fast_weight"):
+      fast, s, *_ = implementation(chunks, rule, exchange)
+    with jax.named_scope("slow_weight"):
+      slow = _slow_product(chunks.z.reshape(b, n * c, -1), w, masked=chunks.reads is not None)
+    samples = None if sample_places is None else fast[:, :, sample_places]
+    y = (slow + fast.reshape(b, n * c, d)).astype(tail.dtype)
   if sizes.tail:
     y = jnp.concatenate([y, _read_tail(tail, w, s, masks)], axis=1)
   if s is None:
-    s = varying_zeros((sizes.b, sizes.f, sizes.d), rule.state_dtype, tail)
+    s = varying_zeros((b, sizes.f, d), rule.state_dtype, tail)
   stats = None
   if sample_places is not None:
     stats = measure(chunks, rule, w, s, sample_places=sample_places, fast_part=samples)
@@ -69,27 +72,6 @@ def read_least_squares(
   return y, fast.sums, stats
 
 
-def _read_full_chunks(chunks, rule, exchange, w, *, implementation, merge, sample_places):
-  """Reads the full chunks.
-
-  Returns:
-    y `[B, N C, D]`, the state after the last chunk, and R of the tokens at `sample_places`.
-  """
-  b, n, c, _ = chunks.z.shape
-  dtype, d = chunks.z.dtype, chunks.v.shape[-1]
-  if not n:
-    return jnp.zeros((b, 0, d), dtype), chunks.s_in, None
-  with jax.named_scope("fast_weight"):
-    if merge:
-      y, s, samples = sequential(chunks, rule, exchange, w, sample_places=sample_places)
-      return y.reshape(b, n * c, d), s, samples
-    fast, s, *_ = implementation(chunks, rule, exchange)
-  with jax.named_scope("slow_weight"):
-    slow = _slow_product(chunks.z.reshape(b, n * c, -1), w, masked=chunks.reads is not None)
-  samples = None if sample_places is None else fast[:, :, sample_places]
-  return (slow + fast.reshape(b, n * c, d)).astype(dtype), s, samples
-
-
 def _read_tail(tail, w, s, masks):
   """Reads the tokens after the last full chunk with the state `s`; None is 0."""
   y = _slow_product(tail, w, masked=masks is not None)
@@ -107,7 +89,7 @@ def _slow_product(z, w, *, masked: bool):
 
 def _choose_sum(implementation, merge, sizes, dtype, state_dtype, exchange):
   """Returns the implementation's function, and whether it reads `W + S` in one product."""
-  _check_implementation(implementation, IMPLEMENTATIONS)
+  _check_implementation(implementation)
   if merge and implementation not in (None, "sequential"):
     raise UnsupportedError(
       f"merge=True: implementation={implementation!r} reads no W + S, use 'sequential' or merge=None"
@@ -130,20 +112,20 @@ def _choose_sum(implementation, merge, sizes, dtype, state_dtype, exchange):
     implementation = cost.choose_implementation(workload, find_device())
   if merge is None:
     merge = lossless and implementation == "sequential"
-  return IMPLEMENTATIONS[implementation], merge
+  return _OF_SUM[implementation], merge
 
 
 def _choose_least_squares(implementation, sizes, rank, exchange, *, has_state):
   """Returns the implementation's function, for keys of `rank` dimensions."""
-  _check_implementation(implementation, LEAST_SQUARES_IMPLEMENTATIONS)
+  _check_implementation(implementation)
   if implementation is None:
     implementation = cost.choose_least_squares(
       sizes.n, sizes.c, rank, sizes.d, is_closed=exchange is None and not has_state
     )
-  return LEAST_SQUARES_IMPLEMENTATIONS[implementation]
+  return OF_LEAST_SQUARES[implementation]
 
 
-def _check_implementation(implementation, known):
-  if implementation not in (None, *known):
-    names = ", ".join(map(repr, known))
+def _check_implementation(implementation):
+  if implementation not in (None, *IMPLEMENTATIONS):
+    names = ", ".join(map(repr, IMPLEMENTATIONS))
     raise UserError(f"implementation={implementation!r} is not one of {names}")

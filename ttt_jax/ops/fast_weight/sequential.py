@@ -99,52 +99,44 @@ def _update(chunks, i, rule):
   return clip_update(u, rule.clip_norm, rule.tensor_axis)
 
 
-class _Reader(NamedTuple):
-  """Multiplies the tokens of one chunk by `W + S`, or by S alone where W is None.
+def _times_fast_weight(subscripts: str, x, s, w, reads: Bool[Array, "B C"] | None):
+  """Returns `x (W + S)`, or `x (W + S)^T` by the subscripts, for the tokens of a chunk; a W of None is 0.
 
-  With W, a row whose tokens do not all see the state is multiplied by W, and its tokens that see the state
-  by S in a second product; that product is skipped when the chunk has no such row.
+  With W the sum is rounded to x's dtype. A row whose tokens do not all see the state is multiplied by W,
+  and its tokens that see the state, marked by `reads`, by S in a second product; that product is skipped
+  when the chunk has no such row.
   """
-
-  w: Float[Array, "F D"] | None
-  reads: Bool[Array, "B C"] | None  # the tokens that see the state
-
-  def product(self, subscripts: str, x, s):
-    """Returns `x (W + S)`, or `x (W + S)^T` by the subscripts; with W the sum is rounded to x's dtype."""
-    if self.w is None:
-      return where(self.reads, matmul(subscripts, x, s.astype(x.dtype)))
-    seen_s = where(self._rows_that_see(), s)
-    merged = matmul(subscripts, x, (self.w[None].astype(s.dtype) + seen_s).astype(x.dtype))
-    rest = lambda partly: where(partly, matmul(subscripts, x, s.astype(x.dtype)))  # noqa: E731
-    return self._with_rest(merged, rest)
-
-  def outer(self, z, d):
-    """Returns z^T d over the tokens that see the state, and with W also z^T d over all tokens."""
-    if self.w is None:
-      return matmul("bcf,bcd->bfd", where(self.reads, z), where(self.reads, d)), None
-    if self.reads is None:
-      product = matmul("bcf,bcd->bfd", z, d)
-      return product, product
-    # A token without a cotangent adds nothing, also where it is NaN.
-    product = matmul("bcf,bcd->bfd", where(jnp.any(d != 0, axis=-1), z), d)
-    seen = where(self._rows_that_see(), product)
-    rest = lambda partly: matmul("bcf,bcd->bfd", where(partly, z), where(partly, d))  # noqa: E731
-    return self._with_rest(seen, rest), product
-
-  def _rows_that_see(self) -> Bool[Array, "B"] | None:
-    """Marks the rows whose tokens all see the state."""
-    return None if self.reads is None else jnp.all(self.reads, axis=-1)
-
-  def _with_rest(self, product, rest):
-    """Returns `product + rest(mask)`; the mask has the tokens of the other rows that see the state."""
-    if self.reads is None:
-      return product
-    partly = self.reads & ~self._rows_that_see()[:, None]
-    return lax.cond(jnp.any(partly), lambda x: x + rest(partly), lambda x: x, product)
+  if w is None:
+    return where(reads, matmul(subscripts, x, s.astype(x.dtype)))
+  merged = (w[None].astype(s.dtype) + where(_rows_that_see(reads), s)).astype(x.dtype)
+  rest = lambda partly: where(partly, matmul(subscripts, x, s.astype(x.dtype)))  # noqa: E731
+  return _with_rest(matmul(subscripts, x, merged), rest, reads)
 
 
-def _reader(chunks, w, i):
-  return _Reader(w, take_chunk(chunks.reads, i))
+def _outer(z, d, reads):
+  """Returns z^T d over all tokens of a chunk."""
+  if reads is not None:  # a token without a cotangent adds nothing, also where it is NaN
+    z = where(jnp.any(d != 0, axis=-1), z)
+  return matmul("bcf,bcd->bfd", z, d)
+
+
+def _outer_of_reads(z, d, reads, outer):
+  """Returns z^T d over the tokens that see the state; `outer` is that over all tokens, None if unknown."""
+  of = lambda mask: matmul("bcf,bcd->bfd", where(mask, z), where(mask, d))  # noqa: E731
+  return of(reads) if outer is None else _with_rest(where(_rows_that_see(reads), outer), of, reads)
+
+
+def _rows_that_see(reads) -> Bool[Array, "B"] | None:
+  """Marks the rows whose tokens all see the state."""
+  return None if reads is None else jnp.all(reads, axis=-1)
+
+
+def _with_rest(product, rest, reads):
+  """Returns `product + rest(mask)`; the mask has the tokens of the other rows that see the state."""
+  if reads is None:
+    return product
+  partly = reads & ~_rows_that_see(reads)[:, None]
+  return lax.cond(jnp.any(partly), lambda x: x + rest(partly), lambda x: x, product)
 
 
 def _total(chunks, factors, rule):
@@ -197,7 +189,8 @@ def _sequential_fwd(chunks, w, rule, exchange, sample_places):
 
   def read(i, s, y, samples):
     z_i = take_chunk(z, i)
-    y = set_chunk(y, _reader(chunks, w, i).product("bcf,bfd->bcd", z_i, s), i)
+    y_i = _times_fast_weight("bcf,bfd->bcd", z_i, s, w, take_chunk(chunks.reads, i))
+    y = set_chunk(y, y_i, i)
     if places is not None:
       sample = matmul("bcf,bfd->bcd", z_i[:, places].astype(s.dtype), s)
       samples = set_chunk(samples, sample, i)
@@ -325,11 +318,11 @@ def _forwards_pass(chunks, w, rule, factors, d_y) -> _Forwards:
     return carry._replace(s=s, tangent=tangent)
 
   def read(i, carry):
-    d_i, d_decay = take_chunk(d_y, i), carry.d_decay
-    dz_i = _reader(chunks, w, i).product("bcd,bfd->bcf", d_i, carry.s)
+    d_i, reads_i, d_decay = take_chunk(d_y, i), take_chunk(chunks.reads, i), carry.d_decay
+    dz_i = _times_fast_weight("bcd,bfd->bcf", d_i, carry.s, w, reads_i)
     if decay is not None:
       moved = matmul("bcf,bfd->bcd", take_chunk(z, i), carry.tangent.astype(z.dtype))
-      d_decay += jnp.sum(where(take_chunk(chunks.reads, i), moved * d_i.astype(wide)))
+      d_decay += jnp.sum(where(reads_i, moved * d_i.astype(wide)))
     return carry._replace(dz=set_chunk(carry.dz, dz_i, i), d_decay=d_decay)
 
   start = _Forwards(
@@ -360,9 +353,11 @@ def _backwards_pass(chunks, w, rule, factors, d_y, g_out, dz, *, with_dw: bool) 
 
   def transpose_read(i, carry):
     """Replaces G_{i+1} by G_i, and adds chunk i's term to dW."""
-    seen, all_tokens = _reader(chunks, w, i).outer(take_chunk(z, i), take_chunk(d_y, i))
+    z_i, d_i, reads_i = take_chunk(z, i), take_chunk(d_y, i), take_chunk(chunks.reads, i)
+    outer = None if w is None else _outer(z_i, d_i, reads_i)
+    seen = _outer_of_reads(z_i, d_i, reads_i, outer)
     g = _next_state(take_chunk(factors, i), seen.astype(carry.g.dtype), carry.g)
-    dw = None if carry.dw is None else carry.dw + jnp.sum(all_tokens, axis=0)
+    dw = None if carry.dw is None else carry.dw + jnp.sum(outer, axis=0)
     return carry._replace(g=g, dw=dw)
 
   def transpose_update(i, carry):

@@ -8,15 +8,15 @@ from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
-from ttt_jax.data.reach import ReachConfig, Sample, bits, sample
 from ttt_jax.data.skipped import Skipped
-from ttt_jax.evaluation.paired import bootstrap
-from ttt_jax.evaluation.plots import plot_reach
-from ttt_jax.evaluation.progress import EvaluationProgress
+from ttt_jax.evaluation.paired import bootstrap, interval, resampled_means
+from ttt_jax.evaluation.plots import new_axes, tokens_label
+from ttt_jax.extras.reach.measure import ReachConfig, Sample, bits, sample
 from ttt_jax.files import write_json
+from ttt_jax.progress import Progress
 
 _LEVEL = 0.95
-_RESAMPLES = 2000
+_RESAMPLES = 2000  # of a ratio
 
 
 def run_reach(
@@ -46,7 +46,7 @@ def run_reach(
     highlight=False,
   )
   coded = len(drawn.documents) * config.blocks * len(config.contexts)
-  with EvaluationProgress("coding", coded) as progress:
+  with Progress("coding", coded) as progress:
     measured = bits(drawn.documents, config, on_coded=lambda: progress.advance(1))
   report = {"path": path, **summary(measured, config), **_counts(drawn, skipped)}
   _print(report, console)
@@ -94,13 +94,11 @@ def _ratio(
   ratio = float(above.mean() / below.mean())
   if len(above) < 2:
     return ratio, None, None
-  draws = np.random.default_rng(config.seed).integers(len(above), size=(_RESAMPLES, len(above)))
-  denominators = below[draws].mean(axis=1)
+  rng = np.random.default_rng(config.seed)
+  numerators, denominators = resampled_means(above, below, rng=rng, resamples=_RESAMPLES)
   if denominators.min() <= 0:
     return ratio, None, None
-  ends = [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]
-  low, high = np.quantile(above[draws].mean(axis=1) / denominators, ends)
-  return ratio, float(low), float(high)
+  return ratio, *interval(numerators / denominators, _LEVEL)
 
 
 def _counts(drawn: Sample, skipped: Skipped) -> dict[str, Any]:
@@ -144,3 +142,23 @@ def _interval(row: dict[str, Any], name: str, ends: tuple[str, str], digits: int
   low, high = (row[end] for end in ends)
   interval = "" if low is None else f" ({low:.{digits}f} - {high:.{digits}f})"
   return f"{row[name]:.{digits}f}{interval}"
+
+
+def plot_reach(report: dict[str, Any], path: Path) -> None:
+  """Plots the bits saved in a block against the bytes of its document before it."""
+  settings, rows = report["settings"], report["by_context"][1:]
+  contexts = [row["context"] for row in rows]
+  figure, axes = new_axes(
+    f"What the past of a document saves ({len(report['measured'])} documents, "
+    f"{settings['compressor']})",
+    "bytes of the document before the block",
+    f"bits saved of {settings['block']:,} bytes, over {settings['contexts'][0]:,} bytes before",
+  )
+  axes.plot(contexts, [row["saved_bits"] for row in rows], color="#0b4f9e", marker="o")
+  if rows[0]["low"] is not None:
+    low, high = ([row[end] for row in rows] for end in ("low", "high"))
+    axes.fill_between(contexts, low, high, color="#0b4f9e", alpha=0.12)
+  axes.set_ylim(min(0, *axes.get_ylim()), None)
+  axes.set_xscale("log", base=2)
+  axes.set_xticks(contexts, [tokens_label(context) for context in contexts], minor=False)
+  figure.savefig(path)

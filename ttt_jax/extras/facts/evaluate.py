@@ -17,9 +17,9 @@ from rich.table import Table
 
 from ttt_jax.checkpoints.open import open_model, open_tokenizer
 from ttt_jax.checkpoints.sections import Fields
-from ttt_jax.data.facts import FactRow, help_topics, make_rows
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.result_file import CELLS, ResultFile
+from ttt_jax.extras.facts.make import FactRow, help_topics, make_rows
 from ttt_jax.files import write_json
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.nn.transformer import Transformer

@@ -13,10 +13,16 @@ import ttt_jax
 from ttt_jax.checkpoints.tokenizer import byte_tokenizer
 from ttt_jax.cli import main
 from ttt_jax.config import ModelConfig, TTTConfig
-from ttt_jax.data.fact_sets import SETS, Fact
-from ttt_jax.data.facts import FactDocuments, make_document, make_row, make_rows, write_documents
-from ttt_jax.evaluation.facts import score_facts
 from ttt_jax.extras.calibrate import CalibrationConfig, Setting, calibrate
+from ttt_jax.extras.facts.evaluate import score_facts
+from ttt_jax.extras.facts.make import (
+  FactDocuments,
+  make_document,
+  make_row,
+  make_rows,
+  write_documents,
+)
+from ttt_jax.extras.facts.sets import SETS, Fact
 
 MODEL = ModelConfig(num_layers=3, d_model=16, d_ff=24, num_heads=2, num_kv_heads=2)
 TTT = TTTConfig(layers=(1,), chunk_size=16, rule="least_squares", read_scale=3.0)

@@ -122,3 +122,8 @@ def by_distance(
       }
     )
   return table
+
+
+def shares(table: list[dict[str, Any]]) -> list[float]:
+  """Returns the recall accuracy by distance; NaN, which is not drawn, where there were no queries."""
+  return [float("nan") if row["right"] is None else row["right"] for row in table]

@@ -11,10 +11,10 @@ from ttt_jax import UserError
 from ttt_jax.cli import main
 from ttt_jax.config import DataConfig
 from ttt_jax.data import load_corpus
-from ttt_jax.data.join import join
-from ttt_jax.data.reach import COMPRESSORS, ReachConfig, Text, bits, sample
 from ttt_jax.data.skipped import Skipped
-from ttt_jax.evaluation.reach_command import run_reach, summary
+from ttt_jax.extras.join import join
+from ttt_jax.extras.reach.command import run_reach, summary
+from ttt_jax.extras.reach.measure import COMPRESSORS, ReachConfig, Text, bits, sample
 
 # A block of 512 comes again 3072 bytes later: beyond 1024 and within 4096, wherever it begins.
 CONTEXTS, BLOCK, DISTANCE = (64, 1024, 4096, 8192), 512, 3072

@@ -11,8 +11,8 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ttt_jax.data.fact_sets import Fact, fact_set
 from ttt_jax.errors import UserError
+from ttt_jax.extras.facts.sets import Fact, fact_set
 from ttt_jax.files import write_text
 
 _FILE = "facts.jsonl"
@@ -104,7 +104,7 @@ def make_rows(
   """Makes rows with facts of a set, each with its own facts and, if there is prose, its own part of it.
 
   Args:
-    name: a set of `ttt_jax.data.fact_sets`.
+    name: a set of `ttt_jax.extras.facts.sets`.
     rows, facts: rows, and facts in each.
     seed: of facts, their order and the places in the prose.
     kinds: names of kinds; None for all.
@@ -133,7 +133,6 @@ class FactDocuments:
     facts: the least and the largest number of facts of a document.
     parts: how often a document states its facts; all but the first ask for what the first says.
     characters: of prose in a part, between the facts; 0 for none.
-    set: the set of facts, "training" unless the documents are no training data.
     seed: of facts, their order and the prose.
   """
 
@@ -141,7 +140,6 @@ class FactDocuments:
   facts: tuple[int, int] = (4, 14)
   parts: int = 2
   characters: int = 1200
-  set: str = "training"
   seed: int = 0
 
   def __post_init__(self):
@@ -164,7 +162,7 @@ def make_document(config: FactDocuments, index: int, lines: Sequence[str] = ()) 
     lines: of prose; empty if `config.characters` is 0.
   """
   rng = random.Random(f"{config.seed} {index}")
-  facts = fact_set(config.set).draw(rng, rng.randint(*config.facts))
+  facts = fact_set("training").draw(rng, rng.randint(*config.facts))
   place, text = rng.randrange(max(1, len(lines))), []
   for _ in range(config.parts):
     part, characters = [], 0

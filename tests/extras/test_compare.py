@@ -13,11 +13,11 @@ import ttt_jax
 from ttt_jax.checkpoints.tokenizer import byte_tokenizer
 from ttt_jax.cli import main
 from ttt_jax.config import ModelConfig
-from ttt_jax.data.facts import make_rows
-from ttt_jax.evaluation.compare import compare
-from ttt_jax.evaluation.facts import read_answers, score_facts
 from ttt_jax.evaluation.paired import bootstrap, paired
 from ttt_jax.evaluation.result_file import CELLS, ResultFile
+from ttt_jax.extras.compare import compare
+from ttt_jax.extras.facts.evaluate import read_answers, score_facts
+from ttt_jax.extras.facts.make import make_rows
 
 MODEL = ModelConfig(num_layers=2, d_model=16, d_ff=24, num_heads=2, num_kv_heads=2)
 # Samples differ far more from each other than the models do on one sample.

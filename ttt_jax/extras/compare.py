@@ -14,11 +14,27 @@ from rich.table import Table
 
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.paired import paired
-from ttt_jax.evaluation.plots import MEASURES, plot_compare
+from ttt_jax.evaluation.plots import subplots
 from ttt_jax.evaluation.result_file import CELLS, different, read_results
 from ttt_jax.files import write_json
 
 _WITHOUT_FAST_WEIGHTS = ("plain", "model")  # modes of `eval perplexity` and `eval facts`
+
+
+class _Measure(NamedTuple):
+  """Says how a measure of `compare.json` is shown: its label with the unit, and the factor of the unit."""
+
+  label: str
+  factor: int
+  more_is_better: bool
+
+
+_MEASURES = {
+  "loss": _Measure("loss, nats per token", 1, False),
+  "score": _Measure("score, %", 100, True),
+  "right": _Measure("right tokens, %", 100, True),
+  "nats": _Measure("nats per token", 1, False),
+}
 
 
 class _Key(NamedTuple):
@@ -188,7 +204,7 @@ def _row(
     [np.array([of[sample] for sample in group], float) for group, of in zip(of_a, of_b)],
   )
   higher, lower = result.pop("higher"), result.pop("lower")
-  better, worse = (higher, lower) if MEASURES[a.measure].more_is_better else (lower, higher)
+  better, worse = (higher, lower) if _MEASURES[a.measure].more_is_better else (lower, higher)
   modes = " / ".join(dict.fromkeys((a.mode, b.mode)))
   return {
     "name": " ".join(a.where) + (f", {modes}" if modes else ""),
@@ -227,7 +243,7 @@ def _print(report: dict[str, Any], console: Console) -> None:
 
 
 def _table(name: str, rows: list[dict[str, Any]]) -> Table:
-  label, factor, more_is_better = MEASURES[name]
+  label, factor, more_is_better = _MEASURES[name]
   digits = ".1f" if factor == 100 else ".4f"
   title = f"{label}: {'more' if more_is_better else 'less'} is better; p by the sign test"
   table = Table(title=title, box=SIMPLE)
@@ -249,3 +265,34 @@ def _table(name: str, rows: list[dict[str, Any]]) -> Table:
       f"{row['p']:.2g}",
     )
   return table
+
+
+def plot_compare(report: dict[str, Any], path: Path) -> None:
+  """Plots the differences B - A with 95 % intervals, a panel per measure.
+
+  A dot is filled if the interval leaves out 0: blue where B is better, orange where it is worse.
+  """
+  measures = list(dict.fromkeys(row["measure"] for row in report["rows"]))
+  panels = [[row for row in report["rows"] if row["measure"] == name] for name in measures]
+  most = max(map(len, panels))
+  figure, (all_axes,) = subplots(1, len(panels), 3.0 + 4.2 * len(panels), 1.7 + 0.32 * most)
+  for axes, name, rows in zip(all_axes, measures, panels):
+    label, factor, more_is_better = _MEASURES[name]
+    axes.axvline(0, color="#5c5c5c", linewidth=1)
+    for y, row in enumerate(rows):
+      low, high = row["low"], row["high"]
+      clear = low is not None and (low > 0 or high < 0)
+      better = (row["difference"] > 0) == more_is_better
+      color = "#5c5c5c" if not clear else "#0b4f9e" if better else "#d1620b"
+      if low is not None:
+        axes.plot([factor * low, factor * high], [y, y], color=color, linewidth=2)
+      dot = {"marker": "o", "markersize": 6, "markerfacecolor": color if clear else "white"}
+      axes.plot([factor * row["difference"]], [y], color=color, **dot)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel(f"{label}: B - A ({'more' if more_is_better else 'less'} is better)")
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+  title = f"A: {report['a']['name']}\nB: {report['b']['name']}"
+  figure.suptitle(title, x=0.02, ha="left", fontsize=10)
+  figure.savefig(path)

@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.checkpoints.resolve import resolve, resolve_run
-from ttt_jax.checkpoints.runs import BASELINE, evaluated_model, load_model
+from ttt_jax.checkpoints.runs import BASELINE, evaluated_model, load_model, with_recorded_boundaries
 from ttt_jax.config import Config
 from ttt_jax.data import heldout_rows
 from ttt_jax.data.load import load_data
 from ttt_jax.errors import UserError
-from ttt_jax.evaluation.plots import plot_recall
-from ttt_jax.evaluation.recall import CHANCE, by_distance, recalled
+from ttt_jax.evaluation.plots import new_axes
+from ttt_jax.extras.recall.task import CHANCE, by_distance, recalled, shares
 from ttt_jax.files import write_json
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.processes import is_main, on_every_process, on_main
@@ -43,7 +43,7 @@ def run_recall(
       of the recall task, or there is no checkpoint.
   """
   console = Console(quiet=not is_main()) if console is None else console
-  config = resolve_run(config) if is_run else resolve(config)
+  config = with_recorded_boundaries(resolve_run(config) if is_run else resolve(config))
   window = config.attention.window if window is None else window
   if window is None:
     raise UserError(
@@ -104,11 +104,32 @@ def _print(report: dict[str, Any], console: Console) -> None:
     low, high, window = rows[0]["from"], rows[0]["to"], report["window"]
     distance = f"{low} - {high}" if high is not None else f"over {low}"
     windows = f"{low // window} - {high // window}" if high is not None else f"over {low // window}"
-    shares = ("-" if row["right"] is None else f"{row['right']:.1%}" for row in rows)
-    table.add_row(distance, windows, str(rows[0]["queries"]), *shares)
+    accuracies = ("-" if row["right"] is None else f"{row['right']:.1%}" for row in rows)
+    table.add_row(distance, windows, str(rows[0]["queries"]), *accuracies)
   console.print(
     f"recall accuracy on {report['documents']} held-out documents of {report['tokens']} bytes; chance is "
     f"{report['chance']:.1%}",
     highlight=False,
   )
   console.print(table)
+
+
+def plot_recall(report: dict[str, Any], path: Path) -> None:
+  """Plots recall accuracy by the distance in windows."""
+  figure, axes = new_axes(
+    f"Recall accuracy ({report['documents']} documents)",
+    f"windows of {report['window']} tokens since the key's last occurrence",
+    "recall accuracy",
+  )
+  looks = (("#0b4f9e", "o"), ("#d1620b", "s"), ("#5c5c5c", "^"))
+  for (name, table), (color, marker) in zip(report["by_distance"].items(), looks):
+    names = [
+      f"{row['from'] // report['window']} - "
+      + ("" if row["to"] is None else f"{row['to'] // report['window']}")
+      for row in table
+    ]
+    axes.plot(names, shares(table), color=color, marker=marker, label=name)
+  axes.axhline(report["chance"], color="#9a9a9a", linestyle=":", label="chance")
+  axes.set_ylim(0, 1.02)
+  axes.legend(frameon=False)
+  figure.savefig(path)

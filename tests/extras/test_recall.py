@@ -8,7 +8,7 @@ import pytest
 from helpers import MESHES, mesh_of, random_model
 
 from ttt_jax.config import AttentionConfig, ModelConfig, TTTConfig
-from ttt_jax.evaluation.recall import (
+from ttt_jax.extras.recall.task import (
   by_distance,
   distances,
   make_document,

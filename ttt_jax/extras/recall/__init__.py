@@ -1,0 +1,1 @@
+"""Makes documents of the recall task, and measures recall accuracy by distance."""
