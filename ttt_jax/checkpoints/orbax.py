@@ -22,6 +22,7 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import SingleDeviceSharding
 
+from ttt_jax.checkpoints.damage import cause_of, is_damage, reason
 from ttt_jax.config import CheckpointConfig
 from ttt_jax.config.training import VERIFY
 from ttt_jax.errors import UserError
@@ -37,7 +38,6 @@ _RECORD = "ttt_jax.json"
 _CHECKSUMS = "ttt_jax.checksums.{}.json"  # written by each process except the first
 _WRITER = re.compile(r"ocdbt\.process_(\d+)/")  # in a file's path: the process that wrote it
 _TMP_SUFFIX = ".orbax-checkpoint-tmp"
-_DAMAGE = re.compile(r"(?:DATA_LOSS|NOT_FOUND|OUT_OF_RANGE): |Error (?:opening|reading|decoding) ")
 _MAX_NAMED = 10  # mismatches that an error lists
 
 
@@ -180,8 +180,8 @@ class Checkpoints:
     try:
       arrays = ocp.load_checkpointables(path, {_ARRAYS: targets})[_ARRAYS]
     except Exception as error:
-      cause = _cause(error)
-      if _is_damage(cause):
+      cause = cause_of(error)
+      if is_damage(cause):
         raise self._damaged(step, steps, cause) from error
       # For example a lack of memory or another mesh: nothing to delete.
       cause.add_note(f"while checkpoint {step} in {self._shown_path} was restored")
@@ -203,7 +203,7 @@ class Checkpoints:
       except (OSError, ValueError) as error:
         raise UserError(
           f"checkpoint {self._saving[0]} could not be written to {self._shown_path}, the "
-          f"earlier ones are intact: {_reason(error)}"
+          f"earlier ones are intact: {reason(error)}"
         ) from error
       if self._checksums_pending:
         self._checksums_pending = False
@@ -281,14 +281,14 @@ class Checkpoints:
         if self._with_checksums and crc is not None and _crc(file) != crc:
           raise UserError(f"{name} has changed")
       except OSError as error:
-        raise UserError(f"{name} cannot be read: {_reason(error)}") from error
+        raise UserError(f"{name} cannot be read: {reason(error)}") from error
 
   def _damaged(self, step: int, steps: list[int], error: BaseException) -> UserError:
     earlier = [s for s in steps if s < step]
     consequence = f"to go on from step {earlier[-1]}" if earlier else "to start from step 0"
     return UserError(
       f"checkpoint {step} in {self._shown_path} is damaged or was not written by this version of ttt_jax "
-      f"({_reason(error)}): delete {self._shown_path / str(step)} {consequence}, or choose another run_dir"
+      f"({reason(error)}): delete {self._shown_path / str(step)} {consequence}, or choose another run_dir"
     )
 
 
@@ -297,31 +297,6 @@ def open_checkpoints(config: CheckpointConfig, run_dir: Path) -> Checkpoints:
   return Checkpoints(
     run_dir / "checkpoints", keep=config.keep, keep_every=config.keep_every, verify=config.verify
   )
-
-
-def _cause(error: BaseException) -> BaseException:
-  """Returns what happened: Orbax wraps all that a handler raises, even a lack of memory or Ctrl-C."""
-  while type(error) is Exception or isinstance(error, KeyError):
-    if error.__cause__ is None:
-      break
-    error = error.__cause__
-  return error
-
-
-def _is_damage(error: BaseException) -> bool:
-  """Tells whether a restore raises this for files that are missing, cut short or changed.
-
-  TensorStore has one class for all of its errors, whose text begins with the status; it has none for
-  contents that cannot be decoded.
-  """
-  if type(error) is ValueError:
-    return _DAMAGE.match(str(error)) is not None
-  return isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError)
-
-
-def _reason(error: BaseException) -> str:
-  """Returns the first line of a message; messages of Orbax and TensorStore fill pages."""
-  return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -347,7 +322,7 @@ def _read_json(file: Path) -> dict[str, Any]:
   except FileNotFoundError:
     raise UserError(f"it has no {file.name}") from None
   except OSError as error:
-    raise UserError(f"{file.name} cannot be read: {_reason(error)}") from error
+    raise UserError(f"{file.name} cannot be read: {reason(error)}") from error
   except ValueError:
     raise UserError(f"{file.name} is not JSON") from None
   if not isinstance(value, dict):
