@@ -227,11 +227,13 @@ SHAPES = {
   "d_ff": 288,
   "num_heads": 4,
   "num_kv_heads": 4,
+  "dtype": "float32",
+  "param_dtype": "float32",
 }
 
 
 def test_a_checkpoint_that_is_not_here_needs_all_shapes(monkeypatch):
-  """A shape at its default counts if it is given; one that is not given is never assumed."""
+  """A shape or dtype at its default counts if it is given; one that is not given is never assumed."""
   assert {name: getattr(ModelConfig(), name) for name in SHAPES} == SHAPES
   resolved = []
   monkeypatch.setattr(command, "resolve", lambda config, devices: resolved.append(config) or config)

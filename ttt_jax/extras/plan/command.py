@@ -59,18 +59,27 @@ def run(
   return 0 if planned.fits else 1
 
 
-# Without a checkpoint, a plan for another model's shapes would say nothing of it.
-_SHAPES = ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads")
+# Without a checkpoint, a plan for another model's shapes or dtypes would say nothing of it.
+_FROM_CHECKPOINT = (
+  "vocab_size",
+  "num_layers",
+  "d_model",
+  "d_ff",
+  "num_heads",
+  "num_kv_heads",
+  "dtype",
+  "param_dtype",
+)
 
 
 def _plan(config: Config, topology: str, mode: Mode, devices: int) -> Plan:
   """Plans with the shapes of the config's `model` section if the checkpoint of `init_from` is not here."""
   if config.init_from is not None and not Path(config.init_from).expanduser().exists():
-    missing = [name for name in _SHAPES if name not in given_fields(config.model)]
+    missing = [name for name in _FROM_CHECKPOINT if name not in given_fields(config.model)]
     if missing:
       raise UserError(
         f"init_from={config.init_from!r} does not exist here, and the config does not give "
-        f"{', '.join(f'model.{name}' for name in missing)}: give its shapes, or download the checkpoint"
+        f"{', '.join(f'model.{name}' for name in missing)}: give them, or download the checkpoint"
       )
     config = dataclasses.replace(config, init_from=None)
   return plan(resolve(config, devices), topology, mode=mode)
