@@ -22,7 +22,7 @@ from rich.console import Console
 from ttt_jax.config import AttentionConfig, Config, DataConfig, TrainConfig
 from ttt_jax.data import Corpus, Document, InMemory, Source
 from ttt_jax.training.loop import train
-from ttt_jax.training.rundir import read_metrics
+from ttt_jax.training.rundir import load_metrics
 
 TESTS = Path(__file__).parent
 
@@ -117,7 +117,7 @@ def test_a_run_on_eight_devices_is_that_on_one(tmp_path, request):
   def losses(*mesh):
     run = tmp_path / f"{mesh}"
     train(config, corpus, mesh_of(*mesh), run, console=Console(quiet=True))
-    return np.array([record["loss"] for record in read_metrics(run / "metrics.jsonl")])
+    return np.array([record["loss"] for record in load_metrics(run / "metrics.jsonl")])
 
   one, eight = losses(1, 1), losses(2, 4)
   np.testing.assert_allclose(eight, one, rtol=2e-3)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax.checkpoints.hf_config import read_config, write_config
+from ttt_jax.checkpoints.hf_config import parse_config, write_config
 from ttt_jax.config import AttentionConfig, ModelConfig, RopeScaling
 from ttt_jax.config.yaml import dump_config, load_config
 from ttt_jax.nn.layers import rotary_angles
@@ -107,7 +107,7 @@ def test_rope_scaling(name, key):
     config = of("llama", head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
   else:  # transformers 5
     config = of("llama", head_dim=head_dim, rope_parameters=scaling | {"rope_theta": theta})
-  model = read_config(config).model
+  model = parse_config(config).model
   assert (model.rope_theta, model.head_size) == (theta, head_dim)
   actual, actual_factor = scaled_frequencies(head_dim, theta, model.rope_scaling)
   assert actual.dtype == np.float32
@@ -117,7 +117,7 @@ def test_rope_scaling(name, key):
   angles = np.arange(50)[:, None] * frequencies
   np.testing.assert_allclose(cos, factor * np.cos(angles), atol=1e-5)
   np.testing.assert_allclose(sin, factor * np.sin(angles), atol=1e-5)
-  assert read_config(write_config(model, AttentionConfig())).model == model
+  assert parse_config(write_config(model, AttentionConfig())).model == model
 
 
 # From `transformers` 5.24.0: ROPE_INIT_FUNCTIONS of a LlamaConfig with head_dim=20, rope_theta=10000 and
@@ -183,11 +183,11 @@ ROPE_5 = {
 @pytest.mark.parametrize("name", ROPE_5)
 def test_rope_scaling_of_transformers_5(name):
   keys, frequencies, factor = ROPE_5[name]
-  model = read_config(of("llama", head_dim=20, **keys)).model
+  model = parse_config(of("llama", head_dim=20, **keys)).model
   actual, actual_factor = scaled_frequencies(20, model.rope_theta, model.rope_scaling)
   np.testing.assert_allclose(actual, np.array(frequencies.split(), np.float64), rtol=3e-7)
   assert actual_factor == pytest.approx(factor, rel=1e-7)
-  assert read_config(write_config(model, AttentionConfig())).model == model
+  assert parse_config(write_config(model, AttentionConfig())).model == model
 
 
 def test_rope_scaling_in_a_yaml_file(tmp_path):
@@ -238,9 +238,9 @@ def test_rope_scaling_in_a_yaml_file(tmp_path):
   ],
 )
 def test_windows(config, attention):
-  read = read_config(config)
+  read = parse_config(config)
   assert read.attention == attention
-  again = read_config(json.loads(json.dumps(write_config(*read))))
+  again = parse_config(json.loads(json.dumps(write_config(*read))))
   assert again == read
 
 
@@ -271,15 +271,15 @@ def test_windows(config, attention):
   ],
 )
 def test_fields(config, field, value):
-  read = read_config(config)
+  read = parse_config(config)
   assert getattr(read.model, field) == value
-  again = read_config(write_config(*read)).model
+  again = parse_config(write_config(*read)).model
   assert getattr(again, field) == value
 
 
 def test_special_tokens_of_the_generation_config_count():
   config = of("llama", eos_token_id=3, bos_token_id=1)
-  model = read_config(config, generation={"eos_token_id": [4, 5], "bos_token_id": None}).model
+  model = parse_config(config, generation={"eos_token_id": [4, 5], "bos_token_id": None}).model
   assert (model.eos_ids, model.bos_id) == ((4, 5), 1)
 
 
@@ -353,21 +353,21 @@ def test_special_tokens_of_the_generation_config_count():
 )
 def test_what_is_not_there_is_named(config, error, message):
   with pytest.raises(error, match=message):
-    read_config(config)
+    parse_config(config)
 
 
 def test_alternating_windows_of_mistral():
   """Expects Ministral's windows, as `transformers` 5 does."""
   types = ["full_attention", "sliding_attention"] * 2
-  attention = read_config(of("mistral", sliding_window=8, layer_types=types)).attention
+  attention = parse_config(of("mistral", sliding_window=8, layer_types=types)).attention
   assert attention == AttentionConfig(window=8, full_layers=(0, 2))
 
 
 def test_what_has_no_effect_is_said():
   with pytest.warns(UserWarning, match="sliding_window has no effect on LlamaForCausalLM"):
-    read_config(of("llama", sliding_window=8))
+    parse_config(of("llama", sliding_window=8))
   with pytest.warns(UserWarning, match="beta_fast has no effect on rope_type='linear'"):
-    read_config(of("llama", rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 1}))
+    parse_config(of("llama", rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 1}))
 
 
 @pytest.mark.parametrize(

@@ -407,7 +407,7 @@ def test_sizes_read_no_file_and_checksums_every_file(tmp_path, monkeypatch):
 def test_processes_share_the_reading(copy_with_checksums, monkeypatch):
   """Checks that three processes together load every file once, the largest files in different processes."""
   path, read, parts = copy_with_checksums / "2", [], []
-  sizes = {name: size for name, (size, _) in checkpoint._read_record(path)["files"].items()}
+  sizes = {name: size for name, (size, _) in checkpoint._load_record(path)["files"].items()}
   monkeypatch.setattr(checkpoint, "_crc", lambda file: read.append(file) or 0)
   monkeypatch.setattr(jax, "process_count", lambda: 3)
   checkpoints = Checkpoints(copy_with_checksums, keep=1, verify="checksums")

@@ -15,7 +15,7 @@ import ttt_jax
 from ttt_jax import cli
 from ttt_jax.cli import main, parse, runs
 from ttt_jax.config.yaml import load_config
-from ttt_jax.training.rundir import open_run, read_metrics
+from ttt_jax.training.rundir import load_metrics, open_run
 
 CONFIG = """# ttt-jax train {path}
 name: tiny
@@ -80,12 +80,12 @@ def test_train_resume_and_eval(config, tmp_path):
   }
   for name in ("config.yaml", "loss_by_position.png", "training_loss.png"):
     assert (run_dir / name).stat().st_size > 100
-  assert [r["step"] for r in read_metrics(run_dir / "metrics.jsonl")] == [2, 4, 6]
+  assert [r["step"] for r in load_metrics(run_dir / "metrics.jsonl")] == [2, 4, 6]
 
   # The same command again has nothing left to train; `eval` reads the checkpoint again.
   again = _run("train", config, "--run_dir", run_dir)
   assert again.returncode == 0, again.stderr
-  assert [r["step"] for r in read_metrics(run_dir / "metrics.jsonl")] == [2, 4, 6]
+  assert [r["step"] for r in load_metrics(run_dir / "metrics.jsonl")] == [2, 4, 6]
   assert json.loads((run_dir / "summary.json").read_text())["heldout_by_position"] == table
   evaluated = _run("eval", config, "--run_dir", run_dir, "--eval.buckets", "16")
   assert evaluated.returncode == 0, evaluated.stderr
@@ -115,7 +115,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(config, tmp_path):
   )
   metrics = run_dir / "metrics.jsonl"
   deadline = time.monotonic() + 120
-  while not (metrics.exists() and len(read_metrics(metrics)) >= 3):
+  while not (metrics.exists() and len(load_metrics(metrics)) >= 3):
     assert time.monotonic() < deadline
     assert process.poll() is None, process.stdout.read()
     time.sleep(0.1)
@@ -123,7 +123,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(config, tmp_path):
   output, _ = process.communicate(timeout=120)
   assert process.returncode == 0, output
   assert "the same command goes on from there" in output
-  done = len(read_metrics(metrics))
+  done = len(load_metrics(metrics))
   assert 3 <= done < 4000
   saved = [p.name for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit()]
   assert saved == [str(done)]

@@ -17,7 +17,7 @@ from ttt_jax.checkpoints.tokenizer import Tokenizer, byte_tokenizer, load_tokeni
 from ttt_jax.cli import main
 from ttt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
 from ttt_jax.config.recorded import CONFIG_FILE
-from ttt_jax.config.yaml import read_yaml
+from ttt_jax.config.yaml import load_yaml
 from ttt_jax.data.boundaries import boundaries
 from ttt_jax.data.load import load_data
 from ttt_jax.generation.sampling import stop_tokens
@@ -353,7 +353,7 @@ def test_a_run_of_an_older_version_keeps_its_tokens(tmp_path):
   # What is recorded anew says so, for later.
   longer = dataclasses.replace(run_config(tmp_path), eval=EvalConfig(documents=3))
   open_run(run, longer)
-  assert read_yaml(file)["data"]["end_of_text"] is False
+  assert load_yaml(file)["data"]["end_of_text"] is False
   assert with_recorded_boundaries(config).data.end_of_text is False
   open_run(run, config)
   with pytest.raises(ValueError, match=r"data.end_of_text: False -> True"):

@@ -14,7 +14,7 @@ from helpers import write_files
 from ttt_jax import data
 from ttt_jax.config import DataConfig, WeightedSource
 from ttt_jax.data.files import find_files
-from ttt_jax.data.formats import ZSTD_MODULE, read_texts
+from ttt_jax.data.formats import ZSTD_MODULE, load_texts
 from ttt_jax.data.skipped import Skipped, stable_hash
 
 MARK = codecs.BOM_UTF8
@@ -35,7 +35,7 @@ def texts(corpus):
 def read(path, text_field="text"):
   """Returns the texts of one file by name, and the counts of what was skipped."""
   skipped = Skipped()
-  found = dict(read_texts(path, path.name, text_field=text_field, skipped=skipped))
+  found = dict(load_texts(path, path.name, text_field=text_field, skipped=skipped))
   return {name: text.decode() for name, text in found.items()}, skipped
 
 

@@ -89,13 +89,13 @@ def test_rows_have_every_piece_once_per_epoch(text, tmp_path, records_of_16):
 def test_read_lazily(text, tmp_path, records_of_16, monkeypatch):
   data.prepare(str(text), tmp_path / "out", shard_bytes=300)
   read = []
-  whole = prepared.PreparedCorpus._read_record
+  whole = prepared.PreparedCorpus._load_record
 
   def count(self, number):
     read.append(number)
     return whole(self, number)
 
-  monkeypatch.setattr(prepared.PreparedCorpus, "_read_record", count)
+  monkeypatch.setattr(prepared.PreparedCorpus, "_load_record", count)
   corpus = load(tmp_path / "out", heldout_fraction=0.5)
   corpus.report()
   assert not read

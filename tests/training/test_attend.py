@@ -23,7 +23,7 @@ from ttt_jax.names import IGNORE
 from ttt_jax.nn.loss import model_losses
 from ttt_jax.training.loop import train
 from ttt_jax.training.run import check_ready
-from ttt_jax.training.rundir import read_metrics
+from ttt_jax.training.rundir import load_metrics
 from ttt_jax.training.step import init_state, jit_train_step, put_batch
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -108,7 +108,7 @@ def test_stopped_and_resumed(tmp_path):
   train(half, corpus(), mesh_of(2, 2), tmp_path / "parts")
   train(CONFIG, corpus(), mesh_of(2, 2), tmp_path / "parts")
   assert whole.finished
-  records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+  records = [load_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
   for a, b in zip(*records, strict=True):
     assert a["tokens"] == b["tokens"]
   first = [{k: v for k, v in record[0].items() if k not in cosine} for record in records]

@@ -32,7 +32,7 @@ from ttt_jax.training.flops import training_flops
 from ttt_jax.training.log import Profile
 from ttt_jax.training.loop import Clock, metrics_record, train
 from ttt_jax.training.optimizer import learning_rate
-from ttt_jax.training.rundir import read_metrics
+from ttt_jax.training.rundir import load_metrics
 from ttt_jax.training.step import init_state, jit_train_step, put_batch
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -66,7 +66,7 @@ def _rows():
 
 def _losses(path):
   names = ("step", "loss", "grad_norm", "tokens", "learning_rate")
-  return [tuple(r[name] for name in names) for r in read_metrics(path / "metrics.jsonl")]
+  return [tuple(r[name] for name in names) for r in load_metrics(path / "metrics.jsonl")]
 
 
 def test_loss_falls(tmp_path, capsys):
@@ -75,7 +75,7 @@ def test_loss_falls(tmp_path, capsys):
   )
   train(config, _corpus(), mesh_of(1, 1), tmp_path, console=Console(quiet=True))
   assert capsys.readouterr().out == ""
-  records = read_metrics(tmp_path / "metrics.jsonl")
+  records = load_metrics(tmp_path / "metrics.jsonl")
   assert [r["step"] for r in records] == list(range(1, 21))
   assert np.mean([r["loss"] for r in records[-3:]]) < records[0]["loss"] - 1
   read = [np.count_nonzero(rows["segment_ids"]) for rows in islice(_rows(), 20)]
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
   ):
     train(CONFIG, _corpus(), mesh_of(1, 1), tmp_path)
   read = [np.count_nonzero(rows["segment_ids"]) for rows in islice(_rows(), 8)]
-  records = read_metrics(tmp_path / "metrics.jsonl")
+  records = load_metrics(tmp_path / "metrics.jsonl")
   assert records[-1]["tokens"] == 4 * 2 * 64 + sum(read[4:])
 
 
@@ -214,7 +214,7 @@ def test_steps_that_are_not_finite_are_skipped_and_stop_the_run(tmp_path, log_ev
   )
   with pytest.raises(ValueError, match=r"4 is the last of 3 in a row .*train\.max_bad_steps=2"):
     train(config, _corpus(), mesh_of(1, 1), tmp_path)
-  records = read_metrics(tmp_path / "metrics.jsonl")
+  records = load_metrics(tmp_path / "metrics.jsonl")
   assert records[-1]["skipped"] == 3
   assert records[-1]["loss"] is None
   assert records[-1]["update_norm"] == 0

@@ -14,7 +14,7 @@ import pytest
 
 from ttt_jax.data import prepare
 from ttt_jax.extras.recall.task import write_documents
-from ttt_jax.training.rundir import read_metrics
+from ttt_jax.training.rundir import load_metrics
 
 CONFIG = """
 model: {{num_layers: 2, d_model: 16, d_ff: 24, num_heads: 2, num_kv_heads: 2}}
@@ -106,18 +106,18 @@ def wait_until(condition, running) -> None:
 
 
 def losses_of(run_dir) -> list[float]:
-  records = read_metrics(run_dir / "metrics.jsonl")
+  records = load_metrics(run_dir / "metrics.jsonl")
   assert [record["step"] for record in records] == list(range(1, len(records) + 1))
   return [record["loss"] for record in records]
 
 
 def tokens_of(run_dir) -> list[int]:
-  return [record["tokens"] for record in read_metrics(run_dir / "metrics.jsonl")]
+  return [record["tokens"] for record in load_metrics(run_dir / "metrics.jsonl")]
 
 
 def logged(run_dir) -> int:
   file = run_dir / "metrics.jsonl"
-  return len(read_metrics(file)) if file.exists() else 0
+  return len(load_metrics(file)) if file.exists() else 0
 
 
 @pytest.mark.slow

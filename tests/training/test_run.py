@@ -28,7 +28,7 @@ from ttt_jax.progress import TrainingProgress
 from ttt_jax.training import run
 from ttt_jax.training.loop import Clock
 from ttt_jax.training.run import run_evaluation, run_training
-from ttt_jax.training.rundir import read_metrics
+from ttt_jax.training.rundir import load_metrics
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -210,7 +210,7 @@ def test_heldout_loss_during_training(config, tmp_path, monkeypatch):
     checkpoint={"every": 3},
   )
   summary = run_training(asked, QUIET)
-  whole, twin = (read_metrics(tmp_path / "run" / d / "metrics.jsonl") for d in (".", "baseline"))
+  whole, twin = (load_metrics(tmp_path / "run" / d / "metrics.jsonl") for d in (".", "baseline"))
   for records, name in ((whole, "heldout_loss"), (twin, "heldout_loss_baseline")):
     assert [(r["step"], "heldout_loss" in r) for r in records] == [
       *((2, True), (4, True), (5, False), (6, True))
@@ -231,7 +231,7 @@ def test_heldout_loss_during_training(config, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="power failure"):
       run_training(other, QUIET)
   run_training(other, QUIET)
-  again = read_metrics(tmp_path / "other" / "metrics.jsonl")
+  again = load_metrics(tmp_path / "other" / "metrics.jsonl")
   assert [r.get("heldout_loss") for r in again] == [r.get("heldout_loss") for r in whole]
   assert [r["tokens"] for r in again] == [r["tokens"] for r in whole]
 

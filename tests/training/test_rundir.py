@@ -21,7 +21,7 @@ from ttt_jax.config import (
 )
 from ttt_jax.config.yaml import load_config
 from ttt_jax.files import write_json
-from ttt_jax.training.rundir import MetricsLog, hold_run, open_run, read_metrics
+from ttt_jax.training.rundir import MetricsLog, hold_run, load_metrics, open_run
 
 CONFIG = Config(ttt=TTTConfig(layers=(1,)))
 
@@ -182,14 +182,14 @@ def write_steps(path, steps, resume_step=0):
 
 
 def steps_of(path):
-  return [record["step"] for record in read_metrics(path)]
+  return [record["step"] for record in load_metrics(path)]
 
 
 def test_metrics_are_there_at_once(tmp_path):
   path = tmp_path / "deep" / "metrics.jsonl"
   with MetricsLog.open(path, 0) as log:
     log.write({"step": 1, "loss": 2.5})
-    assert read_metrics(path) == [{"step": 1, "loss": 2.5}]
+    assert load_metrics(path) == [{"step": 1, "loss": 2.5}]
 
 
 def test_resuming_leaves_every_step_once(tmp_path):
@@ -217,7 +217,7 @@ def test_torn_last_line(tmp_path, torn):
   write_steps(path, [10, 20])
   with path.open("a", errors="surrogateescape") as file:
     file.write(torn)
-  read_metrics(path)
+  load_metrics(path)
   write_steps(path, [30], resume_step=20)
   assert steps_of(path) == [10, 20, 30]
 
@@ -250,7 +250,7 @@ def test_not_finite_and_numpy_values_are_json(tmp_path):
   with MetricsLog(path) as log:
     log.write(record)
   want = {"step": 1, "loss": None, "norms": [0.5, None], "by_layer": {"3": [1.0, None]}, "count": 4}
-  assert read_metrics(path) == [want]
+  assert load_metrics(path) == [want]
   write_json(tmp_path / "summary.json", record)
   assert json.loads((tmp_path / "summary.json").read_text()) == want
 

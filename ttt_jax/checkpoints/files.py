@@ -46,7 +46,7 @@ class StoredTensor(NamedTuple):
   read: Callable[[], np.ndarray]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def load_json(path: Path) -> dict[str, Any]:
   """Loads the object in a JSON file; a byte order mark is ignored.
 
   Raises:
@@ -81,7 +81,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
         "and save it with safe_serialization=True"
       )
     raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}{remedy}")
-  weight_map = read_json(directory / INDEX).get("weight_map")
+  weight_map = load_json(directory / INDEX).get("weight_map")
   if not isinstance(weight_map, dict):
     raise UserError(f"{directory / INDEX} has no weight_map: it is not an index of tensors")
   tensors = {}

@@ -43,7 +43,7 @@ _LAYER_NAMES = {
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
+def load_gguf(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
   """Returns metadata by key and the stored tensors, of all parts of a split file.
 
   Raises:
@@ -56,7 +56,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
       f"{', ...' if len(missing) > 5 else ''} {'is' if len(missing) == 1 else 'are'} not there: download "
       "the whole model"
     )
-  fields, tensors = _read_part(parts[0])
+  fields, tensors = _load_part(parts[0])
   count = fields.get("split.count", 1)
   if max(count, 1) != len(parts):
     raise UserError(
@@ -64,7 +64,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
       f"them as model-00001-of-{count:05}.gguf"
     )
   for part in parts[1:]:
-    tensors += _read_part(part)[1]
+    tensors += _load_part(part)[1]
   expected = fields.get("split.tensors.count", len(tensors))
   if expected != len(tensors) or len({tensor.name for tensor in tensors}) != len(tensors):
     raise UserError(
@@ -74,7 +74,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
   return fields, tensors
 
 
-def _read_part(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
+def _load_part(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
   try:
     reader = GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -94,7 +94,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     UserError: the file is damaged, or its metadata lacks a size of the model.
     UnsupportedError: the architecture or a feature is not supported.
   """
-  fields, stored = read_gguf(path)
+  fields, stored = load_gguf(path)
   architecture = fields.get("general.architecture")
   if architecture != ARCHITECTURE:
     raise UnsupportedError(

@@ -18,7 +18,7 @@ from tokenizers import (
   processors,
 )
 
-from ttt_jax.checkpoints.gguf import read_gguf
+from ttt_jax.checkpoints.gguf import load_gguf
 from ttt_jax.checkpoints.gguf_special import LLAMA3_NAMES, SpecialTokens, special_tokens
 from ttt_jax.errors import UnsupportedError, UserError
 
@@ -69,7 +69,7 @@ def gguf_tokenizer(path: Path) -> GgufTokenizer:
     UserError: the file has no tokenizer, or its tokens are damaged.
     UnsupportedError: the tokenizer's model or its rule for words is not supported.
   """
-  fields, _ = read_gguf(path)
+  fields, _ = load_gguf(path)
   kind, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
   if not tokens:
     raise UserError(f"{path} has no tokenizer: give the path of a tokenizer")

@@ -24,11 +24,11 @@ from ttt_jax.checkpoints.files import (
   StoredTensor,
   gguf_models,
   is_gguf,
+  load_json,
   local_path,
   open_tensors,
-  read_json,
 )
-from ttt_jax.checkpoints.hf_config import need_integer, read_config
+from ttt_jax.checkpoints.hf_config import need_integer, parse_config
 from ttt_jax.checkpoints.sections import Fields, Sections, check_init, with_given_fields
 from ttt_jax.checkpoints.tensors import (
   EMBEDDING,
@@ -37,7 +37,7 @@ from ttt_jax.checkpoints.tensors import (
   named_parameters,
   tensor_table,
 )
-from ttt_jax.checkpoints.ttt_config import read_published, read_section
+from ttt_jax.checkpoints.ttt_config import parse_published, parse_section
 from ttt_jax.config import DTYPES, TTTConfig, check_layers
 from ttt_jax.errors import UserError
 from ttt_jax.nn.fast_mlp import LEARNED
@@ -134,7 +134,7 @@ def resolve_sections(
       raise UserError(f"{name}={model[name]!r} is not one of {', '.join(map(repr, DTYPES))}")
     if model[name] == "float64" and not jax.config.jax_enable_x64:
       raise UserError(f"{name}='float64' needs jax_enable_x64: set it, or give {name}='float32'")
-  architecture = read_config(checkpoint.config, generation=checkpoint.generation)
+  architecture = parse_config(checkpoint.config, generation=checkpoint.generation)
   if ttt is not None:
     base = ttt
   elif "layers" in given.get("ttt", {}):
@@ -198,8 +198,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     generation = path / GENERATION_CONFIG
     return Checkpoint(
       str(path),
-      read_json(path / CONFIG),
-      read_json(generation) if generation.is_file() else {},
+      load_json(path / CONFIG),
+      load_json(generation) if generation.is_file() else {},
       open_tensors(path),
     )
   if is_gguf(path):
@@ -230,11 +230,11 @@ def _with_tied_embedding(tensors: dict[str, StoredTensor]) -> dict[str, StoredTe
 
 def _ttt_from_config(checkpoint: Checkpoint) -> TTTConfig | None:
   """Returns the section ttt that the checkpoint's config.json describes; None if it describes none."""
-  ttt = read_section(checkpoint.config)
+  ttt = parse_section(checkpoint.config)
   if ttt is not None:
     return ttt
   num_layers = need_integer(checkpoint.config, "num_hidden_layers")
-  ttt, beyond = read_published(checkpoint.config, num_layers)
+  ttt, beyond = parse_published(checkpoint.config, num_layers)
   if beyond:
     warnings.warn(
       f"{checkpoint.name}: ttt_layers names {beyond}, beyond num_hidden_layers={num_layers}: "

@@ -8,7 +8,7 @@ defaults of its config classes. Where versions 4 and 5 differ, as in YaRN's trai
 import warnings
 from typing import Any, NamedTuple
 
-from ttt_jax.checkpoints.hf_rope import need_float, read_rope, write_rope
+from ttt_jax.checkpoints.hf_rope import need_float, parse_rope, write_rope
 from ttt_jax.config import AttentionConfig, ModelConfig
 from ttt_jax.errors import UnsupportedError, UserError
 
@@ -82,7 +82,7 @@ class Architecture(NamedTuple):
   attention: AttentionConfig
 
 
-def read_config(
+def parse_config(
   config: dict[str, Any], *, generation: dict[str, Any] | None = None
 ) -> Architecture:
   """Returns the model that `transformers` would build from config.json; dtypes are the defaults.
@@ -98,7 +98,7 @@ def read_config(
   kind = _model_type(config)
   _refuse_features(config, kind)
   num_layers = need_integer(config, "num_hidden_layers")
-  theta, scaling = read_rope(config)
+  theta, scaling = parse_rope(config)
   model = ModelConfig(
     vocab_size=need_integer(config, "vocab_size"),
     num_layers=num_layers,
@@ -117,11 +117,11 @@ def read_config(
     bos_id=next(iter(special_token_ids(config, generation, "bos_token_id")), None),
     eos_ids=special_token_ids(config, generation, "eos_token_id"),
   )
-  return Architecture(model, _read_windows(config, kind, num_layers))
+  return Architecture(model, _parse_windows(config, kind, num_layers))
 
 
 def write_config(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
-  """Returns the config.json from which `transformers` and `read_config` build this model.
+  """Returns the config.json from which `transformers` and `parse_config` build this model.
 
   Raises:
     UnsupportedError: no architecture of `transformers` has these features together.
@@ -261,7 +261,7 @@ def special_token_ids(
   return tuple(dict.fromkeys(ids))
 
 
-def _read_windows(config: dict[str, Any], kind: str, num_layers: int) -> AttentionConfig:
+def _parse_windows(config: dict[str, Any], kind: str, num_layers: int) -> AttentionConfig:
   if kind == "llama":
     return AttentionConfig()
   # Mistral always uses its window; with layer_types transformers treats the model as Ministral.

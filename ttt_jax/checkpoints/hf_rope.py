@@ -48,7 +48,7 @@ def need_float(value: Any, key: str) -> float:
   return float(value)  # JSON may write 32 for 32.0
 
 
-def read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+def parse_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
   """Returns the base and the scaling of the rotary frequencies.
 
   Both are in `rope_parameters`, or in `rope_theta` and `rope_scaling` as before transformers 5; if
@@ -94,7 +94,7 @@ def read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def write_rope(scaling: RopeScaling | None) -> dict[str, Any] | None:
-  """Returns the `rope_scaling` of config.json for `read_rope` and `transformers`."""
+  """Returns the `rope_scaling` of config.json for `parse_rope` and `transformers`."""
   if scaling is None:
     return None
   written = {key: getattr(scaling, _ROPE_FIELDS[key]) for key in _ROPE_KINDS[scaling.kind]}

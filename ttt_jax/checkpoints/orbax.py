@@ -157,7 +157,7 @@ class Checkpoints:
       )
     path = self._directory / str(step)
     try:
-      record = on_every_process(lambda: _read_record(path))
+      record = on_every_process(lambda: _load_record(path))
       on_every_process(lambda: self._verify(path, record["files"]))
     except UserError as error:
       raise self._damaged(step, steps, error) from error
@@ -299,24 +299,24 @@ def open_checkpoints(config: CheckpointConfig, run_dir: Path) -> Checkpoints:
   )
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _load_record(path: Path) -> dict[str, Any]:
   """Loads the record of a checkpoint; `files` maps each file name to size and checksum.
 
   Raises:
     UserError: the checkpoint has no record of this library.
   """
-  record = _read_json(path / _RECORD)
+  record = _load_json(path / _RECORD)
   if record.get("format") not in _READABLE:
     raise UserError(f"{_RECORD} is not of the format {_FORMAT}")
   files = {name: tuple(size_and_crc) for name, size_and_crc in record["files"].items()}
   for others in sorted(path.glob(_CHECKSUMS.format("*"))):
-    for name, crc in _read_json(others).items():
+    for name, crc in _load_json(others).items():
       if name in files:
         files[name] = (files[name][0], crc)
   return {**record, "files": files}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _load_json(file: Path) -> dict[str, Any]:
   try:
     value = json.loads(file.read_text())
   except FileNotFoundError:

@@ -16,8 +16,8 @@ from ttt_jax.checkpoints.files import (
   GENERATION_CONFIG,
   gguf_models,
   is_gguf,
+  load_json,
   local_path,
-  read_json,
 )
 from ttt_jax.checkpoints.hf_config import special_token_ids
 from ttt_jax.errors import UserError
@@ -232,7 +232,7 @@ def _from_directory(directory: Path, path: Path) -> Tokenizer:
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
-  return read_json(path) if path.is_file() else {}
+  return load_json(path) if path.is_file() else {}
 
 
 def _named_ids(

@@ -16,7 +16,7 @@ PUBLISHED_KEYS = ("ttt_mode", "ttt_layers", "ttt_chunk", "ttt_lr", "ttt_proj", "
 _CONV_WIDTH = 5  # of the published code
 
 
-def read_published(config: dict[str, Any], num_layers: int) -> tuple[TTTConfig | None, list[int]]:
+def parse_published(config: dict[str, Any], num_layers: int) -> tuple[TTTConfig | None, list[int]]:
   """Returns the `TTTConfig` of the `ttt_*` keys, None without `ttt_mode`, and layers beyond the depth.
 
   Raises:
@@ -96,7 +96,7 @@ def write_section(ttt: TTTConfig, published: dict[str, Any]) -> dict[str, Any]:
   return {"ttt": dataclasses.asdict(ttt), "published_as": published}
 
 
-def read_section(config: dict[str, Any]) -> TTTConfig | None:
+def parse_section(config: dict[str, Any]) -> TTTConfig | None:
   """Returns the `TTTConfig` of our section of config.json, None without this section.
 
   Raises:

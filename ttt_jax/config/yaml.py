@@ -51,7 +51,7 @@ def load_fields(path: str | PathLike | None, overrides: Sequence[str] = ()) -> d
   Raises:
     UserError: as `load_config`, except that `Config` does not check the fields.
   """
-  fields = {} if path is None else checked_fields(read_yaml(path), f"in {path}")
+  fields = {} if path is None else checked_fields(load_yaml(path), f"in {path}")
   given = _parsed(_parser().parse_args, _words(overrides), "on the command line")
   return merged_fields(fields, _plain(given))
 
@@ -101,7 +101,7 @@ def dump_config(config: Config) -> str:
   return text.getvalue()
 
 
-def read_yaml(path: str | PathLike) -> dict[Any, Any]:
+def load_yaml(path: str | PathLike) -> dict[Any, Any]:
   """Loads the mapping in a YAML file, unchecked.
 
   Raises:

@@ -16,7 +16,7 @@ from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.config import DataConfig
 from ttt_jax.data.boundaries import boundaries, special_ids
 from ttt_jax.data.files import FORMATS, METADATA, find_files, real_paths
-from ttt_jax.data.formats import has_text_field, read_texts
+from ttt_jax.data.formats import has_text_field, load_texts
 from ttt_jax.data.interleave import Interleave
 from ttt_jax.data.prepared import PreparedCorpus, PreparedDocuments
 from ttt_jax.data.skipped import Skipped, stable_hash
@@ -191,7 +191,7 @@ def _load_source(config, path, weight, files, name, seed, tokenizer, skipped, ow
   texts = (
     text
     for file in files.paths
-    for text in read_texts(file, files.name_of(file), text_field=text_field, skipped=skipped)
+    for text in load_texts(file, files.name_of(file), text_field=text_field, skipped=skipped)
   )
   ends = boundaries(
     tokenizer,

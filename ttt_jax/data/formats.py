@@ -45,7 +45,7 @@ class _Skip(NamedTuple):
   note: str | None = None
 
 
-def read_texts(
+def load_texts(
   path: Path, name: str, *, text_field: str, skipped: Skipped
 ) -> Iterator[tuple[str, bytes]]:
   """Yields the texts of one file with their names.
@@ -101,7 +101,7 @@ def _open(path: Path) -> io.BufferedIOBase:
   return path.open("rb")
 
 
-def _read_errors(path: Path) -> tuple[type[Exception], ...]:
+def _load_errors(path: Path) -> tuple[type[Exception], ...]:
   """Returns the errors that a file raises if it is cut short, damaged or unreadable."""
   errors = (OSError, EOFError, zlib.error, lzma.LZMAError)
   return (*errors, _zstd(path).ZstdError) if compression_of(path) == ".zst" else errors
@@ -137,7 +137,7 @@ def _plain_text(
     with _open(path) as file:
       encoding = _other_encoding(file)
       data = b"" if encoding else file.read()
-  except _read_errors(path):
+  except _load_errors(path):
     skipped.add("unreadable")
     return
   yield None, _wrong_encoding(encoding) if encoding else _text(data)
@@ -155,7 +155,7 @@ def _jsonl(
         return
       for number, line in enumerate(file, start=1):
         yield number, _json_text(line, text_field)
-  except _read_errors(path):
+  except _load_errors(path):
     skipped.add("unreadable")
     return
   if number == 0:
@@ -171,7 +171,7 @@ def _json(
       encoding = _other_encoding(file)
       first = b"" if encoding else file.readline()
       rest = b"" if _is_json_type(first, dict) else file.read()
-  except _read_errors(path):
+  except _load_errors(path):
     skipped.add("unreadable")
     return
   if encoding:

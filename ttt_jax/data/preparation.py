@@ -19,14 +19,14 @@ from rich.console import Console
 from ttt_jax.checkpoints.tokenizer import BYTES, load_tokenizer
 from ttt_jax.data.boundaries import boundaries
 from ttt_jax.data.files import METADATA, find_files
-from ttt_jax.data.formats import has_text_field, read_texts
+from ttt_jax.data.formats import has_text_field, load_texts
 from ttt_jax.data.prepared import (
   FORMAT,
   INDEX,
   INDEX_DTYPE,
   RECORD_TOKENS,
   SHARD_SUFFIX,
-  read_metadata,
+  load_metadata,
 )
 from ttt_jax.data.skipped import Skipped, stable_hash
 from ttt_jax.data.tokens import fingerprint, token_dtype, tokenized
@@ -91,7 +91,7 @@ def prepare(
 
   def texts() -> Iterator[tuple[str, bytes]]:
     for path in files.paths:
-      yield from read_texts(path, files.name_of(path), text_field=text_field, skipped=skipped)
+      yield from load_texts(path, files.name_of(path), text_field=text_field, skipped=skipped)
       progress.file_done()
 
   with (
@@ -133,7 +133,7 @@ def _clear(directory: Path) -> None:
     return
   if METADATA not in names:
     raise UserError(f"destination={str(directory)!r} is not empty: give another one")
-  if read_metadata(directory)["complete"]:
+  if load_metadata(directory)["complete"]:
     raise UserError(
       f"destination={str(directory)!r} holds a prepared corpus already: delete it, or give another one"
     )

@@ -35,7 +35,7 @@ INDEX_DTYPE = np.dtype([("name_hash", "<u8"), ("tokens", "<u8")])
 RECORD_TOKENS = 1 << 13
 
 
-def read_metadata(directory: Path) -> dict[str, Any]:
+def load_metadata(directory: Path) -> dict[str, Any]:
   """Loads the metadata; raises UserError if it is damaged or of another format."""
   try:
     metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
@@ -120,7 +120,7 @@ class PreparedCorpus:
   ):
     self._directory = Path(path).expanduser()
     self._skipped = skipped
-    metadata = read_metadata(self._directory)
+    metadata = load_metadata(self._directory)
     source = f"{field}={path!r}"
     _check(metadata, self._directory, source, tokenizer)
     # Older versions did not record boundaries: they added no tokens to those of the tokenizer.
@@ -148,14 +148,14 @@ class PreparedCorpus:
     stop = min(stop, int(self.lengths[document]))
     start, stop = (int(self._starts[document]) + place for place in (start, stop))
     first, last = start // RECORD_TOKENS, -(-stop // RECORD_TOKENS)
-    parts = [self._read_record(number) for number in range(first, last)]
+    parts = [self._load_record(number) for number in range(first, last)]
     if any(part is None for part in parts):
       return None
     tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
     begin = first * RECORD_TOKENS
     return tokens[start - begin : stop - begin]
 
-  def _read_record(self, number: int) -> Integer[np.ndarray, "T"] | None:
+  def _load_record(self, number: int) -> Integer[np.ndarray, "T"] | None:
     tokens = min(RECORD_TOKENS, self._tokens - number * RECORD_TOKENS)
     try:
       data = self._records[number]

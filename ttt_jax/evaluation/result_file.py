@@ -75,7 +75,7 @@ class ResultFile:
     self._results[_encode(key)] = result
 
 
-def read_results(path: Path) -> tuple[dict[str, Any], dict[tuple, Any]]:
+def load_results(path: Path) -> tuple[dict[str, Any], dict[tuple, Any]]:
   """Returns the settings and the results of a file that a `ResultFile` wrote.
 
   Raises:

@@ -15,7 +15,7 @@ from rich.table import Table
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.paired import paired
 from ttt_jax.evaluation.plots import subplots
-from ttt_jax.evaluation.result_file import CELLS, different, read_results
+from ttt_jax.evaluation.result_file import CELLS, different, load_results
 from ttt_jax.files import write_json
 
 _WITHOUT_FAST_WEIGHTS = ("plain", "model")  # modes of `eval perplexity` and `eval facts`
@@ -84,7 +84,7 @@ def compare(
   """
   console = Console() if console is None else console
   names = (str(a), str(b)) if names is None else names
-  (settings_a, found_a), (settings_b, found_b) = (_read(Path(path)) for path in (a, b))
+  (settings_a, found_a), (settings_b, found_b) = (_load(Path(path)) for path in (a, b))
   _check_settings(names, settings_a, settings_b)
   evaluation = settings_a["evaluation"]
   values_a, values_b = (
@@ -119,12 +119,12 @@ def compare(
   return report
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[tuple, Any]]:
+def _load(path: Path) -> tuple[dict[str, Any], dict[tuple, Any]]:
   if not is_results(path):
     raise UserError(
       f"{path} has no {CELLS}: give the directory that eval {', eval '.join(_VALUES)} wrote (--out)"
     )
-  settings, found = read_results(path / CELLS)
+  settings, found = load_results(path / CELLS)
   if settings.get("evaluation") not in _VALUES or not found:
     raise UserError(
       f"{path / CELLS} has no results of {', '.join(_VALUES)}: evaluate the model, or give another "

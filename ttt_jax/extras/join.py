@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ttt_jax.data.files import find_files
-from ttt_jax.data.formats import read_texts
+from ttt_jax.data.formats import load_texts
 from ttt_jax.data.skipped import Skipped
 from ttt_jax.errors import UserError
 from ttt_jax.files import atomic_file
@@ -56,7 +56,7 @@ def join(
       texts = [
         f"# {name}\n{data.decode().rstrip()}\n\n"
         for path in paths
-        for name, data in read_texts(
+        for name, data in load_texts(
           path, files.name_of(path), text_field=text_field, skipped=skipped
         )
       ]

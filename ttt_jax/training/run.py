@@ -37,7 +37,7 @@ from ttt_jax.parallel.processes import is_main, on_every_process, on_main
 from ttt_jax.parallel.trees import delete
 from ttt_jax.training.log import check_writers
 from ttt_jax.training.loop import model_summary, train
-from ttt_jax.training.rundir import METRICS_FILE, hold_run, open_run, read_metrics
+from ttt_jax.training.rundir import METRICS_FILE, hold_run, load_metrics, open_run
 
 
 def run_training(config: Config, console: Console | None = None) -> dict[str, Any] | None:
@@ -186,9 +186,9 @@ def _evaluate_and_report(
     run_dir / METRICS_FILE
   ).exists():  # a pretrained model that was not trained here has no metrics
     name = "with fast weights" if config.ttt.layers else "model"
-    runs[name] = read_metrics(run_dir / METRICS_FILE)
+    runs[name] = load_metrics(run_dir / METRICS_FILE)
   if baseline is not None:
-    runs["twin without"] = read_metrics(run_dir / BASELINE / METRICS_FILE)
+    runs["twin without"] = load_metrics(run_dir / BASELINE / METRICS_FILE)
   before = partial(initial_model, config, mesh) if config.eval.before else None
   shapes = abstract_model(config, mesh)
   records = next(iter(runs.values()), [])

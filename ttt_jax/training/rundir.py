@@ -107,7 +107,7 @@ class MetricsLog:
     path = Path(path)
     if path.exists():
       text = path.read_text(encoding="utf-8", errors="replace")
-      kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
+      kept = [record for record in load_metrics(path) if record["step"] <= resume_step]
       lines = "".join(_line(record) for record in kept)
       if lines != text:
         write_text(path, lines)
@@ -128,7 +128,7 @@ class MetricsLog:
     self._file.close()
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def load_metrics(path: str | Path) -> list[dict[str, Any]]:
   """Loads the records of a `metrics.jsonl`, without a last line that a killed process left torn.
 
   Raises:

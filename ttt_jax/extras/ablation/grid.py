@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax.config import Config
-from ttt_jax.config.yaml import load_fields, make_config, merged_fields, nested_fields, read_yaml
+from ttt_jax.config.yaml import load_fields, load_yaml, make_config, merged_fields, nested_fields
 from ttt_jax.errors import UserError
 from ttt_jax.evaluation.perplexity import PerplexityConfig
 
@@ -84,7 +84,7 @@ def load_ablation(
       a variant, which is named, whose config `load_config` refuses.
   """
   path = Path(path)
-  tree = read_yaml(path)
+  tree = load_yaml(path)
   unknown = [key for key in tree if key not in _KEYS]
   missing = [key for key in _NEEDED if key not in tree]
   if unknown or missing:

@@ -9,7 +9,7 @@ from scipy import stats
 from ttt_jax.config import Config
 from ttt_jax.errors import UserError
 from ttt_jax.extras.ablation.grid import Ablation, Variant
-from ttt_jax.extras.ablation.runs import finished, read_probe, read_recall, read_summary
+from ttt_jax.extras.ablation.runs import finished, load_probe, load_recall, load_summary
 
 
 def report(ablation: Ablation, failed: dict[tuple[str, int], str]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def _row(ablation: Ablation, variant: Variant) -> dict[str, Any]:
   row = {"variant": variant.name, "seeds": [config.seed for config in done]}
   if not done:
     return row
-  summaries = [read_summary(config) for config in done]
+  summaries = [load_summary(config) for config in done]
   tables = [summary["heldout_by_position"] for summary in summaries]
   positions = [
     {"from": part["from"], "to": part["to"]}
@@ -64,8 +64,8 @@ def _row(ablation: Ablation, variant: Variant) -> dict[str, Any]:
     **_over_seeds(losses),
     "loss_updates_off": _mean([summary["heldout_loss_updates_off"] for summary in summaries]),
     "by_position": positions,
-    "by_context": None if ablation.probe is None else _by_context([*map(read_probe, done)]),
-    "by_distance": None if ablation.recall is None else _by_distance([*map(read_recall, done)]),
+    "by_context": None if ablation.probe is None else _by_context([*map(load_probe, done)]),
+    "by_distance": None if ablation.recall is None else _by_distance([*map(load_recall, done)]),
     "params": summaries[0]["params"],
     "state_numbers": _state_numbers(done[0]),
     "tokens_per_second": _mean([summary["tokens_per_second"] for summary in summaries]),

@@ -69,7 +69,7 @@ def run_all(
 
   def print_end(variant: Variant, config: Config, error: str | None) -> None:
     if error is None:
-      loss = read_summary(config)["heldout_loss"]
+      loss = load_summary(config)["heldout_loss"]
       status = f"held-out loss {loss:.3f}" if loss is not None else "held-out loss not finite"
     else:
       failed[variant.name, config.seed] = error
@@ -108,17 +108,17 @@ def finished(ablation: Ablation, config: Config) -> bool:
   return not _missing_commands(ablation, config)
 
 
-def read_summary(config: Config) -> dict[str, Any]:
+def load_summary(config: Config) -> dict[str, Any]:
   """Loads the `summary.json` of a finished run."""
   return _load(config, Path("summary.json"))
 
 
-def read_probe(config: Config) -> dict[str, Any]:
+def load_probe(config: Config) -> dict[str, Any]:
   """Loads the `perplexity.json` of a finished run of an ablation with a probe."""
   return _load(config, _PROBE)
 
 
-def read_recall(config: Config) -> dict[str, Any]:
+def load_recall(config: Config) -> dict[str, Any]:
   """Loads the `recall.json` of a finished run of an ablation with `recall`."""
   return _load(config, _RECALL)
 
@@ -152,7 +152,7 @@ def _is_trained(config: Config) -> bool:
   """Says whether the run has a summary of its last step; `ttt-jax eval` writes one of any checkpoint."""
   if not (Path(config.resolved_run_dir) / "summary.json").is_file():
     return False
-  return read_summary(config).get("steps", config.train.steps) == config.train.steps
+  return load_summary(config).get("steps", config.train.steps) == config.train.steps
 
 
 def _answers(config: Config, report: Path, **question: Any) -> bool:

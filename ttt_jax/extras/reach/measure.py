@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ttt_jax.data.files import FORMATS, METADATA, find_files
-from ttt_jax.data.formats import read_texts
+from ttt_jax.data.formats import load_texts
 from ttt_jax.data.skipped import Skipped, stable_hash
 from ttt_jax.errors import UserError
 
@@ -139,7 +139,7 @@ def sample(path: str | None, config: ReachConfig, skipped: Skipped) -> Sample:
 
   Raises:
     UserError: no document is long enough, or only one though a primer is wanted; `path` is a prepared
-      corpus; pyppmd is needed and missing; as `find_files` and `read_texts`.
+      corpus; pyppmd is needed and missing; as `find_files` and `load_texts`.
   """
   if config.compressor == "ppmd":
     _pyppmd()  # before all is read
@@ -175,7 +175,7 @@ def _texts(path, config: ReachConfig, skipped: Skipped, lengths: list[int]) -> I
   """Yields all documents, and appends their lengths."""
   files = find_files(path, skipped, field="path")
   for file in files.paths:
-    for name, data in read_texts(
+    for name, data in load_texts(
       file, files.name_of(file), text_field=config.text_field, skipped=skipped
     ):
       lengths.append(len(data))

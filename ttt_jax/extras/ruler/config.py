@@ -85,17 +85,17 @@ class SamplesConfig:
 
 
 def _digest(path: Path) -> str:
-  return hashlib.sha256(_read(path)).hexdigest()[:16]
+  return hashlib.sha256(_load(path)).hexdigest()[:16]
 
 
 def _text(path: Path) -> str:
   try:
-    return _read(path).decode("utf-8-sig")
+    return _load(path).decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise UserError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def _read(path: Path) -> bytes:
+def _load(path: Path) -> bytes:
   try:
     return Path(path).read_bytes()
   except OSError as error:

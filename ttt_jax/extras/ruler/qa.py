@@ -44,7 +44,7 @@ class Questions:
 
   def __init__(self, path: str | Path, counter: TokenCounter):
     self.path = Path(path)
-    data = _read(self.path)
+    data = _load(self.path)
     parse = _squad if isinstance(data, dict) else _hotpot
     questions, documents = parse(partial(_field, self.path), data)
     if not questions:
@@ -98,7 +98,7 @@ def draft(questions: Questions, draw: Draw) -> Draft:
   return Draft(make, len(question.documents), questions.tokens(order))
 
 
-def _read(path: Path) -> dict | list:
+def _load(path: Path) -> dict | list:
   try:
     data = json.loads(path.read_text(encoding="utf-8-sig"))
   except OSError as error:
