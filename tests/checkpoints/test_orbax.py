@@ -307,6 +307,7 @@ def damaged(directory: Path, file: Path, how: str) -> None:
     ("removed", "checksums"),
     ("cut", "checksums"),
     ("flipped", "checksums"),
+    ("flipped", "sizes"),  # all files are small here
   ],
 )
 def test_damage_to_any_file_is_found(copy_with_checksums, how, verify):
@@ -336,8 +337,9 @@ def test_damage_to_any_file_is_found(copy_with_checksums, how, verify):
 @pytest.mark.parametrize(
   "file", ["manifest.ocdbt", "_METADATA", "array_metadatas/process_0", "d/*"]
 )
-def test_changed_bits_without_checksums_are_damage(copy, file):
+def test_changed_bits_without_checksums_are_damage(copy, file, monkeypatch):
   """Orbax and TensorStore find them, and raise a class and a text of their own for each kind of file."""
+  monkeypatch.setattr(checkpoint, "_SMALL", 0)
   (file,) = (copy / "2" / "arrays").glob(file)
   intact = file.read_bytes()
   for changed in (bytes(len(intact)), bytes([intact[0] ^ 255]) + intact[1:]):
@@ -383,6 +385,7 @@ def test_a_mesh_that_does_not_divide_an_array_is_no_damage(saved):
 
 def test_sizes_read_no_file_and_checksums_every_file(tmp_path, monkeypatch):
   """Records which files a save and a restore load; a checkpoint without checksums never gets any."""
+  monkeypatch.setattr(checkpoint, "_SMALL", 0)
   read = []
   crc = checkpoint._crc
   monkeypatch.setattr(checkpoint, "_crc", lambda file: read.append(file) or crc(file))

@@ -17,6 +17,7 @@ from ttt_jax.checkpoints.sections import Sections, with_given_fields
 from ttt_jax.cli import main
 from ttt_jax.cli.shared import evaluated
 from ttt_jax.config import AttentionConfig, Config, ModelConfig, RopeScaling, TTTConfig
+from ttt_jax.config.recorded import record_config
 from ttt_jax.config.yaml import dump_config, load_config, load_fields
 
 # As few fields as can be have their default.
@@ -279,7 +280,9 @@ def test_a_run_is_a_checkpoint_like_others(tmp_path, memory, section, field, val
 
   def evaluated_config():
     config, is_run = evaluated(
-      argparse.Namespace(config=str(tmp_path), overrides=[*words, "--data.seq_len", "1536"])
+      argparse.Namespace(
+        config=str(tmp_path), overrides=[*words, "--data.seq_len", "1536"], unused=()
+      )
     )
     assert is_run
     return resolve_run(config)
@@ -322,6 +325,27 @@ def test_load_pretrained_takes_a_section_or_fields_over_it(checkpoint):
     assert load_pretrained(checkpoint, ttt=TTTConfig(chunk_size=4)).ttt == TTTConfig(chunk_size=4)
   with pytest.raises(UserError, match="ttt has no field chunk, only "):
     load_pretrained(checkpoint, ttt={"chunk": 4})
+
+
+def test_the_start_of_trained_parameters_cannot_be_given(checkpoint, tmp_path):
+  for ttt in (
+    {"init": "current_token"},
+    TTTConfig(layers=(2,), conv_width=3, init="current_token"),
+  ):
+    with pytest.raises(
+      UserError, match=r"ttt\.init='current_token' sets how parameters start, but"
+    ):
+      load_pretrained(checkpoint, ttt=ttt)
+  with pytest.warns(UserWarning, match="left out"):
+    load_pretrained(checkpoint, ttt=TTTConfig(layers=(2,), conv_width=3, init="identity"))
+  # In a run that began with a new model, null is "next_token".
+  scratch = dataclasses.replace(TTT, init=None)
+  record_config(tmp_path, Config(model=MODEL, attention=ATTENTION, ttt=scratch))
+  run_sections(tmp_path, {"ttt": {"init": "next_token"}})
+  with pytest.raises(
+    UserError, match=r"ttt\.init='identity' sets how parameters start, but the run"
+  ):
+    run_sections(tmp_path, {"ttt": {"init": "identity"}})
 
 
 def test_fields_inside_a_field_are_merged():

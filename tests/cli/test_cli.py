@@ -14,7 +14,11 @@ import pytest
 import ttt_jax
 from ttt_jax import cli
 from ttt_jax.cli import main, parse, runs
-from ttt_jax.config.yaml import load_config
+from ttt_jax.cli.shared import evaluated
+from ttt_jax.config import TTTConfig
+from ttt_jax.config.recorded import record_config
+from ttt_jax.config.yaml import load_config, make_config
+from ttt_jax.errors import UserError
 from ttt_jax.training.rundir import load_metrics, open_run
 
 CONFIG = """# ttt-jax train {path}
@@ -214,18 +218,25 @@ def test_misspelled_options_are_named(words, message, capsys):
 
 
 @pytest.mark.parametrize(
-  ("command", "field"),
+  ("command", "field", "value"),
   [
-    (["train", "configs/test_tiny.yaml"], "plan.topology"),
-    (["eval", "x"], "train.steps"),
-    (["eval", "x"], "data.attend.block"),
-    (["eval", "x"], "eval.every"),
-    (["eval", "perplexity", "x"], "eval.documents"),
-    (["eval", "recall", "x"], "eval.temperature"),
+    (["train", "configs/test_tiny.yaml"], "plan.topology", "v5e:2x2"),
+    (["eval", "x"], "train.steps", "3"),
+    (["eval", "x"], "data.attend.block", "[8, 8]"),
+    (["eval", "x"], "eval.every", "3"),
+    (["eval", "perplexity", "x"], "eval.documents", "3"),
+    (["eval", "recall", "x"], "eval.temperature", "0.5"),
   ],
 )
-def test_a_field_without_effect_on_the_command_is_refused(command, field, capsys):
-  for words in ([f"--{field}", "3"], [f"--{field}=3"]):
+def test_a_field_without_effect_on_the_command_is_refused(command, field, value, capsys):
+  section, name = field.split(".", 1)
+  for words in (
+    [f"--{field}", value],
+    [f"--{field}={value}"],
+    [f"--{section}", f"{{{name}: {value}}}"],
+  ):
+    if "." in name and len(words) == 2 and words[0] == f"--{section}":
+      continue
     assert main([*command, *words]) == 2
     assert f"--{field} has no effect on this command: leave it out" in capsys.readouterr().err
   with pytest.raises(SystemExit):
@@ -233,6 +244,36 @@ def test_a_field_without_effect_on_the_command_is_refused(command, field, capsys
   text = capsys.readouterr().out
   assert f"--{field} " not in text
   assert "--data.heldout_fraction " in text
+
+
+def test_no_check_asks_for_a_field_that_the_command_refuses(tmp_path):
+  """Checks that other chunks than a run's need no other `data.attend` or `eval.seq_len`."""
+  recorded = make_config(
+    {
+      "ttt": {"layers": [1], "chunk_size": 16},
+      "data": {"seq_len": 64, "attend": {"block": [16, 48]}},
+      "eval": {"seq_len": 32, "buckets": 2},
+      "train": {"trainable": "ttt", "batch_size": 2},
+    }
+  )
+  record_config(tmp_path, recorded)
+  words = ["perplexity", str(tmp_path), "--ttt.chunk_size", "64"]
+  config, is_run = evaluated(parse(["eval", *words]))
+  assert (is_run, config.ttt.chunk_size, config.train.batch_size) == (True, 64, 2)
+  assert (config.data.attend, config.eval.seq_len) == ("document", None)
+
+
+def test_a_flag_ends_fields_of_the_file_that_it_replaces(tmp_path):
+  file = tmp_path / "a.yaml"
+  file.write_text("ttt: {layers: [1], half_life: 40, learn_half_life: true, inner_lr: 0.3}")
+  ttt = load_config(file, ["--ttt.decay", "0.9"]).ttt
+  assert (ttt.decay, ttt.half_life, ttt.learn_half_life, ttt.inner_lr) == (0.9, None, False, 0.3)
+  ttt = load_config(file, ["--ttt.rule", "least_squares"]).ttt
+  assert (ttt.rule, ttt.half_life, ttt.inner_lr) == ("least_squares", 40, TTTConfig().inner_lr)
+  with pytest.raises(
+    UserError, match=r"ttt\.half_life=40.* and ttt\.decay=0\.9 both set the decay"
+  ):
+    load_config(file, ["--ttt.decay", "0.9", "--ttt.half_life", "40"])
 
 
 @pytest.mark.parametrize(

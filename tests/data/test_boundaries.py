@@ -12,7 +12,7 @@ from helpers import random_model
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from ttt_jax import data, save_pretrained
-from ttt_jax.checkpoints.runs import with_recorded_boundaries
+from ttt_jax.checkpoints.runs import with_recorded_data
 from ttt_jax.checkpoints.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from ttt_jax.cli import main
 from ttt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
@@ -338,23 +338,23 @@ def test_a_run_of_an_older_version_keeps_its_tokens(tmp_path):
   config, ends = run_config(tmp_path), [[A, B, EOS], [C, EOS], [D, A, EOS]]
   assert documents(load_data(config)) == ends
   run = open_run(config.run_dir, config)
-  assert with_recorded_boundaries(config) == config  # of this version
+  assert with_recorded_data(config) == config  # of this version
   file = run / CONFIG_FILE
   lines = file.read_text().splitlines(keepends=True)
   file.write_text("".join(line for line in lines if "_of_text:" not in line))
-  assert documents(load_data(with_recorded_boundaries(config))) == [[A, B], [C], [D, A]]
-  assert with_recorded_boundaries(config).data.end_of_text is False
+  assert documents(load_data(with_recorded_data(config))) == [[A, B], [C], [D, A]]
+  assert with_recorded_data(config).data.end_of_text is False
   before = file.read_bytes()
   with pytest.raises(ValueError, match=r"another config:\s+data.end_of_text: False -> True"):
     open_run(run, run_config(tmp_path, end_of_text=True))
-  for same in (config, with_recorded_boundaries(config), run_config(tmp_path, end_of_text=False)):
+  for same in (config, with_recorded_data(config), run_config(tmp_path, end_of_text=False)):
     with hold_run(run, same):
       assert file.read_bytes() == before
   # What is recorded anew says so, for later.
   longer = dataclasses.replace(run_config(tmp_path), eval=EvalConfig(documents=3))
   open_run(run, longer)
   assert load_yaml(file)["data"]["end_of_text"] is False
-  assert with_recorded_boundaries(config).data.end_of_text is False
+  assert with_recorded_data(config).data.end_of_text is False
   open_run(run, config)
   with pytest.raises(ValueError, match=r"data.end_of_text: False -> True"):
     open_run(run, run_config(tmp_path, end_of_text=True))

@@ -278,8 +278,8 @@ def test_a_text_field_that_no_source_has_is_refused(text, tmp_path):
   records.mkdir()
   lines = [json.dumps({"body": f"text {i}", "text": f"other {i}"}) for i in range(4)]
   (records / "a.jsonl").write_text("\n".join(lines))
-  for source, out in ((records, "body"), (text, "plain")):
-    data.prepare(str(source), tmp_path / out, text_field="body")
+  data.prepare(str(records), tmp_path / "body", text_field="body")
+  data.prepare(str(text), tmp_path / "plain")
   for field in (None, "body"):
     (source,) = load(tmp_path / "body", text_field=field).sources
     assert data.decode(source.train.read(0, 0, 4)) == "text"
@@ -289,10 +289,21 @@ def test_a_text_field_that_no_source_has_is_refused(text, tmp_path):
     load(tmp_path / "body", text_field="text")
   for path in (text, tmp_path / "plain"):
     load(path)
-    with pytest.raises(UserError, match=r"data\.text_field='body' has no effect: no source"):
+    with pytest.raises(UserError, match=r"data\.text_field='body' has no effect, no source"):
       load(path, text_field="body")
+  with pytest.raises(UserError, match=r"text_field='body' has no effect, no file of"):
+    data.prepare(str(text), tmp_path / "out", text_field="body")
+  assert not (tmp_path / "out").exists()
+  # An older version did not record the field.
+  metadata = json.loads((tmp_path / "body" / METADATA).read_text())
+  older = {k: x for k, x in metadata.items() if k != "text_field"}
+  (tmp_path / "body" / METADATA).write_text(json.dumps(older))
+  assert len(load(tmp_path / "body", text_field="content").sources) == 1
+  (tmp_path / "body" / METADATA).write_text(json.dumps(metadata))
   # A prepared source keeps its field beside one that needs another.
   mixture = tuple(WeightedSource(str(path)) for path in (tmp_path / "body", records))
-  first, second = load(None, mixture=mixture, text_field="text").sources
+  corpus = load(None, mixture=mixture, text_field="text")
+  assert "prepared from the field body;" in corpus.report()
+  first, second = corpus.sources
   read = [data.decode(source.train.read(0, 0, 5)) for source in (first, second)]
   assert read == ["text ", "other"]

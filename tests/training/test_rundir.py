@@ -11,6 +11,7 @@ import pytest
 
 from ttt_jax.config import (
   Config,
+  DataConfig,
   EvalConfig,
   MeshConfig,
   ModelConfig,
@@ -19,7 +20,9 @@ from ttt_jax.config import (
   TrainConfig,
   TTTConfig,
 )
+from ttt_jax.config.recorded import recorded_config
 from ttt_jax.config.yaml import load_config
+from ttt_jax.errors import UserError
 from ttt_jax.files import write_json
 from ttt_jax.training.rundir import MetricsLog, hold_run, load_metrics, open_run
 
@@ -45,6 +48,23 @@ def test_same_config_resumes(tmp_path):
   for config in (CONFIG, moved, load_config(run / "config.yaml")):
     assert open_run(run, config) == run
     assert contents(run) == before
+
+
+def test_a_run_of_an_older_version_resumes(tmp_path):
+  """Null in `data` takes the run's value, and an infinite limit, which null replaces, stays one."""
+  config = dataclasses.replace(CONFIG, train=TrainConfig(clip_grad_norm=None))
+  run = open_run(tmp_path, config)
+  text = (run / "config.yaml").read_text()
+  older = text.replace("text_field: null", "text_field: text")
+  older = older.replace("clip_grad_norm: null", "clip_grad_norm: .inf")
+  assert older.count("text_field: text") == older.count(".inf") == 1
+  (run / "config.yaml").write_text(older)
+  assert recorded_config(run).train.clip_grad_norm is None
+  before = contents(run)
+  open_run(run, config)
+  assert contents(run) == before
+  with pytest.raises(UserError, match=r"data\.text_field: text -> body"):
+    open_run(run, dataclasses.replace(config, data=DataConfig(text_field="body")))
 
 
 def test_other_config_is_refused_and_nothing_changes(tmp_path):
@@ -131,7 +151,9 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
 
 HOLDS = """
 import sys
+from ttt_jax.config.recorded import recorded_config
 from ttt_jax.config.yaml import load_config
+from ttt_jax.errors import UserError
 from ttt_jax.training.rundir import hold_run
 with hold_run(sys.argv[1], load_config(sys.argv[2])):
   print("held", flush=True)

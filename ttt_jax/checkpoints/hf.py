@@ -39,6 +39,7 @@ from ttt_jax.checkpoints.tensors import (
 )
 from ttt_jax.checkpoints.ttt_config import parse_published, parse_section
 from ttt_jax.config import DTYPES, TTTConfig, check_layers
+from ttt_jax.config.given import given_fields
 from ttt_jax.errors import UserError
 from ttt_jax.nn.fast_mlp import LEARNED
 from ttt_jax.nn.transformer import Transformer
@@ -145,7 +146,9 @@ def resolve_sections(
   sections = with_given_fields(sections, {**given, "model": model}, source=source)
   check_layers(*sections)
   if sections.ttt.layers and not _layers_without_tensors(checkpoint, sections.ttt.layers):
-    check_init(given, base, source)
+    stored = base if ttt is None else _ttt_from_config(checkpoint) or ttt
+    fields = given.get("ttt", {}) if ttt is None else given_fields(ttt)
+    check_init(fields, stored.init or "identity", source)
   is_given = ttt is not None or bool(given.get("ttt"))
   if sections.ttt.layers and sections.ttt.init is None and is_given:
     sections = sections._replace(ttt=dataclasses.replace(sections.ttt, init="identity"))

@@ -38,6 +38,7 @@ _RECORD = "ttt_jax.json"
 _CHECKSUMS = "ttt_jax.checksums.{}.json"  # written by each process except the first
 _WRITER = re.compile(r"ocdbt\.process_(\d+)/")  # in a file's path: the process that wrote it
 _TMP_SUFFIX = ".orbax-checkpoint-tmp"
+_SMALL = 1 << 16  # bytes of a file whose checksum costs nothing: it is always compared
 _MAX_NAMED = 10  # mismatches that an error lists
 
 
@@ -232,15 +233,16 @@ class Checkpoints:
   def _write_record(self) -> None:
     """Writes our record; Orbax calls this on the first process before it renames the complete directory.
 
-    The record has the checksums of the files that the first process wrote; the other processes write
-    theirs later (`_write_checksums`).
+    The record has the checksums of small files, such as Orbax's descriptions of the arrays, and of those
+    that the first process wrote; the other processes write theirs later (`_write_checksums`).
     """
     step, record = self._saving
     path = self._directory / f"{step}{_TMP_SUFFIX}"
     files = {}
     for name, file in _array_files(path).items():
-      crc = _crc(file) if self._with_checksums and _writing_process(name) == 0 else None
-      files[name] = [file.stat().st_size, crc]
+      size = file.stat().st_size
+      is_checked = size <= _SMALL or (self._with_checksums and _writing_process(name) == 0)
+      files[name] = [size, _crc(file) if is_checked else None]
     (path / _RECORD).write_text(json.dumps({**record, "files": files}, indent=1))
 
   def _write_checksums(self, path: Path) -> None:
@@ -278,7 +280,8 @@ class Checkpoints:
           raise UserError(f"{name} is missing")
         if file.stat().st_size != size:
           raise UserError(f"{name} has {file.stat().st_size} bytes instead of {size}")
-        if self._with_checksums and crc is not None and _crc(file) != crc:
+        is_checked = crc is not None and (self._with_checksums or size <= _SMALL)
+        if is_checked and _crc(file) != crc:
           raise UserError(f"{name} has changed")
       except OSError as error:
         raise UserError(f"{name} cannot be read: {reason(error)}") from error

@@ -81,7 +81,8 @@ def run_sections(run_dir: str | Path, given: Fields) -> Sections:
   source = f"the run in {run_dir}"
   sections = with_given_fields(trained, given, source=source)
   check_layers(*sections)
-  check_init(given, trained.ttt, source)
+  # In a run, null means a new model's; `resolve` has replaced the null of a pretrained one.
+  check_init(given.get("ttt", {}), trained.ttt.init or "next_token", source)
   if _parameter_shapes(sections) != _parameter_shapes(trained):
     changed = [
       f"ttt.{name}={value!r}"

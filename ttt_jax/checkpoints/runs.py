@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ttt_jax.checkpoints.orbax import open_checkpoints
 from ttt_jax.checkpoints.resolve import initial_model, make_model
 from ttt_jax.config import Config
-from ttt_jax.config.recorded import recorded_boundaries, with_boundaries
+from ttt_jax.config.recorded import recorded_data, with_recorded
 from ttt_jax.errors import UserError
 from ttt_jax.nn.transformer import Transformer
 from ttt_jax.parallel.parameters import shardings
@@ -47,9 +47,9 @@ def evaluated_model(config: Config, mesh: Mesh, *, is_run: bool) -> Transformer:
   return initial_model(config, mesh)
 
 
-def with_recorded_boundaries(config: Config) -> Config:
-  """Replaces null in the fields of `data` for document boundaries by the values that the run recorded.
+def with_recorded_data(config: Config) -> Config:
+  """Replaces null by the values that the run recorded, in the fields of `data` that keep its documents.
 
   A run of a version without `data.end_of_text` keeps its tokens: its value is false.
   """
-  return with_boundaries(config, from_main(lambda: recorded_boundaries(config.resolved_run_dir)))
+  return with_recorded(config, from_main(lambda: recorded_data(config.resolved_run_dir)))

@@ -20,7 +20,6 @@ from ttt_jax.config import (
   check_ttt_fields,
 )
 from ttt_jax.config.given import given_fields
-from ttt_jax.config.model import defaults_implied
 from ttt_jax.errors import UserError
 
 SECTIONS = ("model", "attention", "ttt")
@@ -70,19 +69,16 @@ def with_given_fields(sections: Sections, given: Fields, *, source: str) -> Sect
   )
 
 
-def ended_fields(given: Fields) -> Fields:
-  """Returns the defaults of fields that lose their meaning where the given fields override a model's."""
-  ended: dict[str, dict[str, Any]] = {"ttt": defaults_implied(TTTConfig(), given.get("ttt", {}))}
-  scaling = given.get("model", {}).get("rope_scaling")
-  if isinstance(scaling, Mapping):
-    ended["model"] = {"rope_scaling": defaults_implied(RopeScaling(), scaling)}
-  return ended
+def check_init(given: Mapping[str, Any], trained: str, source: str) -> None:
+  """Raises UserError if a given `ttt.init` is not the one that a model's parameters started from.
 
-
-def check_init(given: Fields, trained: TTTConfig, source: str) -> None:
-  """Raises UserError if a given `ttt.init` differs from that of a model that has all its parameters."""
-  init = given.get("ttt", {}).get("init")
-  if init not in (None, trained.init or "identity"):  # as `init` says of pretrained models
+  Args:
+    given: the given fields of `ttt`.
+    trained: the model's own `ttt.init`.
+    source: the model in messages; it has the parameters of all its TTT layers.
+  """
+  init = given.get("init")
+  if init not in (None, trained):
     raise UserError(
       f"ttt.init={init!r} sets how parameters start, but {source} has those of all its TTT layers: leave "
       "ttt.init out"
@@ -122,7 +118,7 @@ def _checked_values(name: str, section: Any, given: Mapping[str, Any]) -> dict[s
 
 def _merged(section: Any, given: Mapping[str, Any]) -> Any:
   """Returns the section with the given fields; fields that these leave without a meaning are defaults."""
-  return dataclasses.replace(section, **{**defaults_implied(section, given), **given})
+  return dataclasses.replace(section, **{**section.ended_by(given), **given})
 
 
 def _equal(value: Any, stored: Any) -> bool:

@@ -86,7 +86,6 @@ def _split(words: Sequence[str], command: Command) -> tuple[list[str], list[str]
       command_words.append(word)
       continue
     _check_flag(flag, command)
-    command.check_used(flag.removeprefix("--"))
     overrides.append(word)
     if not equals and rest and not rest[0].startswith("--"):
       overrides.append(rest.pop(0))

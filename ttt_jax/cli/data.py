@@ -57,7 +57,6 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
   )
   prepare.add_argument(
     "--text-field",
-    default="text",
     metavar="NAME",
     help="field of JSON and parquet that has the text (default text)",
   )
@@ -190,7 +189,6 @@ def _add_reach(commands: argparse._SubParsersAction) -> None:
   )
   reach.add_argument(
     "--text-field",
-    default="text",
     metavar="NAME",
     help="field of JSON and parquet that has the text (default text)",
   )

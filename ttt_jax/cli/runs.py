@@ -2,7 +2,7 @@
 
 import argparse
 
-from ttt_jax.cli.shared import ALL_FIELDS, add_command
+from ttt_jax.cli.shared import ALL_FIELDS, add_command, given_config_fields
 from ttt_jax.config.yaml import load_config, load_fields
 
 _TRAIN_EPILOG = """Every field of the config can be overridden, before the file or after it. For example:
@@ -30,6 +30,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_train(parsed: argparse.Namespace) -> None:
+  given_config_fields(parsed)
   config = load_config(parsed.config, parsed.overrides)
   from ttt_jax.parallel import processes as distributed
   from ttt_jax.training.run import run_training

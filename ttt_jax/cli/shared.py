@@ -6,10 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ttt_jax.checkpoints.sections import SECTIONS, ended_fields
+from ttt_jax.checkpoints.sections import SECTIONS
 from ttt_jax.config import Config
-from ttt_jax.config.recorded import CONFIG_FILE
-from ttt_jax.config.yaml import flatten, load_config, load_fields, make_config, merged_fields
+from ttt_jax.config.recorded import CONFIG_FILE, recorded_fields
+from ttt_jax.config.yaml import (
+  flatten,
+  load_fields,
+  make_config,
+  merged_fields,
+  nested_fields,
+  overridden,
+)
 from ttt_jax.errors import UserError
 
 EVALUATED = "a run's YAML file or directory, a Hugging Face directory, or a .gguf file"
@@ -36,6 +43,7 @@ class Command(argparse.ArgumentParser):
     """
     super().__init__(*args, **{"allow_abbrev": False, **options})
     self._fields, self._unused = fields, unused
+    self.set_defaults(unused=unused)
     self._parts: argparse._SubParsersAction | None = None
 
   def add_subparsers(self, **options: Any) -> argparse._SubParsersAction:
@@ -56,11 +64,6 @@ class Command(argparse.ArgumentParser):
   def flags(self) -> frozenset[str]:
     """Returns the command's own options."""
     return frozenset(self._option_string_actions)
-
-  def check_used(self, field: str) -> None:
-    """Raises UserError if a field has no effect on the command."""
-    if any(field == name or field.startswith(f"{name}.") for name in self._unused):
-      raise UserError(f"--{field} has no effect on this command: leave it out")
 
   def format_help(self) -> str:
     text = super().format_help()
@@ -101,6 +104,24 @@ def given_model_fields(parsed: argparse.Namespace) -> dict[str, Any]:
   return fields
 
 
+def given_config_fields(parsed: argparse.Namespace) -> dict[str, Any]:
+  """Returns the fields of the config that the command line sets.
+
+  Raises:
+    UserError: a field has no effect on the command; as `load_fields`.
+  """
+  fields = load_fields(None, parsed.overrides)
+  for name, _ in flatten(fields):
+    if _is_among(name, parsed.unused):
+      raise UserError(f"--{name} has no effect on this command: leave it out")
+  return fields
+
+
+def _is_among(field: str, names: Sequence[str]) -> bool:
+  """Tells whether a field, or a section that it is in, is among the names."""
+  return any(field == name or field.startswith(f"{name}.") for name in names)
+
+
 def from_flags(config: type, parsed: argparse.Namespace) -> Any:
   """Makes the dataclass `config` from the flags of the same names; lists become tuples."""
   values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(config)}
@@ -114,20 +135,23 @@ def evaluated(parsed: argparse.Namespace) -> tuple[Config, bool]:
     UserError: a field names another model than the command does; as `load_config`.
   """
   path = Path(parsed.config)
+  given = given_config_fields(parsed)
   if path.suffix in (".yaml", ".yml"):
-    return load_config(path, parsed.overrides), True
+    return make_config(overridden(_used(load_fields(path), parsed.unused), given)), True
   is_run = (path / CONFIG_FILE).is_file()
   source = {"run_dir": str(path)} if is_run else {"init_from": parsed.config}
-  overrides = load_fields(None, parsed.overrides)
   for name in ("run_dir", "init_from") if is_run else ("init_from",):
-    if name in overrides and overrides[name] != source.get(name):
+    if name in given and given[name] != source.get(name):
       raise UserError(
-        f"--{name} {overrides[name]} is given, but {parsed.config} is what is evaluated: leave one out"
+        f"--{name} {given[name]} is given, but {parsed.config} is what is evaluated: leave one out"
       )
-  if is_run:
-    recorded = load_fields(path / CONFIG_FILE)
-    return make_config(merged_fields(recorded, ended_fields(overrides), overrides, source)), True
-  return make_config(merged_fields({"name": path.stem}, overrides, source)), False
+  fields = _used(recorded_fields(path), parsed.unused) if is_run else {"name": path.stem}
+  return make_config(merged_fields(overridden(fields, given), source)), is_run
+
+
+def _used(fields: dict[str, Any], unused: Sequence[str]) -> dict[str, Any]:
+  """Returns nested fields without those that a command does not use, so that no check asks for them."""
+  return nested_fields({k: x for k, x in flatten(fields) if not _is_among(k, unused)})
 
 
 def add_ruler_samples(command: argparse.ArgumentParser) -> None:

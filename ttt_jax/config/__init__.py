@@ -7,7 +7,7 @@ says otherwise.
 
 from ttt_jax.config.checks import DTYPES
 from ttt_jax.config.machine import MeshConfig, PlanConfig, RuntimeConfig
-from ttt_jax.config.model import AttentionConfig, ModelConfig, RopeScaling, TTTConfig
+from ttt_jax.config.model import AttentionConfig, ModelConfig, RopeScaling
 from ttt_jax.config.run import (
   Config,
   check_attend,
@@ -24,6 +24,7 @@ from ttt_jax.config.training import (
   TrainConfig,
   WeightedSource,
 )
+from ttt_jax.config.ttt import TTTConfig
 
 __all__ = [
   "DTYPES",

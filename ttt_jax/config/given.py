@@ -43,8 +43,10 @@ def section(name: str | None = None) -> Callable[[T], T]:
 
 def _check_finite(name: str, value: Any) -> None:
   if isinstance(value, float) and not math.isfinite(value):
-    raise UserError(f"{name}={value} is not finite: give a finite number")
-  if isinstance(value, tuple):
+    raise UserError(
+      f"{name}={value} is not finite: give a finite number, or null where it may be null"
+    )
+  if isinstance(value, tuple | list):
     for i, item in enumerate(value):
       _check_finite(f"{name}[{i}]", item)
   if dataclasses.is_dataclass(value):

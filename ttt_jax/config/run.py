@@ -8,8 +8,9 @@ from typing import Any
 from ttt_jax.config.checks import require
 from ttt_jax.config.given import given_fields, section
 from ttt_jax.config.machine import MeshConfig, PlanConfig, RuntimeConfig
-from ttt_jax.config.model import AttentionConfig, ModelConfig, TTTConfig
+from ttt_jax.config.model import AttentionConfig, ModelConfig
 from ttt_jax.config.training import CheckpointConfig, DataConfig, EvalConfig, TrainConfig
+from ttt_jax.config.ttt import TTTConfig
 from ttt_jax.errors import UserError
 
 
@@ -25,7 +26,8 @@ class Config:
   init_from: str | None = None
   """Model to start from, as ttt_jax.load_pretrained takes it. Its checkpoint sets the sections model,
   attention and ttt. Given fields of ttt override the checkpoint; given fields of model and attention
-  may not contradict it.
+  set how it is computed (dtypes, remat, implementation) or stretch its positions, and others may not
+  contradict it.
   """
   seed: int = 0
   """Seed of the parameters, the data order and the samples."""

@@ -172,8 +172,8 @@ class TrainConfig:
   """AdamW's decay of the first moment."""
   beta2: float = 0.95
   """AdamW's decay of the second moment."""
-  clip_grad_norm: float = 1.0
-  """Largest global norm of the gradient; a larger gradient is rescaled to it."""
+  clip_grad_norm: float | None = 1.0
+  """Largest global norm of the gradient; a larger gradient is rescaled to it. None means no limit."""
   accumulate: int = 1
   """Number of microbatches per step, whose gradients are accumulated; the result is the same."""
   z_loss: float = 0.0
@@ -194,10 +194,10 @@ class TrainConfig:
   """First and last step that jax.profiler traces, as [10, 12]; None means no trace."""
 
   def __post_init__(self):
-    require_positive(
-      "train", self, "steps", "batch_size", "learning_rate", "clip_grad_norm", "log_every"
-    )
+    require_positive("train", self, "steps", "batch_size", "learning_rate", "log_every")
     require_positive("train", self, "accumulate", "max_bad_steps")
+    if self.clip_grad_norm is not None:
+      require_positive("train", self, "clip_grad_norm")
     require_choice("train.master_dtype", self.master_dtype, DTYPES)
     for writer in self.writers:
       require_choice("train.writers", writer, WRITERS)
@@ -236,9 +236,10 @@ class CheckpointConfig:
   keep_every: int | None = None
   """Checkpoints at multiples of this number of steps are never deleted; None means no such checkpoints."""
   verify: str = "sizes"
-  """Comparison before a restore: "sizes" finds files that are missing or cut short; "checksums" also
-  finds bits that changed on the disk. For checksums each process loads the files that it wrote again
-  after every save, and its share of all files before a restore.
+  """Comparison before a restore: "sizes" finds files that are missing or cut short, and bits that
+  changed in files of up to 64 KiB; "checksums" also finds bits that changed in larger files. For
+  checksums each process loads the files that it wrote again after every save, and its share of all
+  files before a restore.
   """
 
   def __post_init__(self):

@@ -23,7 +23,7 @@ import jsonargparse
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from ttt_jax.config import Config
+from ttt_jax.config import Config, RopeScaling, TTTConfig
 from ttt_jax.errors import UserError
 
 _YAML = "yaml_1_2"  # the name under which jsonargparse knows our YAML parser
@@ -53,7 +53,24 @@ def load_fields(path: str | PathLike | None, overrides: Sequence[str] = ()) -> d
   """
   fields = {} if path is None else checked_fields(load_yaml(path), f"in {path}")
   given = _parsed(_parser().parse_args, _words(overrides), "on the command line")
-  return merged_fields(fields, _plain(given))
+  return overridden(fields, _plain(given))
+
+
+def overridden(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns nested fields with the given ones over them.
+
+  Fields that given ones leave without a meaning (`ended_by`) are left out.
+  """
+  kept = dict(fields)
+  if "ttt" in given:
+    ended = TTTConfig.ended_by(given["ttt"])
+    kept["ttt"] = {k: x for k, x in fields.get("ttt", {}).items() if k not in ended}
+  scalings = [(tree.get("model") or {}).get("rope_scaling") for tree in (fields, given)]
+  if all(isinstance(scaling, Mapping) for scaling in scalings):
+    ended = RopeScaling.ended_by(scalings[1])
+    scaling = {k: x for k, x in scalings[0].items() if k not in ended}
+    kept["model"] = {**fields["model"], "rope_scaling": scaling}
+  return merged_fields(kept, given)
 
 
 def merged_fields(*fields: Mapping[str, Any]) -> dict[str, Any]:

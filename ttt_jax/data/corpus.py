@@ -15,7 +15,7 @@ from jaxtyping import Int32, Integer
 from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.config import DataConfig
 from ttt_jax.data.boundaries import boundaries, special_ids
-from ttt_jax.data.files import FORMATS, METADATA, find_files, real_paths
+from ttt_jax.data.files import FORMATS, METADATA, Files, find_files, real_paths
 from ttt_jax.data.formats import has_text_field, load_texts
 from ttt_jax.data.interleave import Interleave
 from ttt_jax.data.prepared import PreparedCorpus, PreparedDocuments
@@ -78,6 +78,7 @@ class Source:
   heldout: Documents
   weight: float = 1.0  # share of the tokens, relative to other weights
   end_of_text: bool = False  # whether each document ends with an end-of-text token
+  text_field: str | None = None  # the field that a prepared corpus was made from
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +113,9 @@ class Corpus:
 
     def line(source):
       share = f" {source.weight / weights:.1%} of the tokens," if len(self.sources) > 1 else ""
+      field = "" if source.text_field is None else f" prepared from the field {source.text_field};"
       return (
-        f"{source.name}:{share} documents for training {size(source.train)}, held out "
+        f"{source.name}:{share}{field} documents for training {size(source.train)}, held out "
         f"{size(source.heldout)}; {ends(source)}"
       )
 
@@ -135,13 +137,10 @@ def load_corpus(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None = 
       requested boundary; no source has the requested text field.
   """
   skipped = Skipped(config.max_bad_records)
-  sources: list[Source] = []
+  found: list[PreparedCorpus | Files] = []
   owners: dict[str, str] = {}
-  text_fields: set[str] = set()  # that a prepared source was made from
-  has_fields = False
-  for name, path, weight in config.sources:
+  for name, path, _ in config.sources:
     if path and (Path(path).expanduser() / METADATA).is_file():
-      _check_unshared([Path(path).expanduser()], f"{name}={path!r}", owners)
       corpus = PreparedCorpus(
         path,
         field=name,
@@ -150,43 +149,51 @@ def load_corpus(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None = 
         start_of_text=config.start_of_text,
         end_of_text=config.end_of_text,
       )
-      text_fields |= {corpus.text_field} - {None}
-      is_heldout = _heldout_mask(corpus.name_hashes, config.heldout_fraction)
-      train, heldout = (
-        PreparedDocuments(corpus, np.flatnonzero(x)) for x in (~is_heldout, is_heldout)
-      )
-      sources.append(Source(path, train, heldout, weight, corpus.end_of_text))
+      _check_unshared([Path(path).expanduser()], f"{name}={path!r}", owners)
+      found.append(corpus)
     else:
       files = find_files(path, skipped, field=name)
-      has_fields |= any(has_text_field(file) for file in files.paths)
-      sources.append(
-        _load_source(config, path, weight, files, name, seed, tokenizer, skipped, owners)
+      _check_unshared(files.paths, f"{name}={path!r}", owners)
+      found.append(files)
+  _check_text_field(config.text_field, found)
+
+  sources = []
+  for (name, path, weight), source in zip(config.sources, found, strict=True):
+    if isinstance(source, PreparedCorpus):
+      is_heldout = _heldout_mask(source.name_hashes, config.heldout_fraction)
+      train, heldout = (
+        PreparedDocuments(source, np.flatnonzero(x)) for x in (~is_heldout, is_heldout)
       )
-  if not has_fields:
-    _check_text_field(config.text_field, text_fields)
+      field = source.text_field or None
+      sources.append(Source(path, train, heldout, weight, source.end_of_text, field))
+    else:
+      shown = f"{name}={path!r}"
+      sources.append(_load_source(config, source, weight, shown, seed, tokenizer, skipped))
   return Corpus(tuple(sources), skipped, tokenizer)
 
 
-def _check_text_field(given: str | None, prepared: set[str]) -> None:
-  """Raises UserError for a field that no source has: prepared ones were made from others, if from any."""
-  if given is None or given in prepared:
+def _check_text_field(given: str | None, sources: Sequence[PreparedCorpus | Files]) -> None:
+  """Raises UserError if no source has or may have records with the given field."""
+  if given is None:
     return
-  if prepared:
-    fields = ", ".join(sorted(prepared))
+  prepared = [x.text_field for x in sources if isinstance(x, PreparedCorpus)]
+  has_records = any(
+    has_text_field(path) for x in sources if not isinstance(x, PreparedCorpus) for path in x.paths
+  )
+  if has_records or given in prepared or None in prepared:  # None: an older version made it
+    return
+  if fields := sorted(set(filter(None, prepared))):
     raise UserError(
-      f"data.text_field={given!r}, but the corpus was prepared from the field {fields}: leave it out, or "
-      f"prepare the corpus again with --text-field {given}"
+      f"data.text_field={given!r}, but the corpus was prepared from the field {', '.join(fields)}: leave "
+      f"it out, or prepare the corpus again with --text-field {given}"
     )
-  if given != "text":
-    raise UserError(
-      f"data.text_field={given!r} has no effect: no source has records with fields, or was prepared from "
-      "such records; leave it out"
-    )
+  raise UserError(
+    f"data.text_field={given!r} has no effect, no source has records with fields: leave it out"
+  )
 
 
-def _load_source(config, path, weight, files, name, seed, tokenizer, skipped, owners) -> Source:
+def _load_source(config, files, weight, shown, seed, tokenizer, skipped) -> Source:
   """Loads a source into memory."""
-  _check_unshared(files.paths, f"{name}={path!r}", owners)
   text_field = "text" if config.text_field is None else config.text_field
   texts = (
     text
@@ -203,7 +210,7 @@ def _load_source(config, path, weight, files, name, seed, tokenizer, skipped, ow
   if len(documents) < 2:
     found = "one readable document only" if documents else "no readable document"
     raise UserError(
-      f"{name}={path!r} holds {found} (skipped: {skipped}): give a "
+      f"{shown} holds {found} (skipped: {skipped}): give a "
       f"directory or glob with two documents or more, one to train on and one to hold out, in "
       f"{FORMATS}; a single long text can be cut into several files"
     )

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import grain
 
-from ttt_jax.data.files import compression_of, format_of
+from ttt_jax.data.files import Files, compression_of, format_of
 from ttt_jax.data.parquet import parquet_texts
 from ttt_jax.data.skipped import Skipped
 from ttt_jax.errors import UserError
@@ -72,6 +72,20 @@ def load_texts(
 def has_text_field(path: Path) -> bool:
   """Tells whether a file holds records, whose text is in a field."""
   return format_of(path) in _readers()
+
+
+def checked_text_field(given: str | None, files: Files) -> str:
+  """Returns the field to load from files with records: the given one, or "text".
+
+  Raises:
+    UserError: a field is given, and no file has records with fields.
+  """
+  if given is not None and not any(map(has_text_field, files.paths)):
+    raise UserError(
+      f"text_field={given!r} has no effect, no file of {files.source!r} has records with fields: leave "
+      "it out"
+    )
+  return "text" if given is None else given
 
 
 def _readers() -> dict[

@@ -10,7 +10,7 @@ from ttt_jax.errors import UserError
 def load_data(config: Config) -> Corpus:
   """Loads the documents of a resolved config.
 
-  That of a run that exists has passed `with_recorded_boundaries`, so that its documents stay the same.
+  That of a run that exists has passed `with_recorded_data`, so that its documents stay the same.
 
   Raises:
     UserError: the model's vocabulary is smaller than the tokenizer's; as `load_tokenizer` and

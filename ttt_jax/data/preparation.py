@@ -19,7 +19,7 @@ from rich.console import Console
 from ttt_jax.checkpoints.tokenizer import BYTES, load_tokenizer
 from ttt_jax.data.boundaries import boundaries
 from ttt_jax.data.files import METADATA, find_files
-from ttt_jax.data.formats import has_text_field, load_texts
+from ttt_jax.data.formats import checked_text_field, has_text_field, load_texts
 from ttt_jax.data.prepared import (
   FORMAT,
   INDEX,
@@ -42,7 +42,7 @@ def prepare(
   destination: str | Path,
   *,
   tokenizer: str = BYTES,
-  text_field: str = "text",
+  text_field: str | None = None,
   start_of_text: bool | None = None,
   end_of_text: bool | None = None,
   shard_bytes: int = 1 << 28,
@@ -74,6 +74,8 @@ def prepare(
   skipped = Skipped(max_bad_records)
   files = find_files(source, skipped, field="source")
   directory = Path(destination).expanduser()
+  has_records = any(map(has_text_field, files.paths))
+  text_field = checked_text_field(text_field, files)
   _clear(directory)
   metadata = {
     "format": FORMAT,
@@ -81,7 +83,7 @@ def prepare(
     "source": files.source,
     "tokenizer": tokenizer,
     "fingerprint": fingerprint(loaded),
-    "text_field": text_field if any(map(has_text_field, files.paths)) else None,
+    "text_field": text_field if has_records else "",
     "start_of_text": added.start is not None,
     "start_of_text_id": added.start,
     "end_of_text": added.end is not None,

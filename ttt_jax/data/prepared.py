@@ -105,7 +105,8 @@ class PreparedCorpus:
     lengths: the number of tokens of each document.
     name_hashes: the `stable_hash` of each document's name.
     end_of_text: whether each document ends with an end-of-text token.
-    text_field: the field of the records that it was made from; None for other files.
+    text_field: the field of the records that it was made from, "" if of files without fields, None if an
+      older version made it, which did not record the field.
   """
 
   def __init__(
@@ -131,7 +132,7 @@ class PreparedCorpus:
       metadata, source, tokenizer, start_of_text=start_of_text, end_of_text=end_of_text
     )
     self.end_of_text = metadata["end_of_text"]
-    self.text_field = metadata.get("text_field")  # older versions did not record it
+    self.text_field = metadata.get("text_field")
     index = np.memmap(self._directory / INDEX, INDEX_DTYPE, mode="r")
     self.lengths, self.name_hashes = index["tokens"], index["name_hash"]
     self._dtype = token_dtype(tokenizer).newbyteorder("<")

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.checkpoints.resolve import resolve, resolve_run
-from ttt_jax.checkpoints.runs import evaluated_model, with_recorded_boundaries
+from ttt_jax.checkpoints.runs import evaluated_model, with_recorded_data
 from ttt_jax.config import Config
 from ttt_jax.data import heldout_rows
 from ttt_jax.data.load import load_data
@@ -48,7 +48,7 @@ def run_perplexity(
   Raises:
     UserError: no document is long enough; `out` holds results of other settings.
   """
-  config = with_recorded_boundaries(resolve_run(config) if is_run else resolve(config))
+  config = with_recorded_data(resolve_run(config) if is_run else resolve(config))
   out = Path("runs") / f"perplexity_{config.name}" if out is None else out
   console = Console(quiet=not is_main()) if console is None else console
   corpus = on_every_process(lambda: load_data(config))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ttt_jax.data.files import find_files
-from ttt_jax.data.formats import load_texts
+from ttt_jax.data.formats import checked_text_field, load_texts
 from ttt_jax.data.skipped import Skipped
 from ttt_jax.errors import UserError
 from ttt_jax.files import atomic_file
@@ -24,7 +24,11 @@ class Joined(NamedTuple):
 
 
 def join(
-  source: str, destination: str | Path, *, text_field: str = "text", skipped: Skipped | None = None
+  source: str,
+  destination: str | Path,
+  *,
+  text_field: str | None = None,
+  skipped: Skipped | None = None,
 ) -> Joined:
   """Writes JSON lines, one document per entry of the top directory of `source`, for `data.path`.
 
@@ -48,6 +52,7 @@ def join(
     raise UserError(f"destination={str(destination)!r} exists: delete it, or give another one")
   skipped = Skipped() if skipped is None else skipped
   files = find_files(source, skipped, field="source")
+  text_field = checked_text_field(text_field, files)
   documents = count = size = 0
   destination.parent.mkdir(parents=True, exist_ok=True)
   with atomic_file(destination) as unfinished, unfinished.open("w", encoding="utf-8") as out:

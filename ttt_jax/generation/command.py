@@ -12,11 +12,10 @@ from ttt_jax.checkpoints.sections import Fields
 from ttt_jax.checkpoints.tokenizer import Tokenizer
 from ttt_jax.errors import UserError
 from ttt_jax.files import load_text
+from ttt_jax.generation import state as states
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import Generation, Stream, generate
 from ttt_jax.generation.sampling import stop_tokens
-from ttt_jax.generation.state import GenerationState
-from ttt_jax.generation.state import load_state as read_state
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,17 @@ def run(
     raise UserError(
       f"--save-state {save_state}: the directory {save_state.parent} does not exist, make it"
     )
+  if load_state is not None and learn is not None:
+    raise UserError(
+      f"--load-state {load_state} and --learn {learn} both say what comes before the prompts: leave one out"
+    )
   tokenizer = open_tokenizer(source)
   model = Reader.of(open_model(source, dtype=dtype, fields=fields), donate=True)
   tokenizer.check_vocabulary(model.model.vocab_size)
   _say(console, _describe(model))
   state = None
   if load_state is not None:
-    state = read_state(load_state, model)
+    state = states.load_state(load_state, model)
   elif learn is not None:
     if not model.ttt.layers:
       raise UserError(f"--learn: {source} has no fast weights to learn with; see --ttt.layers")
@@ -92,7 +95,7 @@ def run(
 
 def _learned(
   path: Path, model: Reader, tokenizer: Tokenizer, rows: int, console: Console
-) -> GenerationState:
+) -> states.GenerationState:
   """Returns the fast weights of every row after it has read the text of a file."""
   text = _encode(tokenizer, load_text(path))
   result = generate(model, [text] * rows, max_new_tokens=0)

@@ -20,7 +20,7 @@ def scaled_frequencies(
   Args:
     head_dim: K, channels per head.
     theta: the base; plain frequencies are `theta^(-2 i / K)`.
-    scaling: the method and its parameters; `ModelConfig` has checked them.
+    scaling: the method and its parameters; `RopeScaling.check` has checked them.
   """
   periods = np.float32(theta) ** (
     np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)

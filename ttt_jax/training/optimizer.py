@@ -36,8 +36,9 @@ def decays(params: Any) -> Any:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+  limit = config.clip_grad_norm
   return optax.chain(
-    optax.clip_by_global_norm(config.clip_grad_norm),
+    optax.identity() if limit is None else optax.clip_by_global_norm(limit),
     optax.adamw(
       learning_rate(config),
       b1=config.beta1,

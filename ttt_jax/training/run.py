@@ -21,7 +21,7 @@ from ttt_jax.checkpoints.runs import (
   abstract_model,
   evaluated_model,
   load_model,
-  with_recorded_boundaries,
+  with_recorded_data,
 )
 from ttt_jax.config import Config
 from ttt_jax.data import Corpus
@@ -50,7 +50,7 @@ def run_training(config: Config, console: Console | None = None) -> dict[str, An
       `resolve`, `make_mesh`, `load_data` and `train`.
   """
   console = Console(quiet=not is_main()) if console is None else console
-  config = with_recorded_boundaries(resolve(config))
+  config = with_recorded_data(resolve(config))
   mesh = make_mesh(config.mesh)
   corpus = on_every_process(lambda: load_data(config))
   rows = on_every_process(lambda: check_ready(config, corpus, mesh))
@@ -162,7 +162,7 @@ def run_evaluation(
       belongs to another run; as `load_pretrained`.
   """
   console = Console(quiet=not is_main()) if console is None else console
-  config = with_recorded_boundaries(resolve_run(config) if is_run else resolve(config))
+  config = with_recorded_data(resolve_run(config) if is_run else resolve(config))
   mesh = make_mesh(config.mesh)
   run_dir = Path(config.resolved_run_dir)
   corpus = on_every_process(lambda: load_data(config))

@@ -15,10 +15,10 @@ from typing import Any
 from ttt_jax.config import Config
 from ttt_jax.config.recorded import (
   CONFIG_FILE,
-  boundaries_of,
   record_config,
   recorded_config,
-  with_boundaries,
+  recorded_data_of,
+  with_recorded,
 )
 from ttt_jax.config.yaml import config_difference, flatten
 from ttt_jax.errors import UserError
@@ -152,7 +152,7 @@ def load_metrics(path: str | Path) -> list[dict[str, Any]]:
 def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> Config | None:
   """Refuses a directory of another config; returns the config to record, or None if it is recorded.
 
-  In it, null document boundaries keep the values that the run recorded before.
+  In it, fields of `data` in which null means the recorded value have this value.
   """
   file = path / CONFIG_FILE
   if path.exists() and not path.is_dir():
@@ -169,7 +169,7 @@ def _check_run(path: Path, config: Config, may_change: tuple[str, ...]) -> Confi
       )
     return config
   recorded = recorded_config(path)
-  config = with_boundaries(config, boundaries_of(recorded))
+  config = with_recorded(config, recorded_data_of(recorded))
   recorded, current = dataclasses.asdict(recorded), dataclasses.asdict(config)
   refused = config_difference(_without(recorded, may_change), _without(current, may_change))
   if refused:

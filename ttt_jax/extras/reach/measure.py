@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ttt_jax.data.files import FORMATS, METADATA, find_files
-from ttt_jax.data.formats import load_texts
+from ttt_jax.data.formats import checked_text_field, load_texts
 from ttt_jax.data.skipped import Skipped, stable_hash
 from ttt_jax.errors import UserError
 
@@ -81,7 +81,7 @@ class ReachConfig:
   primer: int = 1 << 20
   compressor: str = "ppmd"
   seed: int = 0
-  text_field: str = "text"
+  text_field: str | None = None
 
   def __post_init__(self):
     for name, least in (("block", 1), ("documents", 1), ("blocks", 1), ("primer", 0)):
@@ -174,10 +174,9 @@ def sample(path: str | None, config: ReachConfig, skipped: Skipped) -> Sample:
 def _texts(path, config: ReachConfig, skipped: Skipped, lengths: list[int]) -> Iterator[Text]:
   """Yields all documents, and appends their lengths."""
   files = find_files(path, skipped, field="path")
+  text_field = checked_text_field(config.text_field, files)
   for file in files.paths:
-    for name, data in load_texts(
-      file, files.name_of(file), text_field=config.text_field, skipped=skipped
-    ):
+    for name, data in load_texts(file, files.name_of(file), text_field=text_field, skipped=skipped):
       lengths.append(len(data))
       yield Text(name, data)
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.checkpoints.resolve import resolve, resolve_run
-from ttt_jax.checkpoints.runs import BASELINE, evaluated_model, load_model, with_recorded_boundaries
+from ttt_jax.checkpoints.runs import BASELINE, evaluated_model, load_model, with_recorded_data
 from ttt_jax.config import Config
 from ttt_jax.data import heldout_rows
 from ttt_jax.data.load import load_data
@@ -43,7 +43,7 @@ def run_recall(
       of the recall task, or there is no checkpoint.
   """
   console = Console(quiet=not is_main()) if console is None else console
-  config = with_recorded_boundaries(resolve_run(config) if is_run else resolve(config))
+  config = with_recorded_data(resolve_run(config) if is_run else resolve(config))
   window = config.attention.window if window is None else window
   if window is None:
     raise UserError(
