@@ -83,7 +83,8 @@ def run_sections(run_dir: str | Path, given: Fields) -> Sections:
   check_layers(*sections)
   # In a run, null means a new model's; `resolve` has replaced the null of a pretrained one.
   check_init(given.get("ttt", {}), trained.ttt.init or "next_token", source)
-  if _parameter_shapes(sections) != _parameter_shapes(trained):
+  # The other sections' given fields have no part in the shapes.
+  if sections.ttt != trained.ttt and _parameter_shapes(sections) != _parameter_shapes(trained):
     changed = [
       f"ttt.{name}={value!r}"
       for name, value in given.get("ttt", {}).items()
