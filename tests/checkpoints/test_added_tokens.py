@@ -230,3 +230,12 @@ def test_a_byte_order_mark_does_not_count(write, tmp_path):
   tokenizer = load_tokenizer(directory)
   assert tokenizer.encode("ab") == [97, 98]
   assert tokenizer.decode([97, 98], skip_special_tokens=True) == "b"
+
+
+def test_a_tokenizer_is_saved_where_a_word_says_and_onto_itself(tmp_path):
+  made = byte_tokenizer()
+  made.save(str(tmp_path / "new" / "place"))
+  loaded = load_tokenizer(tmp_path / "new" / "place")
+  loaded.save(tmp_path / "new" / "place")
+  loaded.save(str(tmp_path / "copy"))
+  assert load_tokenizer(tmp_path / "copy").encode("a b") == made.encode("a b")

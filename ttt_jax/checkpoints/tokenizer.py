@@ -120,8 +120,15 @@ class Tokenizer:
         "belong together, use the model's tokenizer"
       )
 
-  def save(self, directory: Path) -> None:
-    """Saves the tokenizer for `load_tokenizer` and `transformers`; one from a directory is copied."""
+  def save(self, directory: str | Path) -> None:
+    """Saves the tokenizer for `load_tokenizer` and `transformers`; one from a directory is copied.
+
+    The directory is made if it is missing.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if self._source is not None and self._source.resolve() == directory.resolve():
+      return
     if self._source is not None:
       for name in TOKENIZER_FILES:
         if (self._source / name).is_file():
