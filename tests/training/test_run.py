@@ -104,6 +104,7 @@ def test_longer_documents_are_traced_before(config, monkeypatch):
 @pytest.mark.parametrize("refused", ["model, updates on", "model, updates off", "twin"])
 def test_a_model_that_cannot_be_evaluated_is_not_trained(config, tmp_path, refused, monkeypatch):
   """The model with its updates on and off and the twin are traced, each before the first step."""
+  jax.clear_caches()  # another test may have traced them
   losses, traced = evaluation.model_losses, []
 
   def refuse(model, tokens, *args, update, **kwargs):

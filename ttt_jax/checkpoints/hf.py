@@ -146,7 +146,7 @@ def resolve_sections(
   sections = with_given_fields(sections, {**given, "model": model}, source=source)
   check_layers(*sections)
   if sections.ttt.layers and not _layers_without_tensors(checkpoint, sections.ttt.layers):
-    stored = base if ttt is None else _ttt_from_config(checkpoint) or ttt
+    stored = base if ttt is None else _stored_or(checkpoint, ttt)
     fields = given.get("ttt", {}) if ttt is None else given_fields(ttt)
     check_init(fields, stored.init or "identity", source)
   is_given = ttt is not None or bool(given.get("ttt"))
@@ -245,6 +245,14 @@ def _ttt_from_config(checkpoint: Checkpoint) -> TTTConfig | None:
       stacklevel=4,
     )
   return ttt
+
+
+def _stored_or(checkpoint: Checkpoint, ttt: TTTConfig) -> TTTConfig:
+  """Returns the section ttt of a checkpoint; `ttt` if its config.json has none or contradicts itself."""
+  try:
+    return _ttt_from_config(checkpoint) or ttt
+  except UserError:
+    return ttt
 
 
 def _ttt_or_default(checkpoint: Checkpoint) -> TTTConfig:
