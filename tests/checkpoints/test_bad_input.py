@@ -13,6 +13,7 @@ from ttt_jax import load_pretrained, load_tokenizer, save_pretrained
 from ttt_jax.checkpoints import files, gguf
 from ttt_jax.checkpoints.tokenizer import byte_tokenizer
 from ttt_jax.checkpoints.ttt_config import PUBLISHED_KEYS
+from ttt_jax.errors import UserError
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
@@ -219,3 +220,9 @@ def test_no_tokenizer_or_a_damaged_one(path):
   (path / "tokenizer.json").write_text("{")
   with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
     load_tokenizer(path)
+
+
+def test_a_run_directory_is_named_for_what_it_is(tmp_path):
+  (tmp_path / "config.yaml").write_text("name: x")
+  with pytest.raises(UserError, match=rf"is a run directory .*`ttt-jax convert {tmp_path} NEW"):
+    load_pretrained(tmp_path)

@@ -312,7 +312,7 @@ def test_a_bug_keeps_its_traceback(config, tmp_path, monkeypatch):
   code = compile("def broken(*_): a, b = 1, 2, 3", cli.__file__, "exec")
   namespace = {}
   exec(code, namespace)
-  monkeypatch.setattr(runs, "load_config", namespace["broken"])
+  monkeypatch.setattr(runs, "make_config", namespace["broken"])
   with pytest.raises(ValueError, match="too many values"):
     main(["train", str(config)])
 

@@ -176,6 +176,13 @@ def test_a_field_out_of_range_is_named(section, fields, message):
     ),
     ({"mesh": MeshConfig(tensor=8)}, r"mesh\.tensor=8 does not divide model\.num_heads=4"),
     (
+      {
+        "mesh": MeshConfig(tensor=4),
+        "ttt": TTTConfig(layers=(1,), rule="least_squares", key_rank=10),
+      },
+      r"mesh\.tensor=4 does not divide ttt\.key_rank=10",
+    ),
+    (
       {"mesh": MeshConfig(tensor=4), "model": ModelConfig(num_kv_heads=2)},
       r"mesh\.tensor=4 does not divide model\.num_kv_heads=2",
     ),

@@ -1,7 +1,8 @@
 """Loads pretrained weights into a model, tensor by tensor, straight onto their shardings.
 
-The model is never initialised: its shapes come from `jax.eval_shape`, each parameter is made as zeros on
-its sharding, and a donated update writes every tensor into it. The host holds one tensor at a time.
+The model's shapes come from `jax.eval_shape`; only parameters that the checkpoint lacks are initialised.
+Parameters of stacked layers start as zeros on their sharding, and a donated update writes each layer into
+them. The host holds one tensor at a time.
 """
 
 import dataclasses
@@ -40,6 +41,7 @@ from ttt_jax.checkpoints.tensors import (
 from ttt_jax.checkpoints.ttt_config import parse_published, parse_section
 from ttt_jax.config import DTYPES, TTTConfig, check_layers
 from ttt_jax.config.given import given_fields
+from ttt_jax.config.recorded import CONFIG_FILE as RUN_CONFIG
 from ttt_jax.errors import UserError
 from ttt_jax.nn.fast_mlp import LEARNED
 from ttt_jax.nn.transformer import Transformer
@@ -197,6 +199,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
       raise UserError(
         f"{path} has no {CONFIG} but {len(models)} GGUF files, {', '.join(x.name for x in models[:5])}"
         f"{', ...' if len(models) > 5 else ''}: give the path of one"
+      )
+    if not (path / CONFIG).is_file() and (path / RUN_CONFIG).is_file():
+      raise UserError(
+        f"{path} is a run directory of `ttt-jax train`: make a checkpoint of it with `ttt-jax convert "
+        f"{path} NEW_DIRECTORY`"
       )
     generation = path / GENERATION_CONFIG
     return Checkpoint(

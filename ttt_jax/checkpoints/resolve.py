@@ -112,7 +112,7 @@ def _with_mesh(config: Config, devices: int) -> Config:
 
 def _with_sections(config: Config, sections: Sections) -> Config:
   check_trainable(sections.ttt, config.train)
-  check_mesh(sections.model, config.mesh)
+  check_mesh(sections.model, sections.ttt, config.mesh)
   check_attend(config.data, sections.ttt)
   return dataclasses.replace(config, **sections._asdict())
 

@@ -3,7 +3,7 @@
 import argparse
 
 from ttt_jax.cli.shared import ALL_FIELDS, add_command, given_config_fields
-from ttt_jax.config.yaml import load_config, load_fields
+from ttt_jax.config.yaml import load_config, load_fields, make_config, overridden
 
 _TRAIN_EPILOG = """Every field of the config can be overridden, before the file or after it. For example:
   ttt-jax train configs/quickstart.yaml --train.steps 100 --ttt.layers "[2]" --run_dir runs/short
@@ -30,8 +30,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_train(parsed: argparse.Namespace) -> None:
-  given_config_fields(parsed)
-  config = load_config(parsed.config, parsed.overrides)
+  config = make_config(overridden(load_fields(parsed.config), given_config_fields(parsed)))
   from ttt_jax.parallel import processes as distributed
   from ttt_jax.training.run import run_training
 

@@ -58,7 +58,7 @@ class Config:
       check_layers(self.model, self.attention, self.ttt)
       check_ttt_fields(self.ttt, given_fields(self.ttt), "the model")
       check_trainable(self.ttt, self.train)
-      check_mesh(self.model, self.mesh)
+      check_mesh(self.model, self.ttt, self.mesh)
     check_mixer(self.attention, self.mesh)
     check_rows("data.seq_len", self.data.seq_len, self.mesh.context, self.ttt)
     check_rows("eval.seq_len", self.eval_seq_len, self.mesh.context, self.ttt)
@@ -179,8 +179,14 @@ def check_attend(data: DataConfig, ttt: TTTConfig) -> None:
   )
 
 
-def check_mesh(model: ModelConfig, mesh: MeshConfig) -> None:
+def check_mesh(model: ModelConfig, ttt: TTTConfig, mesh: MeshConfig) -> None:
   """Raises UserError if an axis of the mesh does not divide a size that it splits."""
+  if ttt.layers and ttt.key_rank is not None:
+    require(
+      mesh.tensor == -1 or ttt.key_rank % mesh.tensor == 0,
+      f"mesh.tensor={mesh.tensor} does not divide ttt.key_rank={ttt.key_rank}: choose a divisor, and use "
+      "another axis of the mesh for the rest",
+    )
   for axis, names in (
     ("tensor", ("num_heads", "num_kv_heads", "d_ff", "vocab_size")),
     ("fsdp", ("d_model",)),

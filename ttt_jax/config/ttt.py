@@ -93,7 +93,8 @@ class TTTConfig:
   rule: str = "sum"
   """What a chunk reads of the chunks before it: "sum", the paper's sum of updates, or "least_squares", a
   ridge regression of their targets on their activations, which tells similar activations apart. The
-  fields below belong to "least_squares"; inner_lr and clip_norm to "sum".
+  fields below belong to "least_squares"; inner_lr, inner_lr_scale, learn_inner_lr, clip_norm and merge
+  to "sum".
   """
   ridge: float = 0.01
   """Ridge of the regression, in units of the mean eigenvalue of its sum of keys."""

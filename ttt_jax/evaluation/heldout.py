@@ -22,12 +22,11 @@ from ttt_jax.config import Config
 from ttt_jax.data import VOCAB_SIZE, Corpus, heldout_rows
 from ttt_jax.generation.decoder import Reader
 from ttt_jax.generation.generate import generate
-from ttt_jax.generation.pieces import row_shards
 from ttt_jax.generation.sampling import stop_tokens
 from ttt_jax.names import IGNORE
 from ttt_jax.nn.loss import model_losses
 from ttt_jax.nn.transformer import Transformer
-from ttt_jax.parallel.mesh import to_mesh
+from ttt_jax.parallel.mesh import row_shards, to_mesh
 from ttt_jax.parallel.trees import delete
 
 
@@ -85,9 +84,9 @@ def heldout_by_position(
   no updates. A column is None if there is no such model, or if the model has no updates to switch off.
   """
   columns = {}
-  for name, reader in (("loss", model), ("loss_baseline", baseline), ("loss_before", before)):
-    if reader is not None:
-      columns |= _columns(config, reader, rows, mesh, name)
+  for name, other in (("loss", model), ("loss_baseline", baseline), ("loss_before", before)):
+    if other is not None:
+      columns |= _columns(config, other, rows, mesh, name)
   return _table(config, columns)
 
 

@@ -24,11 +24,11 @@ from ttt_jax.errors import UserError
 from ttt_jax.evaluation.paired import bootstrap
 from ttt_jax.evaluation.result_file import ResultFile
 from ttt_jax.generation.decoder import Cache, Reader
-from ttt_jax.generation.pieces import piece_length, room_for, row_shards
+from ttt_jax.generation.pieces import piece_length, room_for
 from ttt_jax.generation.state import new_state
 from ttt_jax.names import IGNORE
 from ttt_jax.nn.loss import hidden_losses
-from ttt_jax.parallel.mesh import to_mesh
+from ttt_jax.parallel.mesh import row_shards, to_mesh
 
 
 @dataclass(frozen=True)

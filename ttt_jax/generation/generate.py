@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 from ttt_jax.errors import UserError
 from ttt_jax.generation import programs
 from ttt_jax.generation.decoder import Reader
-from ttt_jax.generation.pieces import piece_length, room_for, row_shards
+from ttt_jax.generation.pieces import piece_length, room_for
 from ttt_jax.generation.sampling import check_sampling
 from ttt_jax.generation.state import (
   NO_TOKEN,
@@ -28,6 +28,7 @@ from ttt_jax.generation.state import (
   new_state,
 )
 from ttt_jax.nn.transformer import Transformer
+from ttt_jax.parallel.mesh import row_shards
 
 
 @dataclass(frozen=True)

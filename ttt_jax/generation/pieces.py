@@ -1,7 +1,6 @@
 """Chooses the sizes of the pieces that rows are read in, to bound memory and the number of compilations."""
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Int
 
 from ttt_jax.parallel.mesh import context_size
@@ -32,8 +31,3 @@ def piece_length(remaining: list[int], begun: Int[np.ndarray, "B"], chunk_size: 
     return whole
   short = max(_SHORTEST_PIECE, 1 << (max(remaining) - 1).bit_length())
   return min(whole, short if shards == 1 else -(-short // unit) * unit)
-
-
-def row_shards(mesh: Mesh | None) -> int:
-  """Returns the number of shards that the rows of a batch are split into."""
-  return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]

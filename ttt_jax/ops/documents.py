@@ -119,20 +119,24 @@ def document_masks(
 
 def length_masks(
   lengths: Int[Array, "B"], tokens: int, chunk_size: int, context_axis: str | None
-) -> ChunkMasks:
+) -> tuple[ChunkMasks, Bool[Array, "B N"]]:
   """Computes the masks of right-padded rows, each with `lengths` real tokens: padding does not read.
 
-  A chunk writes if all of its tokens are real. Elsewhere `keeps` is False, which here means that the chunk
-  leaves the state as it is.
+  A chunk writes if all of its tokens are real. Lengths end no document, so every chunk keeps the state.
+
+  Returns:
+    masks: the masks.
+    full: which chunks have real tokens only; the others leave the state as it is, without decay.
   """
   first = 0 if context_axis is None else tokens * lax.axis_index(context_axis)
   real = first + jnp.arange(tokens, dtype=lengths.dtype)[None] < lengths[:, None]
   n = tokens // chunk_size
   full = real[:, : n * chunk_size].reshape(lengths.shape[0], n, chunk_size)
   all_real = full[:, :, -1]
-  return ChunkMasks(
+  masks = ChunkMasks(
     reads=full,
     writes=jnp.broadcast_to(all_real[..., None], full.shape),
-    keeps=all_real,
+    keeps=jnp.ones_like(all_real),
     tail_reads=real[:, n * chunk_size :],
   )
+  return masks, all_real

@@ -236,3 +236,8 @@ def over_shards(
 
 def _is_dims(x: Any) -> bool:
   return type(x) is tuple and all(d is None or isinstance(d, str) for d in x)
+
+
+def row_shards(mesh: Mesh | None) -> int:
+  """Returns the number of shards that the rows of a batch are split into."""
+  return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]

@@ -30,9 +30,8 @@ from ttt_jax.errors import UserError
 from ttt_jax.evaluation.heldout import check_evaluation, evaluate, evaluation_rows
 from ttt_jax.evaluation.plots import plot_by_position, plot_training
 from ttt_jax.files import write_json
-from ttt_jax.generation.pieces import row_shards
 from ttt_jax.nn.transformer import Transformer, count_parameters
-from ttt_jax.parallel.mesh import make_mesh
+from ttt_jax.parallel.mesh import make_mesh, row_shards
 from ttt_jax.parallel.processes import is_main, on_every_process, on_main
 from ttt_jax.parallel.trees import delete
 from ttt_jax.training.log import check_writers

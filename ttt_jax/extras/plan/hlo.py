@@ -1,7 +1,7 @@
 """Parses the text of a compiled program: the bytes that it sends between devices and moves in memory.
 
 XLA's cost analysis counts the body of a loop once. A `Program` is a graph of computations, each of which
-counts as often as it runs; `count_collectives` and `sent_bytes`, for tests, count instructions once.
+counts as often as it runs; `count_collectives` and `sent_bytes` count instructions once.
 """
 
 import dataclasses

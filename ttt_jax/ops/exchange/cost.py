@@ -52,7 +52,11 @@ def choose_collective(shards: int, state_bytes: int, device: Device, *, rows: in
 
 
 def bytes_sent(shards: int, state_bytes: int) -> dict[str, int]:
-  """Returns the bytes that a device sends at most, by collective."""
+  """Returns the most bytes that a device sends, by collective.
+
+  "all_to_all" and "ring" cut a state into slices of rows. Where these are not equal they are padded, and
+  the padding is not counted.
+  """
   p, s = shards, state_bytes
   return {
     "all_gather": (p - 1) * s,

@@ -52,8 +52,9 @@ class FastWeightState:
     S: of the sum, which reads as `W + S`: `[*B, F, D]` in the state's dtype, after the last full chunk.
     pending: the number of tokens read after that chunk. They are not in the state, so a later call must
       start at the chunk boundary before them.
-    A: of least squares, the sum of `K^T K`, `[*B, F, F]`; S is None then.
-    D: of least squares, the sum of `K^T V`, `[*B, F, D]`.
+    A: of least squares, the sum of `K^T K`, `[*B, R, R]`; S is None then. R is F, or the dimensions of
+      projected keys.
+    D: of least squares, the sum of `K^T V`, `[*B, R, D]`.
   """
 
   S: Any = None
@@ -259,9 +260,9 @@ def _masks_and_keep(
     keep = factor if keep is None else keep * factor
   if lengths is not None:
     lengths = vary_over(jnp.asarray(lengths, jnp.int32), axes).reshape(sizes.b)
-    real = length_masks(lengths, sizes.t, sizes.c, context_axis)
+    real, full = length_masks(lengths, sizes.t, sizes.c, context_axis)
     masks = real if masks is None else ChunkMasks(*map(jnp.logical_and, masks, real))
-    keep = None if keep is None else jnp.where(real.keeps, keep, 1)
+    keep = None if keep is None else jnp.where(full, keep, 1)
   return masks, keep, None
 
 

@@ -1,4 +1,4 @@
-"""Implements `ttt_jax.inplace_ttt` with `rule="least_squares"`: keys of all of F, gate, tail, statistics.
+"""Implements `ttt_jax.inplace_ttt` with `rule="least_squares"`: keys, gate, tail, statistics.
 
 Under a `tensor_axis` every device holds the sums whole, since a solve needs all of F, and computes the
 same; the state that a call takes and returns is split along F like the state of the sum.
