@@ -157,14 +157,14 @@ class TTTConfig:
       given: the fields that are known, where the others may come from a checkpoint; None: all.
     """
 
-    def known(name: str) -> bool:
+    def is_given(name: str) -> bool:
       return given is None or name in given
 
-    if known("rule"):
+    if is_given("rule"):
       for rule, names in _OF_RULE.items():
         if rule != self.rule:
           require_defaults("ttt", self, names, f"ttt.rule={self.rule!r}")
-    if known("read_gate") and self.read_gate == "none":
+    if is_given("read_gate") and self.read_gate == "none":
       require_defaults("ttt", self, _OF_GATE, "ttt.read_gate='none'")
     require(
       not (self.merge and self.implementation not in (None, "sequential")),
@@ -175,7 +175,7 @@ class TTTConfig:
       f"ttt.half_life={self.half_life} and ttt.decay={self.decay} both set the decay: leave one out",
     )
     require(
-      not (known("half_life") and self.learn_half_life and self.half_life is None),
+      not (is_given("half_life") and self.learn_half_life and self.half_life is None),
       "ttt.learn_half_life=true needs a ttt.half_life to start from, in tokens",
     )
 

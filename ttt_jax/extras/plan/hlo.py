@@ -46,7 +46,7 @@ def count_collectives(compiled_text: str) -> dict[str, int]:
 
 
 def sent_bytes(compiled_text: str) -> dict[str, int]:
-  """Counts, by kind, the bytes that the device that sends most sends; a loop's body counts once.
+  """Counts the bytes of the device that sends most, by kind of collective; a loop's body counts once.
 
   An all-gather of x sends x to P-1 devices, an all-to-all the parts for other devices, an all-reduce
   `2 (P-1)/P` of its array (reduce, then gather), a collective-permute its array from every source.
