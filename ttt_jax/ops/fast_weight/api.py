@@ -26,7 +26,7 @@ from ttt_jax.ops.fast_weight.checks import (
   check_rule,
   check_state,
 )
-from ttt_jax.ops.fast_weight.chunks import Chunks, Sizes, UpdateRule
+from ttt_jax.ops.fast_weight.chunks import Chunks, Sizes, UpdateSettings
 from ttt_jax.ops.fast_weight.least_squares.api import Gate, LeastSquares
 from ttt_jax.ops.fast_weight.least_squares.sums import Sums, packed_shape
 from ttt_jax.ops.fast_weight.rules import read_least_squares, read_sum
@@ -185,7 +185,7 @@ def inplace_ttt(
   state_dtype = jnp.dtype(state_dtype or accumulation_dtype(z.dtype))
   is_sum = rule == "sum"
   check_state(state, rule, (*lead, rank // tensor_shards, sizes.d), rank, state_dtype, context_axis)
-  update_rule = UpdateRule(
+  update_settings = UpdateSettings(
     state_dtype=state_dtype,
     clip_norm=None if clip_norm is None else float(clip_norm),
     tensor_axis=tensor_axis,
@@ -209,7 +209,17 @@ def inplace_ttt(
     sizes, segment_ids, lengths, decay, state_dtype, context_axis, axes
   )
   chunks, tail = _cut(sizes, z, v, inner_lr, state, masks, keep, decay, state_dtype, axes)
-  arguments = (sizes, chunks, tail, masks, w, update_rule, exchange, sample_places, implementation)
+  arguments = (
+    sizes,
+    chunks,
+    tail,
+    masks,
+    w,
+    update_settings,
+    exchange,
+    sample_places,
+    implementation,
+  )
   if is_sum:
     y, s, stats = read_sum(*arguments, merge=merge)
   else:

@@ -6,19 +6,19 @@ from jaxtyping import Array, Float
 
 from ttt_jax.ops.exchange.collectives import Exchange
 from ttt_jax.ops.exchange.prefix import incoming_state
-from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateRule, keep_factors
+from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateSettings, keep_factors
 from ttt_jax.ops.numerics import matmul, where
 from ttt_jax.ops.update import Update, apply_update, clip_update, scale
 
 
 def associative(
-  chunks: Chunks, rule: UpdateRule, exchange: Exchange | None
+  chunks: Chunks, settings: UpdateSettings, exchange: Exchange | None
 ) -> tuple[Float[Array, "B N C D"], Float[Array, "B F D"]]:
   """Returns R and the state after this device's last chunk; all chunks' states are in memory at once."""
-  z, s_in, factors = chunks.z, chunks.s_in, keep_factors(chunks, rule)
+  z, s_in, factors = chunks.z, chunks.s_in, keep_factors(chunks, settings)
   written = matmul("bncf,bncd->bnfd", where(chunks.writes, z), chunks.v)
-  u = (chunks.lr * written).astype(rule.state_dtype)
-  u = clip_update(u, rule.clip_norm, rule.tensor_axis)
+  u = (chunks.lr * written).astype(settings.state_dtype)
+  u = clip_update(u, settings.clip_norm, settings.tensor_axis)
   keeps_all = factors is None  # every chunk keeps the whole state
   factors = jnp.ones(z.shape[:2], u.dtype) if keeps_all else factors
   upto = lax.associative_scan(_combine, Update(factors, u), axis=1)

@@ -57,7 +57,7 @@ class Chunks(NamedTuple):
   writes: Bool[Array, "B N C"] | None
 
 
-class UpdateRule(NamedTuple):
+class UpdateSettings(NamedTuple):
   """Holds the static settings that say how the update of a chunk is computed.
 
   Attributes:
@@ -71,9 +71,9 @@ class UpdateRule(NamedTuple):
   tensor_axis: str | None
 
 
-def keep_factors(chunks: Chunks, rule: UpdateRule) -> Float[Array, "B N"] | None:
+def keep_factors(chunks: Chunks, settings: UpdateSettings) -> Float[Array, "B N"] | None:
   """Returns f_i, the factor by which chunk i keeps the state; None where every chunk keeps all of it."""
-  return factors_of(chunks.keep, chunks.decay, chunks.z.shape[:2], rule.state_dtype)
+  return factors_of(chunks.keep, chunks.decay, chunks.z.shape[:2], settings.state_dtype)
 
 
 def factors_of(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from ttt_jax.ops.exchange.collectives import Exchange
 from ttt_jax.ops.exchange.prefix import incoming_state
-from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateRule, keep_factors, where_kept
+from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateSettings, keep_factors, where_kept
 from ttt_jax.ops.linear import finite_cotangent
 from ttt_jax.ops.numerics import accumulation_dtype, finite, matmul, poison, where
 from ttt_jax.ops.update import (
@@ -37,18 +37,18 @@ _GROUPS = 8
 
 
 def dual(
-  chunks: Chunks, rule: UpdateRule, exchange: Exchange | None
+  chunks: Chunks, settings: UpdateSettings, exchange: Exchange | None
 ) -> tuple[Float[Array, "B N C D"], Float[Array, "B F D"]]:
   """Returns R and the state after this device's last chunk.
 
   Scores are computed for one chunk of queries at a time, `[B, C, T]`, and again in the backward pass.
   """
-  z, s_in, factors = chunks.z, chunks.s_in, keep_factors(chunks, rule)
+  z, s_in, factors = chunks.z, chunks.s_in, keep_factors(chunks, settings)
   b, n = z.shape[:2]
-  state_dtype = rule.state_dtype
+  state_dtype = settings.state_dtype
   keeps_all = factors is None  # every chunk keeps the whole state
   factors = jnp.ones((n, b), state_dtype) if keeps_all else factors.T
-  rates = _rates(chunks, rule)
+  rates = _rates(chunks, settings)
   fast = _read(chunks, _scaled(chunks.v, rates), prefix_weights(factors), is_mask=keeps_all)
 
   # The weights of every chunk's update in the outgoing state.
@@ -92,17 +92,19 @@ def _is_finite(x):
   return jnp.all(jnp.isfinite(x), axis=-1)
 
 
-def _rates(chunks: Chunks, rule: UpdateRule) -> Float[Array, "B N"]:
+def _rates(chunks: Chunks, settings: UpdateSettings) -> Float[Array, "B N"]:
   """Returns `lr r_j`; the clip takes `|Z^T V|_F^2 = <Z Z^T, V V^T>`, without computing the update."""
-  lr = chunks.lr.astype(rule.state_dtype)
-  if rule.clip_norm is None:
+  lr = chunks.lr.astype(settings.state_dtype)
+  if settings.clip_norm is None:
     return jnp.broadcast_to(lr, chunks.z.shape[:2])
   z = where(chunks.writes, chunks.z)
   z_gram = matmul("bncf,bnsf->bncs", z, z)
   v_gram = matmul("bncd,bnsd->bncs", chunks.v, chunks.v)
-  square = sum_over(jnp.sum(z_gram * v_gram, axis=(-2, -1)), rule.tensor_axis)
-  square = jnp.maximum(square.astype(rule.state_dtype), 0)  # a sum of both signs may round below
-  return lr * clip_factor(lr**2 * square, rule.clip_norm).r
+  square = sum_over(jnp.sum(z_gram * v_gram, axis=(-2, -1)), settings.tensor_axis)
+  square = jnp.maximum(
+    square.astype(settings.state_dtype), 0
+  )  # a sum of both signs may round below
+  return lr * clip_factor(lr**2 * square, settings.clip_norm).r
 
 
 def _scaled(v: Float[Array, "B N C D"], rates: Float[Array, "B N"]) -> Float[Array, "B N C D"]:

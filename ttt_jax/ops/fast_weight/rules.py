@@ -22,21 +22,21 @@ _OF_SUM = {"associative": associative, "dual": dual, "sequential": sequential}
 
 
 def read_sum(
-  sizes, chunks, tail, masks, w, rule, exchange, sample_places, implementation, *, merge
+  sizes, chunks, tail, masks, w, settings, exchange, sample_places, implementation, *, merge
 ):
   """Reads and writes by the sum: y `[B, T, D]`, the state, and the statistics if there are places."""
   implementation, merge = _choose_sum(
-    implementation, merge, sizes, chunks.z.dtype, rule.state_dtype, exchange
+    implementation, merge, sizes, chunks.z.dtype, settings.state_dtype, exchange
   )
   b, n, c, d = sizes.b, sizes.n, sizes.c, sizes.d
   y, s, samples = jnp.zeros((b, 0, d), tail.dtype), chunks.s_in, None
   if n and merge:
     with jax.named_scope("fast_weight"):
-      y, s, samples = sequential(chunks, rule, exchange, w, sample_places=sample_places)
+      y, s, samples = sequential(chunks, settings, exchange, w, sample_places=sample_places)
     y = y.reshape(b, n * c, d)
   elif n:
     with jax.named_scope("fast_weight"):
-      fast, s, *_ = implementation(chunks, rule, exchange)
+      fast, s, *_ = implementation(chunks, settings, exchange)
     with jax.named_scope("slow_weight"):
       slow = _slow_product(chunks.z.reshape(b, n * c, -1), w, masked=chunks.reads is not None)
     samples = None if sample_places is None else fast[:, :, sample_places]
@@ -44,22 +44,33 @@ def read_sum(
   if sizes.tail:
     y = jnp.concatenate([y, _read_tail(tail, w, s, masks)], axis=1)
   if s is None:
-    s = varying_zeros((b, sizes.f, d), rule.state_dtype, tail)
+    s = varying_zeros((b, sizes.f, d), settings.state_dtype, tail)
   stats = None
   if sample_places is not None:
-    stats = measure(chunks, rule, w, s, sample_places=sample_places, fast_part=samples)
+    stats = measure(chunks, settings, w, s, sample_places=sample_places, fast_part=samples)
   return y, s, stats
 
 
 def read_least_squares(
-  sizes, chunks, tail, masks, w, rule, exchange, sample_places, implementation, *, settings, rank
+  sizes,
+  chunks,
+  tail,
+  masks,
+  w,
+  update_settings,
+  exchange,
+  sample_places,
+  implementation,
+  *,
+  settings,
+  rank,
 ):
   """Reads and writes by least squares, as `read_sum`, with keys of `rank` dimensions."""
   choice = _choose_least_squares(
     implementation, sizes, rank, exchange, has_state=chunks.s_in is not None
   )
   with jax.named_scope("fast_weight"):
-    fast = least_squares(chunks, tail, masks, settings, rule, exchange, choice)
+    fast = least_squares(chunks, tail, masks, settings, update_settings, exchange, choice)
   z = jnp.concatenate([chunks.z.reshape(sizes.b, -1, sizes.f), tail], axis=1)
   with jax.named_scope("slow_weight"):
     y = _slow_product(z, w, masked=masks is not None)
@@ -68,7 +79,9 @@ def read_least_squares(
   y = (y + jnp.concatenate(parts, axis=1).astype(y.dtype)).astype(z.dtype)
   stats = None
   if sample_places is not None:
-    stats = measure_least_squares(chunks, fast, settings, rule, w, sample_places=sample_places)
+    stats = measure_least_squares(
+      chunks, fast, settings, update_settings, w, sample_places=sample_places
+    )
   return y, fast.sums, stats
 
 

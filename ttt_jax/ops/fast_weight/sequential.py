@@ -16,7 +16,7 @@ from ttt_jax.ops.exchange.collectives import Exchange
 from ttt_jax.ops.exchange.prefix import exchange_updates, incoming_state
 from ttt_jax.ops.fast_weight.chunks import (
   Chunks,
-  UpdateRule,
+  UpdateSettings,
   keep_factors,
   no_cotangent,
   set_chunk,
@@ -53,7 +53,7 @@ class Outputs(NamedTuple):
 
 def sequential(
   chunks: Chunks,
-  rule: UpdateRule,
+  settings: UpdateSettings,
   exchange: Exchange | None,
   w: Float[Array, "F D"] | None = None,
   *,
@@ -72,19 +72,19 @@ def sequential(
   """
   if chunks.s_in is None:
     b, _, _, f = chunks.z.shape
-    s_in = varying_zeros((b, f, chunks.v.shape[-1]), rule.state_dtype, chunks.z)
+    s_in = varying_zeros((b, f, chunks.v.shape[-1]), settings.state_dtype, chunks.z)
     chunks = chunks._replace(s_in=s_in)
   chunks, w = reverse_only(
     (chunks, w),
     "implementation='sequential', which None chose if you did not: pass implementation='dual' or "
     "'associative'",
   )
-  return _sequential(chunks, w, rule, exchange, sample_places)
+  return _sequential(chunks, w, settings, exchange, sample_places)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _sequential(chunks, w, rule, exchange, sample_places):
-  return _sequential_fwd(chunks, w, rule, exchange, sample_places)[0]
+def _sequential(chunks, w, settings, exchange, sample_places):
+  return _sequential_fwd(chunks, w, settings, exchange, sample_places)[0]
 
 
 def _next_state(factor, u, s):
@@ -92,11 +92,13 @@ def _next_state(factor, u, s):
   return s + u if factor is None else scale(factor, s) + u
 
 
-def _update(chunks, i, rule):
+def _update(chunks, i, settings):
   """Returns the update of chunk i, `r U`, in the state's dtype."""
   z_i = where(take_chunk(chunks.writes, i), take_chunk(chunks.z, i))
-  u = (chunks.lr * matmul("bcf,bcd->bfd", z_i, take_chunk(chunks.v, i))).astype(rule.state_dtype)
-  return clip_update(u, rule.clip_norm, rule.tensor_axis)
+  u = (chunks.lr * matmul("bcf,bcd->bfd", z_i, take_chunk(chunks.v, i))).astype(
+    settings.state_dtype
+  )
+  return clip_update(u, settings.clip_norm, settings.tensor_axis)
 
 
 def _times_fast_weight(subscripts: str, x, s, w, reads: Bool[Array, "B C"] | None):
@@ -139,21 +141,21 @@ def _with_rest(product, rest, reads):
   return lax.cond(jnp.any(partly), lambda x: x + rest(partly), lambda x: x, product)
 
 
-def _total(chunks, factors, rule):
+def _total(chunks, factors, settings):
   """Composes this shard's chunks into one update, for the shards after it."""
   z, v, lr = chunks.z, chunks.v, chunks.lr
   n = z.shape[1]
   with jax.named_scope("shard_total"):
-    if rule.clip_norm is None:
+    if settings.clip_norm is None:
       # The total is linear in V: one product over all tokens, V scaled by what later chunks keep of it.
       kept = None if factors is None else prefix_keeps(factors.T, reverse=True).T
       if chunks.writes is not None:
         z = where(where_kept(chunks.writes, kept), z)
-      delta = (lr * matmul("bncf,bncd->bfd", z, _weighted(v, kept))).astype(rule.state_dtype)
+      delta = (lr * matmul("bncf,bncd->bfd", z, _weighted(v, kept))).astype(settings.state_dtype)
     else:
 
       def step(i, s):
-        return _next_state(take_chunk(factors, i), _update(chunks, i, rule), s)
+        return _next_state(take_chunk(factors, i), _update(chunks, i, settings), s)
 
       delta = lax.fori_loop(0, n, step, jnp.zeros_like(chunks.s_in))
     return Update(_total_factor(factors), delta)
@@ -172,17 +174,17 @@ def _weighted(x, weights):
   return scale(weights.astype(wide), x.astype(wide)).astype(x.dtype)
 
 
-def _sequential_fwd(chunks, w, rule, exchange, sample_places):
+def _sequential_fwd(chunks, w, settings, exchange, sample_places):
   z, v, s = chunks.z, chunks.v, chunks.s_in
   b, n, c, _ = z.shape
   wide = accumulation_dtype(z.dtype)
-  factors = keep_factors(chunks, rule)
+  factors = keep_factors(chunks, settings)
   total = None
   if exchange is not None:
     # Local result: what this device's chunks add to the state. Missing term: what the chunks of earlier
     # shards wrote. So each shard sends its total, (keep, delta), once, and starts from the exclusive
     # prefix of these, applied to the state before the whole sequence.
-    total = _total(chunks, factors, rule)
+    total = _total(chunks, factors, settings)
     s = incoming_state(total, s, exchange)
   s_in = s
   places = None if w is None else sample_places
@@ -197,7 +199,7 @@ def _sequential_fwd(chunks, w, rule, exchange, sample_places):
     return y, samples
 
   def update(i, s):
-    return _next_state(take_chunk(factors, i), _update(chunks, i, rule), s)
+    return _next_state(take_chunk(factors, i), _update(chunks, i, settings), s)
 
   def body(i, carry):
     s, y, samples = carry
@@ -218,7 +220,7 @@ def _sequential_fwd(chunks, w, rule, exchange, sample_places):
   return Outputs(y, s_end, samples), (chunks._replace(s_in=s_in), w)
 
 
-def _sequential_bwd(rule, exchange, sample_places, saved, cotangents):
+def _sequential_bwd(settings, exchange, sample_places, saved, cotangents):
   """Passes over the chunks twice, each time with one state.
 
   Backwards, with G_i the cotangent of S_i (G_N that of the outgoing state):
@@ -242,12 +244,12 @@ def _sequential_bwd(rule, exchange, sample_places, saved, cotangents):
   keep, decay = chunks.keep, chunks.decay
   d_y, g_out, _ = cotangents
   d_y = d_y.astype(chunks.z.dtype)
-  factors = keep_factors(chunks, rule)
+  factors = keep_factors(chunks, settings)
   local_g = None
   if exchange is not None:
     later, local_g = _cotangent_of_later_shards(chunks, exchange, factors, d_y, g_out)
     g_out = g_out + later
-  forwards = _forwards_pass(chunks, w, rule, factors, d_y)
+  forwards = _forwards_pass(chunks, w, settings, factors, d_y)
   d_decay = None
   if decay is not None:
     d_decay = forwards.d_decay.astype(decay.dtype) + jnp.sum(forwards.tangent * g_out)
@@ -255,7 +257,7 @@ def _sequential_bwd(rule, exchange, sample_places, saved, cotangents):
   # If every token reads and every chunk keeps the whole state, dW = G_0 - G_N.
   dw_from_g = factors is None and chunks.reads is None
   backwards = _backwards_pass(
-    chunks, w, rule, factors, d_y, g_out, forwards.dz, with_dw=w is not None and not dw_from_g
+    chunks, w, settings, factors, d_y, g_out, forwards.dz, with_dw=w is not None and not dw_from_g
   )
   g_in, dw = backwards.g, backwards.dw
   if w is not None and dw_from_g:
@@ -303,7 +305,7 @@ class _Forwards(NamedTuple):
   d_decay: Float[Array, ""]
 
 
-def _forwards_pass(chunks, w, rule, factors, d_y) -> _Forwards:
+def _forwards_pass(chunks, w, settings, factors, d_y) -> _Forwards:
   """Returns the part of dZ that comes from reads, T_N, and d(decay) without its term `<T_N, G_N>`."""
   z, decay, keep = chunks.z, chunks.decay, chunks.keep
   n, wide = z.shape[1], accumulation_dtype(z.dtype)
@@ -314,7 +316,7 @@ def _forwards_pass(chunks, w, rule, factors, d_y) -> _Forwards:
     if decay is not None:
       kept = carry.s if keep is None else scale(take_chunk(keep, i), carry.s)
       tangent = _next_state(factor, kept, tangent)
-    s = _next_state(factor, _update(chunks, i, rule), carry.s)
+    s = _next_state(factor, _update(chunks, i, settings), carry.s)
     return carry._replace(s=s, tangent=tangent)
 
   def read(i, carry):
@@ -346,7 +348,7 @@ class _Backwards(NamedTuple):
   d_lr: Float[Array, ""]
 
 
-def _backwards_pass(chunks, w, rule, factors, d_y, g_out, dz, *, with_dw: bool) -> _Backwards:
+def _backwards_pass(chunks, w, settings, factors, d_y, g_out, dz, *, with_dw: bool) -> _Backwards:
   """Returns G_0, dW, dV, dlr, and dZ: the given part `dz` plus the part that comes from updates."""
   z, v, lr = chunks.z, chunks.v, chunks.lr
   n, wide = z.shape[1], accumulation_dtype(z.dtype)
@@ -364,7 +366,7 @@ def _backwards_pass(chunks, w, rule, factors, d_y, g_out, dz, *, with_dw: bool) 
     """Adds the cotangents that the update of chunk i gets from G_{i+1}."""
     writes_i, v_i = take_chunk(chunks.writes, i), take_chunk(v, i)
     z_i = where(writes_i, take_chunk(z, i))
-    du = _transpose_clip(carry.g, z_i, v_i, lr, rule).astype(z.dtype)
+    du = _transpose_clip(carry.g, z_i, v_i, lr, settings).astype(z.dtype)
     z_du = where(writes_i, matmul("bcf,bfd->bcd", z_i, du))
     v_du = where(writes_i, matmul("bcd,bfd->bcf", v_i, du))
     dz_i = take_chunk(carry.dz, i).astype(wide) + lr * v_du
@@ -390,14 +392,16 @@ def _backwards_pass(chunks, w, rule, factors, d_y, g_out, dz, *, with_dw: bool) 
     return transpose_read(0, lax.fori_loop(1, n, body, transpose_update(n - 1, start)))
 
 
-def _transpose_clip(g, z_i, v_i, lr, rule):
+def _transpose_clip(g, z_i, v_i, lr, settings):
   """Returns the cotangent of U, given the cotangent g of `r U`; with a clip, U is recomputed."""
-  if rule.clip_norm is None:
+  if settings.clip_norm is None:
     return g
   u = (lr * matmul("bcf,bcd->bfd", z_i, v_i)).astype(g.dtype)
-  r, norm = clip_factor(sum_over(jnp.sum(u * u, (-2, -1)), rule.tensor_axis), rule.clip_norm)
-  clipped = norm > rule.clip_norm
-  u_dot_g = sum_over(jnp.sum(u * g, (-2, -1)), rule.tensor_axis)
+  r, norm = clip_factor(
+    sum_over(jnp.sum(u * u, (-2, -1)), settings.tensor_axis), settings.clip_norm
+  )
+  clipped = norm > settings.clip_norm
+  u_dot_g = sum_over(jnp.sum(u * g, (-2, -1)), settings.tensor_axis)
   coefficient = jnp.where(clipped, u_dot_g / jnp.where(clipped, norm, 1) ** 2, 0)
   return times(r, g - times(coefficient, u))
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateRule
+from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateSettings
 from ttt_jax.ops.numerics import accumulation_dtype, matmul, where
 from ttt_jax.ops.update import clip_update, sum_over
 
@@ -60,7 +60,7 @@ def choose_sample_places(n: int, chunk_size: int) -> slice:
 
 def measure(
   chunks: Chunks,
-  rule: UpdateRule,
+  settings: UpdateSettings,
   w: Float[Array, "F D"],
   s: Float[Array, "B F D"],
   *,
@@ -83,17 +83,17 @@ def measure(
     return jnp.sqrt(jnp.sum(x * x, axis=(1, 2, 3)))
 
   def norm_over_f(x):
-    return jnp.sqrt(sum_over(jnp.sum(x * x, axis=(1, 2)), rule.tensor_axis))
+    return jnp.sqrt(sum_over(jnp.sum(x * x, axis=(1, 2)), settings.tensor_axis))
 
   update = jnp.zeros(b, s.dtype)
   fast = slow = jnp.zeros(b, wide)
   if n:
     last = where(None if chunks.writes is None else chunks.writes[:, -1], chunks.z[:, -1])
     u = (chunks.lr * matmul("bcf,bcd->bfd", last, chunks.v[:, -1])).astype(s.dtype)
-    update = norm_over_f(clip_update(u, rule.clip_norm, rule.tensor_axis))
+    update = norm_over_f(clip_update(u, settings.clip_norm, settings.tensor_axis))
     z = chunks.z[:, :, sample_places]
     slow_part = matmul("bncf,fd->bncd", z, w.astype(z.dtype))
-    slow_part, fast_part = sum_over(jnp.stack([slow_part, fast_part]), rule.tensor_axis)
+    slow_part, fast_part = sum_over(jnp.stack([slow_part, fast_part]), settings.tensor_axis)
     whole = (c / z.shape[2]) ** 0.5
     fast, slow = whole * norm(fast_part), whole * norm(slow_part)
   return FastWeightStats(update=update, state=norm_over_f(s), fast=fast, slow=slow)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from ttt_jax.ops.documents import ChunkMasks
 from ttt_jax.ops.exchange.collectives import Exchange
-from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateRule
+from ttt_jax.ops.fast_weight.chunks import Chunks, UpdateSettings
 from ttt_jax.ops.fast_weight.least_squares.associative import associative
 from ttt_jax.ops.fast_weight.least_squares.kernel import kernel
 from ttt_jax.ops.fast_weight.least_squares.rows import Rows
@@ -86,12 +86,12 @@ def least_squares(
   tail: Float[Array, "B R F"],
   masks: ChunkMasks | None,
   settings: LeastSquares,
-  rule: UpdateRule,
+  update_settings: UpdateSettings,
   exchange: Exchange | None,
   implementation: Callable,
 ) -> FastPart:
   """Reads and writes the full chunks, and reads the tail with the sums after them."""
-  dtype, axis = rule.state_dtype, rule.tensor_axis
+  dtype, axis = update_settings.state_dtype, update_settings.tensor_axis
   b, n, c, _ = chunks.z.shape
   d = chunks.v.shape[-1]
   seen = None if chunks.reads is None else chunks.reads | chunks.writes
@@ -174,7 +174,7 @@ def measure(
   chunks: Chunks,
   part: FastPart,
   settings: LeastSquares,
-  rule: UpdateRule,
+  update_settings: UpdateSettings,
   w: Float[Array, "F D"],
   *,
   sample_places: slice,
@@ -182,7 +182,11 @@ def measure(
   """Returns the statistics of a device's chunks: `update` and `state` are norms of `K^T V` and of D."""
   chunks, part, w = lax.stop_gradient((chunks, part, w))
   b, n, c, _ = chunks.z.shape
-  wide, dtype, axis = accumulation_dtype(chunks.z.dtype), rule.state_dtype, rule.tensor_axis
+  wide, dtype, axis = (
+    accumulation_dtype(chunks.z.dtype),
+    update_settings.state_dtype,
+    update_settings.tensor_axis,
+  )
 
   def norm(x):
     return jnp.sqrt(jnp.sum(x * x, axis=tuple(range(1, x.ndim))))
