@@ -239,6 +239,25 @@ def test_report_of_several_seeds(here):
   assert draw_ablation(report(ablation, {})).axes[0].get_title(loc="left") == "q (3 seeds)"
 
 
+def test_the_numbers_of_a_state_are_those_of_its_rule(here):
+  _write(
+    GOOD
+    + "variants: {sum: {}, squares: {ttt.rule: least_squares}, "
+    + "projected: {ttt.rule: least_squares, ttt.key_rank: 10}, none: {ttt.layers: []}}\n"
+  )
+  ablation = load_ablation("question.yaml")
+  for _, config in ablation.runs():
+    _finish(config, [2.0, 1.0])
+  numbers = {row["variant"]: row["state_numbers"] for row in report(ablation, {})["variants"]}
+  f, d = 24, 16
+  assert numbers == {
+    "sum": f * d,
+    "squares": f * (f + d),
+    "projected": 10 * (10 + d),
+    "none": 0,
+  }
+
+
 def test_differences_are_of_pairs_with_one_seed(here):
   """Differences cancel the seed's effect: the losses of the variants overlap, their differences do not."""
   ablation = load_ablation(

@@ -127,8 +127,12 @@ def _over_seeds(losses: list[float | None]) -> dict[str, Any]:
 
 
 def _state_numbers(config: Config) -> int:
-  """Counts the numbers in the fast weights of all TTT layers."""
-  return len(config.ttt.layers) * config.model.d_model * config.model.d_ff
+  """Counts the numbers in the states of all TTT layers: S `[F, D]`, or A `[R, R]` and D `[R, D]`."""
+  d, f, ttt = config.model.d_model, config.model.d_ff, config.ttt
+  if ttt.rule == "least_squares":
+    rank = f if ttt.key_rank is None else ttt.key_rank
+    return len(ttt.layers) * rank * (rank + d)
+  return len(ttt.layers) * f * d
 
 
 def _mean(values: list[float | None]) -> float | None:
